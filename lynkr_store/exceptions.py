@@ -1,0 +1,66 @@
+"""Every error a caller can catch; each says what to do about it.
+
+No message carries a row's values or a URL's password.
+"""
+
+
+class LynkrStoreError(Exception):
+    """The root of this library's own errors."""
+
+
+class BadArgument(LynkrStoreError, ValueError):
+    """An argument is not of the form its documentation asks for."""
+
+
+class UnsupportedDatabase(BadArgument):
+    """The URL or engine names a database or driver that this library does not support."""
+
+
+class MissingDriver(LynkrStoreError, ImportError):
+    """The database's driver is not installed; the message names the extra to install."""
+
+
+class StoreUnavailable(LynkrStoreError):
+    """The database cannot be reached or refuses to work; try again when it is back."""
+
+
+class StoreClosed(LynkrStoreError):
+    """The store was closed; open a new one to read."""
+
+
+class RowRejected(LynkrStoreError, ValueError):
+    """The database refused a row for the row's own fault; none of the call's rows is stored.
+
+    Raised without its cause: a driver's message repeats the row.
+    """
+
+
+class SchemaError(LynkrStoreError):
+    """The database's schema is not the one this release works with."""
+
+
+class SchemaBehind(SchemaError):
+    """The schema is older than this release: upgrade the database (``lynkr-store upgrade``)."""
+
+
+class SchemaAhead(SchemaError):
+    """The schema's revision is unknown to this release: install a newer lynkr-store."""
+
+
+class AdoptionRefused(SchemaError):
+    """An existing database is not exactly one that the gateway made; nothing was changed.
+
+    Attributes:
+        difference: The first difference found, in words.
+    """
+
+    def __init__(self, difference: str) -> None:
+        self.difference = difference
+        super().__init__(
+            f"not adopted, and nothing was changed: {difference}. Use another database, or bring "
+            "this one to the gateway's own shape first (see 'Adopting' in the README)"
+        )
+
+
+class DowngradeRefused(SchemaError):
+    """A downgrade would destroy what it must keep; nothing was changed."""
