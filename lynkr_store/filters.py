@@ -1,0 +1,189 @@
+"""What can be asked: a window of time, the dimensions of a row, how many rows. Knows no SQL."""
+
+import math
+from collections.abc import Collection, Mapping
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Final, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+
+from lynkr_store.exceptions import BadArgument
+from lynkr_store.schemas import epoch_ms
+from lynkr_store.schemas.base import FrozenInput
+from lynkr_store.schemas.events import NAME_MAX_CHARS, mend_text
+
+_MAX_VALUES: Final = 1_000  # well below what one statement can bind on either backend
+_INT64_MAX: Final = 2**63 - 1
+
+
+def _bound(value: object) -> object:
+    return None if value is None else epoch_ms(value, round_up=True)
+
+
+class Window(FrozenInput):
+    """The half-open range of time ``[since, until)``.
+
+    Both ends are aware datetimes or integers of epoch milliseconds, and are kept as the latter.
+    In a statistic a missing ``until`` is now, included, and a missing ``since`` the statistic's
+    own look-back (24 hours unless its docstring says otherwise); in lists a missing end is open.
+    An empty or inverted window holds no row. The gateway's own ranges include both ends: its
+    ``until=U`` is ``until=U + 1`` here.
+    """
+
+    since: Annotated[datetime | int | None, BeforeValidator(_bound)] = None
+    until: Annotated[datetime | int | None, BeforeValidator(_bound)] = None
+
+    @property
+    def since_ms(self) -> int | None:
+        """The first millisecond inside, or None for an open end."""
+        return None if self.since is None else epoch_ms(self.since)
+
+    @property
+    def until_ms(self) -> int | None:
+        """The first millisecond after, or None for an open end."""
+        return None if self.until is None else epoch_ms(self.until)
+
+    def resolved(self, now_ms: int, look_back: timedelta) -> tuple[int, int]:
+        """Both ends in epoch milliseconds, as a statistic takes them.
+
+        Args:
+            now_ms: The present, which a missing ``until`` includes.
+            look_back: How long before the present a missing ``since`` lies.
+        """
+        since, until = self.since_ms, self.until_ms
+        if since is None:
+            since = now_ms - look_back // timedelta(milliseconds=1)
+        return since, now_ms + 1 if until is None else until
+
+
+def _several(value: object, kind: type, say: str) -> tuple[Any, ...] | None:
+    if value is None:
+        return None
+    values = (value,) if isinstance(value, kind) else value
+    if not isinstance(values, Collection) or not all(type(item) is kind for item in values):
+        raise ValueError(f"give {say}, or several in a list")
+    if not 0 < len(values) <= _MAX_VALUES:
+        raise ValueError(f"give from 1 to {_MAX_VALUES} values, or leave it out to match all")
+    return tuple(values)
+
+
+def _texts(value: object) -> object:
+    texts = _several(value, str, "a text")
+    # mended as records are on their way in, so that a text finds what was recorded with it
+    return texts and tuple(sorted({mend_text(text)[0][:NAME_MAX_CHARS] for text in texts}))
+
+
+def _codes(value: object) -> object:
+    codes = _several(value, int, "a whole number")
+    if codes and max(map(abs, codes)) > _INT64_MAX:
+        raise ValueError("a whole number must fit in 64 bits")
+    return codes and tuple(sorted(set(codes)))
+
+
+def _finite(value: object) -> object:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("a bound is a finite number")
+    return float(value)
+
+
+_Texts = Annotated[str | Collection[str] | None, PlainValidator(_texts)]
+_Codes = Annotated[int | Collection[int] | None, PlainValidator(_codes)]
+_Bound = Annotated[float | None, BeforeValidator(_finite)]
+_YesNo = Annotated[bool | None, Field(strict=True)]
+
+
+class RoutingFilter(FrozenInput):
+    """Which rows: every dimension given must match; one left out matches all.
+
+    A dimension takes one value or several, of which one must match. An empty text is a value.
+    Bounds include their own value; a row where the number was not measured is outside them.
+    """
+
+    provider: _Texts = None
+    tier: _Texts = None
+    model: _Texts = None
+    session_id: _Texts = None
+    request_id: _Texts = None
+    request_type: _Texts = None
+    routing_method: _Texts = None
+    status_code: _Codes = None
+    has_error: _YesNo = None
+    """True for rows with an error type, False for rows without."""
+    was_fallback: _YesNo = None
+    min_latency_ms: _Bound = None
+    max_latency_ms: _Bound = None
+    min_cost_usd: _Bound = None
+    max_cost_usd: _Bound = None
+    min_quality_score: _Bound = None
+    max_quality_score: _Bound = None
+    min_input_tokens: _Bound = None
+    max_input_tokens: _Bound = None
+    min_output_tokens: _Bound = None
+    max_output_tokens: _Bound = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_dimensions(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and (unknown := set(data) - set(cls.model_fields)):
+            known = ", ".join(cls.model_fields)
+            raise ValueError(f"no dimension {', '.join(map(repr, unknown))}; there are {known}")
+        return data
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        for name in ("latency_ms", "cost_usd", "quality_score", "input_tokens", "output_tokens"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"min_{name} is greater than max_{name}: exchange them")
+        return self
+
+
+_Asked = TypeVar("_Asked", Window, RoutingFilter)
+
+
+def given(value: _Asked | None, kind: type[_Asked], name: str) -> _Asked:
+    """The argument, or the one that selects everything.
+
+    Raises:
+        BadArgument: Another type.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise BadArgument(f"{name}: give a {kind.__name__}")
+    return value
+
+
+def checked_provider(provider: object) -> str:
+    """A provider's name.
+
+    Raises:
+        BadArgument: No text.
+    """
+    if not isinstance(provider, str):
+        raise BadArgument("provider: give the provider's name as a text")
+    return provider
+
+
+def checked_limit(limit: object) -> int:
+    """A list's limit: a whole number of rows, 0 or more.
+
+    Raises:
+        BadArgument: Negative, fractional, NaN, or no number.
+    """
+    if type(limit) is not int or not 0 <= limit <= _INT64_MAX:
+        raise BadArgument("limit: give a whole number of rows, 0 or more")
+    return limit
+
+
+def checked_age(older_than: object) -> timedelta:
+    """An age in the past.
+
+    Raises:
+        BadArgument: Negative, or no ``timedelta``.
+    """
+    if not isinstance(older_than, timedelta) or older_than < timedelta():
+        raise BadArgument("older_than: give a timedelta of 0 or more, as in timedelta(days=30)")
+    return older_than

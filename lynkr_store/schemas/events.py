@@ -1,0 +1,228 @@
+"""The record: one routing event as a gateway reports it, mended and checked on the way in."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Final, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from lynkr_store.domains import COUNT, DOLLARS, INSTANT_MAX_MS, INSTANT_MIN_MS, MILLISECONDS, SCORE
+from lynkr_store.schemas.base import FrozenInput, epoch_ms
+
+REPLACEMENT: Final = "\ufffd"
+TEXT_FIELDS: Final = ("request_text", "response_text")
+"""The two fields that hold what people and models wrote."""
+
+NAME_MAX_CHARS: Final = 512
+"""Characters kept of every other text that is no JSON: PostgreSQL's indexes hold 2,704 bytes."""
+
+_LONG_FIELDS: Final = frozenset({*TEXT_FIELDS, "candidates", "cache_decision", "attributes"})
+
+
+def mend_text(text: str) -> tuple[str, str | None]:
+    """Replace what a database cannot hold, one U+FFFD for each character.
+
+    PostgreSQL's text holds no NUL, and UTF-8 has no form for a lone surrogate. Both backends get
+    the same text, so that they give the same answers.
+
+    Returns:
+        The text and the cause for the count of mended values: ``nul``, ``surrogate`` or None.
+    """
+    cause = None
+    if "\0" in text:
+        text, cause = text.replace("\0", REPLACEMENT), "nul"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            cause = "surrogate"
+            text = "".join(REPLACEMENT if "\ud800" <= c <= "\udfff" else c for c in text)
+    return text, cause
+
+
+def _instant_in_domain(value: object) -> object:
+    if value is None:
+        return None
+    ms = epoch_ms(value)
+    if not INSTANT_MIN_MS <= ms < INSTANT_MAX_MS:
+        raise PydanticCustomError(
+            "out_of_domain", "a record's instant lies from 2000 to 2099: give epoch milliseconds"
+        )
+    return ms
+
+
+def _json_text(value: object) -> object:
+    """Keep JSON text as it is; write anything else as JSON, as the gateway does."""
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
+    except (TypeError, RecursionError):
+        raise ValueError("must be JSON text, or a value that JSON can express") from None
+    return mend_text(text)[0]
+
+
+def _finite(value: object) -> object:
+    """The same value with None for NaN and infinities, which JSON has no form for."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
+
+
+def _no_flag_is_false(value: object) -> object:
+    return False if value is None else value
+
+
+def _zero_or_one(value: object) -> object:
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    return value
+
+
+_Json = Annotated[
+    str | Mapping[str, Any] | Sequence[Any] | None,
+    BeforeValidator(_json_text),
+]
+_Count = Annotated[int | None, Field(strict=True, ge=-COUNT.limit, le=COUNT.limit)]
+_Milliseconds = Annotated[
+    float | None, Field(strict=True, ge=-MILLISECONDS.limit, le=MILLISECONDS.limit)
+]
+_Dollars = Annotated[float | None, Field(strict=True, ge=-DOLLARS.limit, le=DOLLARS.limit)]
+_Score = Annotated[float | None, Field(strict=True, ge=-SCORE.limit, le=SCORE.limit)]
+_Text = Annotated[str | None, Field(strict=True)]
+_Flag = Annotated[bool | None, Field(strict=True), BeforeValidator(_zero_or_one)]
+_FlagOrFalse = Annotated[
+    bool, Field(strict=True), BeforeValidator(_zero_or_one), BeforeValidator(_no_flag_is_false)
+]
+
+
+class RoutingEvent(FrozenInput):
+    """One routed request, as handed to the writer. Only ``provider`` is required.
+
+    None means not measured, which is never 0. Numbers outside the limits of
+    `lynkr_store.domains`, wrong types, unknown names and naive datetimes are errors.
+    What a database cannot hold is mended and named in `mended`: NUL and lone surrogates in text
+    become U+FFFD, NaN and infinities None, and names are cut at 512 characters.
+
+    Each field's OpenTelemetry GenAI attribute stands in brackets where there is one.
+    """
+
+    request_id: _Text = None
+    """The client's or gateway's own id, not unique. Default: a new UUID."""
+    session_id: _Text = None
+    """The conversation [gen_ai.conversation.id]."""
+    timestamp: Annotated[datetime | int | None, BeforeValidator(_instant_in_domain)] = None
+    """When it happened, kept as epoch milliseconds. Default: the moment of recording."""
+    complexity_score: _Score = None
+    tier: _Text = None
+    """The tier chosen: SIMPLE, MEDIUM, COMPLEX, REASONING or any other text."""
+    agentic_type: _Text = None
+    tool_count: _Count = None
+    """Tools offered to the model."""
+    input_tokens: _Count = None
+    """Tokens in [gen_ai.usage.input_tokens]; see `cache_tokens_included`."""
+    message_count: _Count = None
+    request_type: _Text = None
+    provider: Annotated[str, Field(strict=True)]
+    """Who answered [gen_ai.provider.name]."""
+    model: _Text = None
+    """The model that answered [gen_ai.response.model]."""
+    routing_method: _Text = None
+    was_fallback: _FlagOrFalse = False
+    output_tokens: _Count = None
+    """Tokens out, reasoning included [gen_ai.usage.output_tokens]."""
+    latency_ms: _Milliseconds = None
+    status_code: _Count = None
+    """HTTP status; 599 stands for a stream that broke."""
+    error_type: _Text = None
+    """What failed [error.type]; any text, the empty one too, counts as an error."""
+    cost_usd: _Dollars = None
+    """The price of the request in US dollars; None when unknown."""
+    tool_calls_made: _Count = None
+    retry_count: Annotated[_Count, BeforeValidator(lambda v: 0 if v is None else v)] = 0
+    circuit_breaker_state: _Text = None
+    quality_score: _Score = None
+    """The gateway's estimate of the answer, 0 to 100."""
+    tokens_per_second: _Score = None
+    cost_efficiency: _Score = None
+    request_text: _Text = None
+    """The last user message, unless capturing is off."""
+    response_text: _Text = None
+    """The answer's text, unless capturing is off."""
+    base_tier: _Text = None
+    """The tier before escalation."""
+    escalation_source: _Text = None
+    propensity: _Score = None
+    """The probability with which this choice was made, 0 to 1."""
+    candidates: _Json = None
+    """JSON text: the models that were considered."""
+    pinned: _FlagOrFalse = False
+    """The session was pinned to this model."""
+    switch_reason: _Text = None
+    cache_decision: _Json = None
+    """JSON text: the receipt of a decision to hold or switch for the prompt cache's sake."""
+    cache_read_tokens: _Count = None
+    """[gen_ai.usage.cache_read.input_tokens]"""
+    cache_creation_tokens: _Count = None
+    """[gen_ai.usage.cache_creation.input_tokens]"""
+    trace_id: _Text = None
+    """Joins the attempts of one request."""
+    attempt_index: _Count = None
+    """0 for the first attempt."""
+    requested_model: _Text = None
+    """The model the client asked for [gen_ai.request.model]."""
+    ttft_ms: _Milliseconds = None
+    """Milliseconds to the first token of a stream."""
+    stream: _Flag = None
+    cache_tokens_included: _Flag = None
+    """Whether `input_tokens` includes the cached ones; None when not known."""
+    reasoning_tokens: _Count = None
+    finish_reason: _Text = None
+    attributes: _Json = None
+    """JSON text: anything else worth keeping."""
+
+    _mended: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def mended(self) -> tuple[str, ...]:
+        """One cause for each mended value: ``nul``, ``surrogate``, ``not_finite``, ``cut``."""
+        return self._mended
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _mend(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(data, Mapping):
+            return handler(data)
+        causes: list[str] = []
+        event = handler({name: _mend(name, value, causes) for name, value in data.items()})
+        event._mended = tuple(causes)  # noqa: SLF001 - its own instance
+        return event
+
+
+def _mend(name: str, value: object, causes: list[str]) -> object:
+    if isinstance(value, str):
+        value, cause = mend_text(value)
+        if cause:
+            causes.append(cause)
+        if len(value) > NAME_MAX_CHARS and name not in _LONG_FIELDS:
+            causes.append("cut")
+            value = value[:NAME_MAX_CHARS]
+    elif isinstance(value, float) and not math.isfinite(value):
+        causes.append("not_finite")
+        return None
+    return value

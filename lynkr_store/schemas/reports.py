@@ -1,0 +1,60 @@
+"""What operators read: the store's health, and what maintenance did."""
+
+from datetime import datetime
+
+from lynkr_store.backend import Backend
+from lynkr_store.schemas.base import FrozenMap, FrozenOutput
+
+
+class Health(FrozenOutput):
+    """One moment of a store.
+
+    The seven counters are one atomic snapshot, in which
+    ``submitted + recovered == written + rejected + dropped + spooled + pending``.
+    """
+
+    submitted: int
+    """Records handed to ``record()``."""
+    recovered: int
+    """Records found in a spool that an earlier process left."""
+    written: int
+    """Records whose commit is known."""
+    rejected: int
+    """Records refused for their own fault."""
+    dropped: int
+    """Records given up unwritten."""
+    spooled: int
+    """Records put aside on disk until the database is back."""
+    pending: int
+    """Records queued or in the batch under way."""
+    rejected_by: FrozenMap[int]
+    dropped_by: FrozenMap[int]
+    mended_by: FrozenMap[int]
+    """Cause to number of values changed on the way in, or unreadable on the way out."""
+    backend: Backend
+    revision: str | None
+    """The schema's revision at the last probe; None before one, or when there is none."""
+    head: str
+    """The revision this release works with."""
+    reachable: bool
+    """Whether the last probe reached the database."""
+    probe_age_s: float | None
+    """Seconds since that probe; None before the first."""
+    last_error: str | None
+    """The last fault of the writer or probe, without any row's values."""
+    last_error_age_s: float | None
+    database_bytes: int | None
+    """Size of the SQLite file, or of the store's PostgreSQL tables with their indexes."""
+    reclaimable_bytes: int | None
+    """Of these, bytes that SQLite will reuse; None on PostgreSQL."""
+    oldest_timestamp: datetime | None
+    """The oldest row's instant."""
+
+
+class MaintenanceReport(FrozenOutput):
+    """What one call of ``maintain()`` did."""
+
+    indexes_built: tuple[str, ...]
+    """Names of the indexes that were missing and are there now."""
+    rows_deleted: int
+    """Rows older than the configured retention that were deleted."""

@@ -1,0 +1,224 @@
+"""Stored records as they come out, whatever was stored.
+
+SQLite keeps what it was given: a real in an integer column, text in a number's column, bytes that
+are no UTF-8. `Reading` turns each stored value into what its column means and counts what could
+not be read.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Final, Self, cast
+
+from pydantic import Field
+
+from lynkr_store.schemas.base import FrozenInput, FrozenOutput, epoch_ms, utc
+
+Number = int | float
+"""A stored number: a real in an integer's column comes out as it is (``79.5``)."""
+
+StoredInstant = int | float | str | bytes
+"""The timestamp column's raw value; anything but an int was stored by another writer."""
+
+# What SQLite itself takes for a number; Python's float() would also accept "1_0", "nan" and "٣".
+_NUMERIC_TEXT: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+
+
+class Cursor(FrozenInput):
+    """A place in the order ``(timestamp, id)`` of the rows, from which paging goes on."""
+
+    timestamp: StoredInstant
+    id: int
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        return f"{self.timestamp!s}:{self.id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the text form, ``<epoch ms>:<id>``.
+
+        Raises:
+            ValueError: Another form.
+        """
+        timestamp, _, row_id = text.rpartition(":")
+        try:
+            return cls(timestamp=int(timestamp), id=int(row_id))
+        except ValueError:
+            raise ValueError("a cursor is <epoch ms>:<id>, as the last row's cursor says") from None
+
+
+class Reading:
+    """Reads stored values by their column's meaning and counts those it could not read."""
+
+    def __init__(self) -> None:
+        self.unreadable = 0
+
+    def number(self, value: object) -> Number | None:
+        """The number as stored; text that is one becomes one; anything else is None, counted."""
+        if value is None or type(value) is int:
+            return value
+        if isinstance(value, float) and math.isfinite(value):
+            return value
+        if isinstance(value, str) and _NUMERIC_TEXT.fullmatch(value):
+            number = float(value)
+            if math.isfinite(number):
+                return int(number) if number.is_integer() else number
+        self.unreadable += 1
+        return None
+
+    def text(self, value: object) -> str | None:
+        """Text; bytes are decoded with U+FFFD for what is no UTF-8."""
+        if value is None or isinstance(value, str):
+            return value
+        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+    def flag(self, value: object) -> bool | None:
+        """True or False for 1 or 0; anything else is None, counted unless NULL."""
+        if value is None:
+            return None
+        if value in (0, 1):
+            return bool(value)
+        self.unreadable += 1
+        return None
+
+    def instant(self, value: object) -> datetime | None:
+        """An aware UTC datetime; None, counted, where the stored value names none."""
+        if isinstance(value, datetime):
+            return value
+        number = self.number(value)
+        if number is None:
+            return None
+        try:
+            return utc(math.floor(number))
+        except OverflowError:
+            self.unreadable += 1
+            return None
+
+
+class RoutingRowBrief(FrozenOutput):
+    """A stored record without its two texts. None means not measured.
+
+    The fields are those of `RoutingEvent`, plus `id` and `cursor`.
+    """
+
+    id: int
+    request_id: str | None
+    session_id: str | None
+    timestamp: datetime | None
+    """UTC; None where the stored value names no instant (`cursor` has it as it is)."""
+    complexity_score: Number | None
+    tier: str | None
+    agentic_type: str | None
+    tool_count: Number | None
+    input_tokens: Number | None
+    message_count: Number | None
+    request_type: str | None
+    provider: str | None
+    model: str | None
+    routing_method: str | None
+    was_fallback: bool | None
+    output_tokens: Number | None
+    latency_ms: Number | None
+    status_code: Number | None
+    error_type: str | None
+    cost_usd: Number | None
+    tool_calls_made: Number | None
+    retry_count: Number | None
+    circuit_breaker_state: str | None
+    quality_score: Number | None
+    tokens_per_second: Number | None
+    cost_efficiency: Number | None
+    base_tier: str | None
+    escalation_source: str | None
+    propensity: Number | None
+    candidates: str | None
+    pinned: bool | None
+    switch_reason: str | None
+    cache_decision: str | None
+    cache_read_tokens: Number | None
+    cache_creation_tokens: Number | None
+    trace_id: str | None
+    attempt_index: Number | None
+    requested_model: str | None
+    ttft_ms: Number | None
+    stream: bool | None
+    cache_tokens_included: bool | None
+    reasoning_tokens: Number | None
+    finish_reason: str | None
+    attributes: str | None
+    cursor: Annotated[Cursor, Field(exclude=True, repr=False)]
+    """Where this row stands in the order of the list; pass it as ``before=`` for the next page."""
+
+    # The columns that only this store has: the gateway's own answer leaves them out.
+    _OWN: ClassVar[frozenset[str]] = frozenset(
+        {
+            "trace_id",
+            "attempt_index",
+            "requested_model",
+            "ttft_ms",
+            "stream",
+            "cache_tokens_included",
+            "reasoning_tokens",
+            "finish_reason",
+            "attributes",
+        }
+    )
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any], reading: Reading) -> Self:
+        """Read one stored row.
+
+        Args:
+            stored: Column name to value, straight from the database.
+            reading: Counts the values that could not be read.
+        """
+        values: dict[str, Any] = {
+            name: read(reading, stored[name]) for name, read in cls._readers().items()
+        }
+        raw = stored["timestamp"]
+        raw = epoch_ms(raw) if isinstance(raw, datetime) else raw
+        values["cursor"] = Cursor.model_construct(timestamp=raw, id=stored["id"])
+        return cast("Self", cls.model_construct(None, **values))
+
+    @classmethod
+    def _readers(cls) -> Mapping[str, Callable[[Reading, object], object]]:
+        return _READERS[cls]
+
+    def to_gateway(self) -> dict[str, Any]:
+        """The row as the gateway's ``query`` gives it: its column names, 0/1 flags, epoch ms."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        values["timestamp"] = values.pop("cursor").timestamp
+        return {
+            name: int(value) if isinstance(value, bool) else value
+            for name, value in values.items()
+            if name not in self._OWN
+        }
+
+
+class RoutingRow(RoutingRowBrief):
+    """A stored record with its texts. None means not measured, or not captured."""
+
+    request_text: str | None
+    response_text: str | None
+
+
+def _reader_of(annotation: object) -> Callable[[Reading, object], object]:
+    if annotation == str | None:
+        return Reading.text
+    if annotation == bool | None:
+        return Reading.flag
+    if annotation == datetime | None:
+        return Reading.instant
+    return Reading.number
+
+
+_READERS: Final = {
+    model: {
+        name: _reader_of(field.annotation)
+        for name, field in model.model_fields.items()
+        if name != "cursor"
+    }
+    for model in (RoutingRowBrief, RoutingRow)
+}

@@ -1,0 +1,87 @@
+"""Statistics over a window. Rounding is the gateway's: half up, on the exact value."""
+
+from typing import Any, ClassVar
+
+from immutabledict import immutabledict
+from pydantic.alias_generators import to_camel
+
+from lynkr_store.schemas.base import FrozenMap, FrozenOutput
+
+
+class _Statistic(FrozenOutput):
+    """An answer that the gateway's module gives too, in camelCase and without our additions."""
+
+    _OWN: ClassVar[frozenset[str]] = frozenset()
+
+    def to_gateway(self) -> dict[str, Any]:
+        """The dictionary that the Node module returns for the same rows."""
+        return {
+            to_camel(name): dict(value) if isinstance(value, immutabledict) else value
+            for name, value in self
+            if name not in self._OWN
+        }
+
+
+class RoutingStats(_Statistic):
+    """What a person reads first about a window. Percentages are 0 to 100, to one decimal."""
+
+    total_requests: int
+    avg_latency_by_provider: FrozenMap[int]
+    """Provider to mean latency in whole milliseconds, over requests whose latency was measured;
+    a provider without any is left out."""
+    avg_quality_by_tier: FrozenMap[float]
+    """Tier to mean quality score (0 to 100) to one decimal, over requests with both."""
+    error_rate: float
+    """Requests with an error type, in percent of all."""
+    over_provisioned_pct: float
+    """See `RoutingAccuracy`."""
+    under_provisioned_pct: float
+    requests_by_provider: FrozenMap[int]
+    requests_by_tier: FrozenMap[int]
+    """Requests without a tier are left out."""
+    total_cost: float | None
+    """US dollars to four decimals, over requests whose cost is known; None when none is."""
+    unpriced_requests: int
+    """Requests whose cost is not known, and is in no sum."""
+
+    _OWN = frozenset(
+        {"requests_by_provider", "requests_by_tier", "total_cost", "unpriced_requests"}
+    )
+
+
+class ProviderStats(_Statistic):
+    """One provider's figures. An average is None when nothing was measured; a true 0 stays 0."""
+
+    total: int
+    avg_latency: int | None
+    """Whole milliseconds."""
+    avg_quality: float | None
+    """Mean quality score (0 to 100) to one decimal."""
+    avg_output_tokens: int | None
+    error_rate: float
+    """Percent of all, to one decimal."""
+    fallback_rate: float
+    """Percent of all, to one decimal."""
+    avg_tokens_per_second: float | None
+    """To one decimal."""
+    total_cost: float | None
+    """US dollars to four decimals, over requests whose cost is known; None when none is."""
+    unpriced_requests: int
+    """Requests whose cost is not known, and is in no sum."""
+
+    _OWN = frozenset({"unpriced_requests"})
+
+
+class RoutingAccuracy(_Statistic):
+    """How often the tier was wrong, judged by the answer.
+
+    Over-provisioned: a REASONING or COMPLEX tier for an answer of quality above 80 in fewer than
+    50 tokens. Under-provisioned: a SIMPLE tier for an answer of quality below 45. Percentages are
+    of all requests, measured or not, to one decimal.
+    """
+
+    total_requests: int
+    over_provisioned: int
+    under_provisioned: int
+    over_provisioned_pct: float
+    under_provisioned_pct: float

@@ -1,0 +1,54 @@
+"""Every option of a store: an argument wins over the environment, which wins over the default."""
+
+from typing import Annotated, Final
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
+"""Where the gateway itself keeps its telemetry, below the working directory."""
+
+_MIB: Final = 2**20
+
+
+class StoreSettings(BaseSettings):
+    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is made.
+
+    Raises:
+        ValidationError: A ``ValueError`` that names the option and the value it wants.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="LYNKR_STORE_",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+    )
+
+    url: Annotated[str, Field(repr=False)] = DEFAULT_URL
+    """The database: ``sqlite:///path``, ``sqlite://`` (in memory) or ``postgresql://…``."""
+    upgrade_on_open: bool | None = None
+    """Create, adopt and upgrade the schema on first use. Default: SQLite yes, PostgreSQL no."""
+    cache_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """Seconds for which a statistic is answered from the cache; 0 switches it off."""
+    queue_max_rows: Annotated[int, Field(ge=1)] = 50_000
+    """Records that may wait; the next one is dropped and counted."""
+    queue_max_bytes: Annotated[int, Field(ge=1)] = 64 * _MIB
+    """Bytes of the texts that may wait; a record beyond is dropped and counted."""
+    batch_max_rows: Annotated[int, Field(ge=1)] = 1_000
+    """Records written in one transaction."""
+    flush_interval_s: Annotated[float, Field(gt=0, le=3600)] = 0.5
+    """Seconds after which a batch is written even if it is not full."""
+    capture_text: bool = True
+    """Store what people and models wrote (``request_text``, ``response_text``)."""
+    text_max_chars: Annotated[int, Field(ge=0)] = 65_536
+    """Characters kept of every text."""
+    retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
+    """``maintain()`` deletes rows that are older; None keeps them for ever."""
+    connect_timeout_s: Annotated[int, Field(ge=1)] = 5
+    """Seconds to wait for a PostgreSQL server's answer to a new connection."""
+    statement_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds after which PostgreSQL gives a statement up."""
+    echo: bool = False
+    """Log the statements, never their values, through SQLAlchemy's logger."""
