@@ -1,0 +1,85 @@
+"""Column types and the vocabulary that the models are written in.
+
+Declared types are those of the gateway's file, so that it shows no difference. A value read back
+is as it was stored when it is none of its column's kind: `lynkr_store.schemas.Reading` makes
+sense of it, and a read never fails on one odd value.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from sqlalchemy import BigInteger, Dialect, Double, Integer, Text
+from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION
+from sqlalchemy.orm import mapped_column
+from sqlalchemy.types import REAL, TypeDecorator, TypeEngine
+
+from lynkr_store.schemas import epoch_ms, utc
+
+WholeNumber = BigInteger().with_variant(Integer(), "sqlite")
+"""INTEGER in SQLite, where it holds 64 bits; BIGINT in PostgreSQL."""
+
+Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
+"""REAL in SQLite, which is a double there; DOUBLE PRECISION in PostgreSQL."""
+
+PlainText = Text().with_variant(Text(collation="C"), "postgresql")
+"""TEXT, compared and ordered by its bytes on both."""
+
+
+class EpochMillis(TypeDecorator[datetime]):
+    """An instant, stored as epoch milliseconds. A naive datetime is an error."""
+
+    impl = WholeNumber
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | int | None, dialect: Dialect) -> int | None:  # noqa: ARG002
+        """To epoch milliseconds."""
+        return None if value is None else epoch_ms(value)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """To an aware UTC datetime; a stored value that is no instant comes back as it is."""
+        if type(value) is not int:
+            return value
+        try:
+            return utc(value)
+        except OverflowError:
+            return value  # type: ignore[return-value]
+
+    def coerce_compared_value(self, op: Any, value: Any) -> TypeEngine[Any]:  # noqa: ARG002
+        """Compare instants in their own type."""
+        return self
+
+
+class Flag(TypeDecorator[bool]):
+    """A bool, stored as 0 or 1 in an integer column on both backends."""
+
+    impl = WholeNumber
+    cache_ok = True
+
+    def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:  # noqa: ARG002, FBT001
+        """To 0 or 1."""
+        return None if value is None else int(value)
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> bool | None:  # noqa: ARG002
+        """To a bool; another stored value comes back as it is."""
+        return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+Words = Annotated[str, mapped_column(PlainText)]
+"""Open sets and free text: no enum, no length."""
+
+Instant = Annotated[datetime, mapped_column(EpochMillis)]
+TokenCount = Annotated[int, mapped_column(WholeNumber)]
+"""Tokens. NULL means not measured, which is not 0."""
+Count = Annotated[int, mapped_column(WholeNumber)]
+Score = Annotated[float, mapped_column(Real)]
+"""Scores and rates."""
+Dollars = Annotated[float, mapped_column(Real)]
+"""US dollars. NULL means that the price is not known."""
+Milliseconds = Annotated[float, mapped_column(Real)]
+"""A duration."""
+Latency = Annotated[float, mapped_column(Integer().with_variant(DOUBLE_PRECISION(), "postgresql"))]
+"""A duration; the gateway declares it INTEGER and stores a fraction at times."""
+YesNo = Annotated[bool, mapped_column(Flag)]
+"""0 or 1. NULL means not known."""
+JsonText = Annotated[str, mapped_column(PlainText)]
+"""JSON as text, whatever was passed: not every writer's text parses."""

@@ -1,0 +1,352 @@
+"""Engine factories: which driver, which PRAGMAs, which BEGIN, which pool, and why."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Protocol, Self, TypeVar, assert_never
+from urllib.parse import quote
+
+from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
+from sqlalchemy.engine import Dialect, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
+
+from lynkr_store.backend import VERSION_TABLE, Backend
+from lynkr_store.exceptions import (
+    BadArgument,
+    MissingDriver,
+    StoreUnavailable,
+    UnsupportedDatabase,
+)
+
+_BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
+
+_CONNECTION_PRAGMAS: Final = (
+    ("busy_timeout", 3_000),  # ms; the gateway writes the same file and waits as long
+    ("synchronous", "NORMAL"),  # with WAL: no corruption on a power cut, the last commits may go
+    ("cache_size", -16_384),  # KiB, so 16 MB
+    ("temp_store", "MEMORY"),  # sorting never writes prompt texts to another file
+)
+_FRESH_FILE_PRAGMAS: Final = (
+    # Both are fixed with the file's first page, so they come before WAL.
+    ("page_size", 8_192),  # rows of 2 KB: 31 % less on disk than pages of 4 KB
+    ("auto_vacuum", "INCREMENTAL"),  # retention can give space back
+)
+
+_DRIVERS: Final = {
+    Backend.SQLITE: ("pysqlite", "aiosqlite"),
+    Backend.POSTGRESQL: ("psycopg", "psycopg_async"),
+}
+_SYNC_DRIVER: Final = {
+    Backend.SQLITE: "sqlite+pysqlite",
+    Backend.POSTGRESQL: "postgresql+psycopg",
+}
+_ASYNC_DRIVER: Final = {
+    Backend.SQLITE: "sqlite+aiosqlite",
+    Backend.POSTGRESQL: "postgresql+psycopg",
+}
+_REMEDY: Final = "use sqlite:///path/to/file.db, sqlite:// (in memory) or postgresql://user@host/db"
+
+
+def parse_url(url: str | URL) -> URL:
+    """The URL of a supported database, with its driver written out.
+
+    Raises:
+        UnsupportedDatabase: Not a URL, another database, or a driver that is not supported.
+    """
+    try:
+        parsed = make_url(url)
+        dialect = parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError):
+        raise UnsupportedDatabase(f"url: no supported database's URL; {_REMEDY}") from None
+    backend = _backend_named(parsed.get_backend_name())
+    if "+" in parsed.drivername and dialect.driver not in _DRIVERS[backend]:
+        raise UnsupportedDatabase(f"url: the driver {dialect.driver} is not supported; {_REMEDY}")
+    return parsed.set(drivername=_SYNC_DRIVER[backend])
+
+
+def backend_of(engine: Engine | Connection) -> Backend:
+    """The backend an engine or connection speaks to."""
+    return _backend_named(engine.dialect.name)
+
+
+def _backend_named(name: str) -> Backend:
+    try:
+        return Backend(name)
+    except ValueError:
+        raise UnsupportedDatabase(f"url: {name} is not supported; {_REMEDY}") from None
+
+
+def is_memory(url: URL) -> bool:
+    """Whether the URL names an SQLite database in memory."""
+    return url.get_backend_name() == Backend.SQLITE and url.database in (None, "", ":memory:")
+
+
+def create_store_engine(
+    url: str | URL,
+    *,
+    connect_timeout_s: int = 5,
+    statement_timeout_s: float = 30.0,
+    echo: bool = False,
+) -> Engine:
+    """An Engine as the store wants it; nothing is opened before its first connection.
+
+    Args:
+        url: A supported database.
+        connect_timeout_s: PostgreSQL: seconds to wait for a new connection.
+        statement_timeout_s: PostgreSQL: seconds after which a statement is given up.
+        echo: Log statements; values never are.
+
+    Raises:
+        UnsupportedDatabase: Another database or driver.
+        MissingDriver: The driver is not installed.
+    """
+    target = parse_url(url)
+    options = _engine_options(target, connect_timeout_s, statement_timeout_s)
+    if is_memory(target):
+        # One connection is the whole database: threads take turns, and none may drop it.
+        options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
+        options["connect_args"] = {"check_same_thread": False}
+    try:
+        engine = create_engine(target, echo=echo, hide_parameters=True, **options)
+    except ModuleNotFoundError as missing:
+        raise _missing_driver(missing, "postgres") from missing
+    _listen(engine)
+    return engine
+
+
+def create_store_async_engine(
+    url: str | URL,
+    *,
+    connect_timeout_s: int = 5,
+    statement_timeout_s: float = 30.0,
+    echo: bool = False,
+) -> Any:
+    """The asynchronous twin of `create_store_engine`, over aiosqlite or psycopg.
+
+    Returns:
+        An ``sqlalchemy.ext.asyncio.AsyncEngine``.
+
+    Raises:
+        UnsupportedDatabase: Another database or driver, or SQLite in memory, which only one
+            connection can see.
+        MissingDriver: The driver is not installed.
+    """
+    target = parse_url(url)
+    if is_memory(target):
+        raise UnsupportedDatabase("url: an SQLite database in memory has one connection only")
+    backend = _backend_named(target.get_backend_name())
+    options = _engine_options(target, connect_timeout_s, statement_timeout_s)
+    try:
+        from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - an extra
+
+        engine = create_async_engine(
+            target.set(drivername=_ASYNC_DRIVER[backend]),
+            echo=echo,
+            hide_parameters=True,
+            **options,
+        )
+    except ImportError as missing:
+        extra = "async" if backend is Backend.SQLITE else "postgres,async"
+        raise _missing_driver(missing, extra) from missing
+    _listen(engine.sync_engine)
+    return engine
+
+
+def _missing_driver(missing: ImportError, extra: str) -> MissingDriver:
+    return MissingDriver(f"{missing.name} is not installed: pip install 'lynkr-store[{extra}]'")
+
+
+def _engine_options(
+    target: URL, connect_timeout_s: int, statement_timeout_s: float
+) -> dict[str, Any]:
+    backend = _backend_named(target.get_backend_name())
+    match backend:
+        case Backend.SQLITE:
+            return {}
+        case Backend.POSTGRESQL:
+            own = f"-c statement_timeout={int(statement_timeout_s * 1000)} -c timezone=UTC"
+            given = target.query.get("options", "")
+            options = f"{own} {given if isinstance(given, str) else ' '.join(given)}".strip()
+            return {
+                # a server that restarted, or a proxy that hung up, costs a retry and no error
+                "pool_pre_ping": True,
+                "connect_args": {"connect_timeout": connect_timeout_s, "options": options},
+            }
+        case _:
+            assert_never(backend)
+
+
+def create_reading_engine(path: Path, *, view: str | None = None) -> Engine:
+    """An Engine that cannot alter the SQLite file, whoever made it.
+
+    Args:
+        path: The file.
+        view: A ``CREATE TEMP VIEW`` that each connection runs for itself.
+
+    Raises:
+        StoreUnavailable: There is no such file.
+    """
+    if not path.is_file():
+        raise StoreUnavailable(f"{path}: there is no such file")
+    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    if not _can_open(uri):
+        # A file in WAL mode needs its -shm beside it, which a folder of another user refuses.
+        # Without a -wal there is nothing that an immutable look would miss.
+        if path.with_name(f"{path.name}-wal").exists() or not _can_open(f"{uri}&immutable=1"):
+            raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database")
+        uri += "&immutable=1"
+    engine = create_engine(
+        "sqlite://",
+        creator=lambda: sqlite3.connect(uri, uri=True, check_same_thread=False),
+        poolclass=QueuePool,
+        hide_parameters=True,
+    )
+
+    def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
+        _set_up(connection)
+        cursor = connection.cursor()
+        for name, value in _CONNECTION_PRAGMAS:
+            cursor.execute(f"PRAGMA {name} = {value}")
+        if view:
+            cursor.execute(view)
+        cursor.close()
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", _on_begin)
+    return engine
+
+
+def _can_open(uri: str) -> bool:
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_schema")
+    except sqlite3.DatabaseError:
+        return False
+    return True
+
+
+def check_host_engine(engine: Engine) -> None:
+    """Refuse a host's engine that the store cannot share.
+
+    Raises:
+        BadArgument: Not an Engine, or one whose pool hands one connection to several threads, or
+            each thread a database of its own.
+        UnsupportedDatabase: Another database or driver.
+    """
+    if not isinstance(engine, Engine):
+        raise BadArgument("engine: give an sqlalchemy Engine")
+    parse_url(engine.url)
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool):
+        raise BadArgument(
+            "engine: its pool cannot be shared with the writer's thread; for SQLite in memory use "
+            "Store('sqlite://') and its engine"
+        )
+
+
+class _Optioned(Protocol):
+    def execution_options(self, **options: Any) -> Self: ...
+
+
+_E = TypeVar("_E", bound=_Optioned)
+
+
+def writing(engine: _E) -> _E:
+    """The same engine and pool, whose SQLite transactions take the write lock at BEGIN.
+
+    A transaction that starts reading and then writes can fail half-way when another writer came
+    between; one that starts IMMEDIATE waits its turn instead.
+    """
+    return engine.execution_options(**{_BEGIN: "IMMEDIATE"})
+
+
+def ensure_begun(connection: Connection) -> None:
+    """Begin an SQLite transaction before a SAVEPOINT, on a host's engine too.
+
+    Python's driver does not by itself: the SAVEPOINT would then be the transaction, and its
+    RELEASE the commit.
+    """
+    if backend_of(connection) is Backend.SQLITE:
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@contextmanager
+def disposing(engine: Engine) -> Iterator[Engine]:
+    """The engine, disposed in the end."""
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _listen(engine: Engine) -> None:
+    if engine.dialect.name == Backend.SQLITE:
+        event.listen(engine, "do_connect", _before_connect)
+        event.listen(engine, "connect", _on_connect)
+        event.listen(engine, "begin", _on_begin)
+
+
+def _before_connect(
+    dialect: Dialect,  # noqa: ARG001
+    record: ConnectionPoolEntry,  # noqa: ARG001
+    arguments: list[Any],
+    options: dict[str, Any],
+) -> None:
+    """Make the file's directory."""
+    path = arguments[0]
+    if path == ":memory:" or options.get("uri"):
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"url: the directory {Path(path).parent} cannot be made ({error.strerror}); "
+            "give a path where this user may write"
+        ) from error
+
+
+def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
+    _set_up(connection)
+    cursor = connection.cursor()
+    try:
+        for name, value in _CONNECTION_PRAGMAS:
+            cursor.execute(f"PRAGMA {name} = {value}")
+        cursor.execute("PRAGMA page_count")
+        fresh = cursor.fetchall() == [(0,)]
+        if fresh:
+            for name, value in _FRESH_FILE_PRAGMAS:
+                cursor.execute(f"PRAGMA {name} = {value}")
+        # A file of somebody else's stays as it is, down to its header, until it is adopted.
+        if fresh or _is_ours(cursor):
+            # Locked: another connection is switching, and the mode is the file's, not ours.
+            # Read-only: then there is nothing to switch for.
+            with suppress(sqlite3.OperationalError):
+                cursor.execute("PRAGMA journal_mode = WAL")
+                cursor.fetchall()
+    finally:
+        cursor.close()
+
+
+def _set_up(connection: Any) -> None:
+    # The driver's own BEGIN is off: it comes too late for SELECTs and not at all for SAVEPOINT.
+    connection.isolation_level = None
+    driver = getattr(connection, "driver_connection", connection)
+    driver.text_factory = _decoded
+
+
+def _decoded(raw: bytes) -> str:
+    return raw.decode(errors="replace")
+
+
+def _is_ours(cursor: Any) -> bool:
+    cursor.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", (VERSION_TABLE,))
+    return cursor.fetchone() is not None
+
+
+def _on_begin(connection: Connection) -> None:
+    mode = connection.get_execution_options().get(_BEGIN, "DEFERRED")
+    connection.exec_driver_sql(f"BEGIN {mode}")

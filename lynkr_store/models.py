@@ -1,0 +1,125 @@
+"""The declarative tables.
+
+Columns keep the gateway's names and physical order; what each means is said at
+`lynkr_store.schemas.RoutingEvent`. Indexes keep the gateway's names, which do not begin with the
+table's: the gateway would make them again under these.
+"""
+
+from typing import Final
+
+from sqlalchemy import BigInteger, Identity, Index, Integer, MetaData, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from lynkr_store.columns import (
+    Count,
+    Dollars,
+    Instant,
+    JsonText,
+    Latency,
+    Milliseconds,
+    Score,
+    TokenCount,
+    Words,
+    YesNo,
+)
+
+_RowId = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class Base(DeclarativeBase):
+    """The base of the store's tables; its metadata can stand in a host's Alembic environment."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class RoutingTelemetry(Base):
+    """One row for each routed request."""
+
+    __tablename__ = "routing_telemetry"
+
+    id: Mapped[int] = mapped_column(_RowId, Identity(), primary_key=True)
+    request_id: Mapped[Words]
+    session_id: Mapped[Words | None]
+    timestamp: Mapped[Instant]
+    complexity_score: Mapped[Score | None]
+    tier: Mapped[Words | None]
+    agentic_type: Mapped[Words | None]
+    tool_count: Mapped[Count | None]
+    input_tokens: Mapped[TokenCount | None]
+    message_count: Mapped[Count | None]
+    request_type: Mapped[Words | None]
+    provider: Mapped[Words]
+    model: Mapped[Words | None]
+    routing_method: Mapped[Words | None]
+    was_fallback: Mapped[YesNo | None] = mapped_column(server_default=text("0"))
+    output_tokens: Mapped[TokenCount | None]
+    latency_ms: Mapped[Latency | None]
+    status_code: Mapped[Count | None]
+    error_type: Mapped[Words | None]
+    cost_usd: Mapped[Dollars | None]
+    tool_calls_made: Mapped[Count | None]
+    retry_count: Mapped[Count | None] = mapped_column(server_default=text("0"))
+    circuit_breaker_state: Mapped[Words | None]
+    quality_score: Mapped[Score | None]
+    tokens_per_second: Mapped[Score | None]
+    cost_efficiency: Mapped[Score | None]
+    request_text: Mapped[Words | None]
+    response_text: Mapped[Words | None]
+    base_tier: Mapped[Words | None]
+    escalation_source: Mapped[Words | None]
+    propensity: Mapped[Score | None]
+    candidates: Mapped[JsonText | None]
+    pinned: Mapped[YesNo | None] = mapped_column(server_default=text("0"))
+    switch_reason: Mapped[Words | None]
+    cache_decision: Mapped[JsonText | None]
+    cache_read_tokens: Mapped[TokenCount | None]
+    cache_creation_tokens: Mapped[TokenCount | None]
+    trace_id: Mapped[Words | None]
+    attempt_index: Mapped[Count | None]
+    requested_model: Mapped[Words | None]
+    ttft_ms: Mapped[Milliseconds | None]
+    stream: Mapped[YesNo | None]
+    cache_tokens_included: Mapped[YesNo | None]
+    reasoning_tokens: Mapped[TokenCount | None]
+    finish_reason: Mapped[Words | None]
+    attributes: Mapped[JsonText | None]
+
+    __table_args__ = (
+        # the gateway's four; its own pages filter by each
+        Index("idx_telemetry_provider", "provider"),
+        Index("idx_telemetry_tier", "tier"),
+        Index("idx_telemetry_timestamp", "timestamp"),  # every window, and the newest rows first
+        Index("idx_telemetry_session_id", "session_id", "timestamp"),  # one session in order
+        {"sqlite_autoincrement": True},
+    )
+
+
+class SavingsEvent(Base):
+    """Tokens that compression or a cache saved, as the gateway notes them."""
+
+    __tablename__ = "savings_events"
+
+    id: Mapped[int] = mapped_column(_RowId, Identity(), primary_key=True)
+    timestamp: Mapped[Instant]
+    category: Mapped[Words]
+    tokens_saved: Mapped[TokenCount]
+
+    __table_args__ = (
+        Index("idx_savings_timestamp", "timestamp"),  # a summary since an instant
+        {"sqlite_autoincrement": True},
+    )
+
+
+TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
+
+INDEXES: Final = tuple(index for table in Base.metadata.sorted_tables for index in table.indexes)
+"""Every index the store uses: revisions build them on empty tables, ``maintain()`` on tables with
+rows. One that is missing slows answers and changes none."""
