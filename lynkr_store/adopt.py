@@ -1,0 +1,317 @@
+"""Recognises a telemetry.db that the gateway made itself, and remembers what was there.
+
+The shapes are the gateway's history from 26 to 37 columns. It adds columns one by one, outside a
+transaction, so any subset of the later ones can occur. The text of its CREATE statements differs
+from version to version; what counts is what SQLite says of the table.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, assert_never
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    MetaData,
+    Table,
+    Text,
+    insert,
+    inspect,
+    select,
+)
+
+from lynkr_store.backend import VERSION_TABLE, Backend
+from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
+
+
+class _Shape(NamedTuple):
+    """A column as ``PRAGMA table_xinfo`` tells it."""
+
+    type: str
+    not_null: bool = False
+    default: str | None = None
+    key: int = 0
+
+
+_KEY: Final = _Shape("INTEGER", key=1)
+_TEXT: Final = _Shape("TEXT")
+_INTEGER: Final = _Shape("INTEGER")
+_REAL: Final = _Shape("REAL")
+_FLAG: Final = _Shape("INTEGER", default="0")
+_NEEDED_TEXT: Final = _Shape("TEXT", not_null=True)
+_NEEDED_INTEGER: Final = _Shape("INTEGER", not_null=True)
+
+_TELEMETRY: Final = "routing_telemetry"
+_SAVINGS: Final = "savings_events"
+
+_CORE: Final[Mapping[str, _Shape]] = {
+    "id": _KEY,
+    "request_id": _NEEDED_TEXT,
+    "session_id": _TEXT,
+    "timestamp": _NEEDED_INTEGER,
+    "complexity_score": _REAL,
+    "tier": _TEXT,
+    "agentic_type": _TEXT,
+    "tool_count": _INTEGER,
+    "input_tokens": _INTEGER,
+    "message_count": _INTEGER,
+    "request_type": _TEXT,
+    "provider": _NEEDED_TEXT,
+    "model": _TEXT,
+    "routing_method": _TEXT,
+    "was_fallback": _FLAG,
+    "output_tokens": _INTEGER,
+    "latency_ms": _INTEGER,
+    "status_code": _INTEGER,
+    "error_type": _TEXT,
+    "cost_usd": _REAL,
+    "tool_calls_made": _INTEGER,
+    "retry_count": _FLAG,
+    "circuit_breaker_state": _TEXT,
+    "quality_score": _REAL,
+    "tokens_per_second": _REAL,
+    "cost_efficiency": _REAL,
+}
+# Columns that revisions after the baseline add, by revision; those of 0005 are the store's own,
+# and a file that has one of them all the same must have it in that shape.
+_ADDED: Final[Mapping[str, Mapping[str, _Shape]]] = {
+    "0002": {"request_text": _TEXT, "response_text": _TEXT},
+    "0003": {
+        "base_tier": _TEXT,
+        "escalation_source": _TEXT,
+        "propensity": _REAL,
+        "candidates": _TEXT,
+        "pinned": _FLAG,
+        "switch_reason": _TEXT,
+        "cache_decision": _TEXT,
+        "cache_read_tokens": _INTEGER,
+        "cache_creation_tokens": _INTEGER,
+    },
+    "0005": {
+        "trace_id": _TEXT,
+        "attempt_index": _INTEGER,
+        "requested_model": _TEXT,
+        "ttft_ms": _REAL,
+        "stream": _INTEGER,
+        "cache_tokens_included": _INTEGER,
+        "reasoning_tokens": _INTEGER,
+        "finish_reason": _TEXT,
+        "attributes": _TEXT,
+    },
+}
+_SAVINGS_COLUMNS: Final[Mapping[str, _Shape]] = {
+    "id": _KEY,
+    "timestamp": _NEEDED_INTEGER,
+    "category": _NEEDED_TEXT,
+    "tokens_saved": _NEEDED_INTEGER,
+}
+_INDEXES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "idx_telemetry_provider": (_TELEMETRY, ("provider",)),
+    "idx_telemetry_tier": (_TELEMETRY, ("tier",)),
+    "idx_telemetry_timestamp": (_TELEMETRY, ("timestamp",)),
+    "idx_telemetry_session_id": (_TELEMETRY, ("session_id", "timestamp")),
+    "idx_savings_timestamp": (_SAVINGS, ("timestamp",)),
+}
+_INDEX_PREFIXES: Final = ("idx_telemetry_", "idx_savings_timestamp")
+
+# What is no part of SQL's own words: comments, then quoted names and texts.
+_NOT_WORDS: Final = re.compile(
+    r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]", re.DOTALL
+)
+_GENERATED: Final = (2, 3)  # table_xinfo's "hidden": a virtual or stored generated column
+
+_ADOPTION: Final = Table(
+    "lynkr_store_adoption",
+    MetaData(),
+    Column("revision", Text, nullable=False),
+    Column("adopted_at", BigInteger, nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A gateway's database.
+
+    Attributes:
+        floor: The revision below which a downgrade would destroy what was there.
+    """
+
+    floor: str
+
+
+def examine(connection: Connection) -> Found | None:
+    """Say whose tables are in an unversioned database, without changing anything.
+
+    Returns:
+        What the gateway made, or None where nothing stands in the way of making the tables.
+
+    Raises:
+        AdoptionRefused: There is something of these names that the gateway did not make.
+    """
+    backend = Backend(connection.dialect.name)
+    match backend:
+        case Backend.SQLITE:
+            return _examine_sqlite(connection)
+        case Backend.POSTGRESQL:
+            _examine_postgresql(connection)
+            return None
+        case _:
+            assert_never(backend)
+
+
+def note_adoption(connection: Connection, found: Found, now_ms: int) -> None:
+    """Write down what was there, for downgrades to stop at."""
+    _ADOPTION.create(connection)
+    connection.execute(insert(_ADOPTION).values(revision=found.floor, adopted_at=now_ms))
+
+
+def adopted_revision(connection: Connection) -> str | None:
+    """The revision whose objects were there when the database was adopted, if it was."""
+    if not inspect(connection).has_table(_ADOPTION.name):
+        return None
+    return connection.scalar(select(_ADOPTION.c.revision))
+
+
+def refuse_below_adopted(connection: Connection, revision: str) -> None:
+    """Refuse to undo a revision whose objects the gateway had made before we came.
+
+    Raises:
+        DowngradeRefused: They were there at adoption.
+    """
+    floor = adopted_revision(connection)
+    if floor is not None and revision <= floor:
+        raise DowngradeRefused(
+            f"this database was adopted at revision {floor}, and a downgrade below would destroy "
+            f"what the gateway made; nothing was changed. Downgrade to {floor} instead"
+        )
+
+
+def _examine_postgresql(connection: Connection) -> None:
+    """The gateway never made a PostgreSQL database, so whatever has our names is foreign."""
+    inspector = inspect(connection)
+    for table in (_TELEMETRY, _SAVINGS):
+        if inspector.has_table(table):
+            raise AdoptionRefused(
+                f"{table} is there without {VERSION_TABLE}, and the gateway makes SQLite files only"
+            )
+    for (_, table), indexes in inspector.get_multi_indexes().items():
+        for index in indexes:
+            if index["name"] in _INDEXES:
+                raise AdoptionRefused(f"the index {index['name']} sits on {table}")
+
+
+def _examine_sqlite(connection: Connection) -> Found | None:
+    tables, indexes = _named_like_ours(connection)
+    if _TELEMETRY not in tables:
+        if _SAVINGS in tables:
+            raise AdoptionRefused(f"{_SAVINGS} exists without {_TELEMETRY}")
+        return None
+    known = {**_CORE, **{name: shape for added in _ADDED.values() for name, shape in added.items()}}
+    columns = _check_columns(connection, _TELEMETRY, _CORE, known)
+    _check_table(connection, _TELEMETRY, tables[_TELEMETRY])
+    if _SAVINGS in tables:
+        _check_columns(connection, _SAVINGS, _SAVINGS_COLUMNS, _SAVINGS_COLUMNS)
+        _check_table(connection, _SAVINGS, tables[_SAVINGS])
+    for name in indexes & _INDEXES.keys():
+        _check_index(connection, name, *_INDEXES[name])
+
+    there = {revision for revision, added in _ADDED.items() if columns & added.keys()}
+    if _SAVINGS in tables:
+        there.add("0004")
+    return Found(floor=max(there, default="0001"))
+
+
+def _named_like_ours(connection: Connection) -> tuple[dict[str, str], set[str]]:
+    """The tables of our names, with their SQL, and the indexes; refuse what only sounds alike."""
+    tables: dict[str, str] = {}
+    indexes: set[str] = set()
+    for kind, name, table, sql in connection.exec_driver_sql(
+        "SELECT type, name, tbl_name, sql FROM main.sqlite_schema WHERE type <> 'trigger'"
+    ):
+        if name.lower() in (_TELEMETRY, _SAVINGS):
+            if kind != "table":
+                raise AdoptionRefused(f"{name} is not a table, but of the kind {kind}")
+            if name != name.lower():
+                raise AdoptionRefused(f"the table {name} is spelled in another way")
+            tables[name] = sql
+        elif kind == "index" and name.startswith(_INDEX_PREFIXES):
+            if table != (_SAVINGS if name.startswith(_INDEX_PREFIXES[1]) else _TELEMETRY):
+                raise AdoptionRefused(f"the index {name} sits on {table}")
+            indexes.add(name)
+    return tables, indexes
+
+
+def _check_columns(
+    connection: Connection, table: str, needed: Mapping[str, _Shape], known: Mapping[str, _Shape]
+) -> frozenset[str]:
+    """Compare the columns with the gateway's; return the names of those that are there."""
+    there = {
+        column["name"]: column
+        for column in connection.exec_driver_sql(f"PRAGMA main.table_xinfo({table})").mappings()
+    }
+    spelled = {name.lower(): name for name in there}
+    for name in needed:
+        if name not in there:
+            found = f"is spelled {spelled[name]}" if name in spelled else "is missing"
+            raise AdoptionRefused(f"{table}.{name} {found}")
+    for name, column in there.items():
+        _check_column(f"{table}.{name}", column, known.get(name), known.get(name.lower()))
+    return frozenset(there)
+
+
+def _check_table(connection: Connection, table: str, sql: str) -> None:
+    """Compare what is not said of its columns one by one."""
+    kind, without_rowid, strict = connection.exec_driver_sql(
+        "SELECT type, wr, strict FROM pragma_table_list WHERE schema = 'main' AND name = ?",
+        (table,),
+    ).one()
+    if kind != "table" or without_rowid or strict:
+        raise AdoptionRefused(f"{table} is virtual, STRICT or WITHOUT ROWID")
+    words = set(re.findall(r"\w+", _NOT_WORDS.sub(" ", sql).upper()))
+    if "AUTOINCREMENT" not in words:
+        raise AdoptionRefused(f"{table}.id is no AUTOINCREMENT key")
+    for word in ("CHECK", "COLLATE"):
+        if word in words:
+            raise AdoptionRefused(f"{table} has a {word} of its own")
+    if connection.exec_driver_sql(f"PRAGMA main.foreign_key_list({table})").first():
+        raise AdoptionRefused(f"{table} has a foreign key")
+    for index in connection.exec_driver_sql(f"PRAGMA main.index_list({table})").mappings():
+        if index["unique"]:
+            raise AdoptionRefused(f"{table} has a unique index, {index['name']}")
+
+
+def _check_column(
+    name: str,
+    column: Any,
+    shape: _Shape | None,
+    other_case: _Shape | None,
+) -> None:
+    if column["hidden"] in _GENERATED:
+        raise AdoptionRefused(f"{name} is a generated column")
+    found = _Shape(
+        column["type"].upper(), bool(column["notnull"]), column["dflt_value"], column["pk"]
+    )
+    if shape is None:
+        if other_case is not None:
+            raise AdoptionRefused(f"{name} is spelled in another way than the gateway does")
+        if found.not_null and found.default is None:
+            raise AdoptionRefused(f"{name} is NOT NULL without a default, and not the gateway's")
+        if found.key:
+            raise AdoptionRefused(f"{name} is part of the primary key")
+        return
+    if shape.key:
+        found = found._replace(not_null=False)  # an INTEGER PRIMARY KEY may say so or not
+    for what, is_, should in zip(("type", "NOT NULL", "default", "key"), found, shape, strict=True):
+        if is_ != should:
+            raise AdoptionRefused(f"{name}: its {what} is {is_!r} and should be {should!r}")
+
+
+def _check_index(connection: Connection, name: str, table: str, indexed: tuple[str, ...]) -> None:
+    listed = connection.exec_driver_sql(f"PRAGMA main.index_list({table})").mappings()
+    partial = any(index["name"] == name and index["partial"] for index in listed)
+    parts = connection.exec_driver_sql(f"PRAGMA main.index_xinfo({name})").mappings()
+    keys = [(part["name"], part["desc"], part["coll"]) for part in parts if part["key"]]
+    if partial or keys != [(column, 0, "BINARY") for column in indexed]:
+        raise AdoptionRefused(f"the index {name} is not on ({', '.join(indexed)}) alone")

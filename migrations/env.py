@@ -1,0 +1,45 @@
+"""Alembic's environment: which database, one transaction, which objects are ours.
+
+It leaves logging alone, and takes a connection from ``config.attributes["connection"]`` where the
+library itself runs the upgrade.
+"""
+
+import os
+
+from alembic import context
+from sqlalchemy import Connection
+
+from lynkr_store import migrate
+from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url, writing
+
+config = context.config
+
+
+def _url() -> str:
+    given = context.get_x_argument(as_dictionary=True).get("url")
+    return (
+        given or os.environ.get("LYNKR_STORE_URL") or config.get_main_option("sqlalchemy.url", "")
+    )
+
+
+def _write_script() -> None:
+    dialect = parse_url(_url()).get_backend_name()
+    context.configure(dialect_name=dialect, literal_binds=True, **migrate.options())
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _migrate(connection: Connection) -> None:
+    context.configure(connection=connection, **migrate.options())
+    with context.begin_transaction():
+        ensure_begun(connection)
+        context.run_migrations()
+
+
+if context.is_offline_mode():
+    _write_script()
+elif (connection := config.attributes.get("connection")) is not None:
+    _migrate(connection)
+else:
+    with disposing(create_store_engine(_url())) as engine, writing(engine).connect() as connection:
+        _migrate(connection)

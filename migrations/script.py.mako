@@ -1,0 +1,23 @@
+"""${message}.
+
+Why:   Backfill:   Locks:   Older code:   Undo:
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from lynkr_store import ddl
+
+revision = ${repr(up_revision)}
+down_revision = ${repr(down_revision)}
+branch_labels = ${repr(branch_labels)}
+depends_on = ${repr(depends_on)}
+
+
+def upgrade() -> None:
+    ${upgrades if upgrades else "pass"}
+
+
+def downgrade() -> None:
+    ddl.keep_adopted(revision)
+    ${downgrades if downgrades else "pass"}

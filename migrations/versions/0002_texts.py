@@ -1,0 +1,30 @@
+"""Add request_text and response_text to routing_telemetry.
+
+Why: what was asked and answered, for judging routes afterwards.  Backfill: none; NULL means not
+captured.  Locks: SQLite, one short write; PostgreSQL, ACCESS EXCLUSIVE for a catalogue change.
+Older code: keeps working, it names its columns.  Undo: downgrade drops both columns and their
+values, unless the gateway had made them.
+"""
+
+import sqlalchemy as sa
+
+from lynkr_store import ddl
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+_text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
+def upgrade() -> None:
+    ddl.add_columns(
+        "routing_telemetry",
+        [sa.Column("request_text", _text), sa.Column("response_text", _text)],
+    )
+
+
+def downgrade() -> None:
+    ddl.keep_adopted(revision)
+    ddl.drop_columns("routing_telemetry", ["response_text", "request_text"])
