@@ -1,0 +1,187 @@
+"""A bounded cache with a time to live, and the decorator that uses one.
+
+Built on `cachetools`, to which this adds one flight per key: while an answer is being computed,
+whoever asks the same waits for it, in threads and in asyncio alike.
+"""
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from concurrent.futures import Future
+from functools import wraps
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
+
+import cachetools
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_MISSING: Final = object()
+
+
+class TTLCache:
+    """Answers by the question asked, each kept for a time. Shared between threads and loops.
+
+    Values are given to every caller alike, so they must be immutable. Failures are not kept; None
+    is. Whoever waits for a computation that fails gets its failure.
+
+    Args:
+        ttl_s: Seconds an answer is kept, from its computation's end; 0 switches the cache off.
+        max_entries: Answers kept; the least recently used go first.
+        timer: A monotonic clock in seconds.
+
+    Raises:
+        ValueError: ``ttl_s`` is negative or NaN.
+    """
+
+    def __init__(
+        self,
+        ttl_s: float,
+        max_entries: int = 256,
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not ttl_s >= 0:
+            raise ValueError("ttl_s: give seconds, 0 or more; 0 switches the cache off")
+        self._off = ttl_s == 0
+        self._answers: cachetools.TTLCache[Hashable, Any] = cachetools.TTLCache(
+            max_entries, ttl_s, timer
+        )
+        self._lock = threading.Lock()
+        self._flights: dict[Hashable, Any] = {}  # key to _Flight, or loop and key to task
+
+    def __len__(self) -> int:
+        """How many answers are kept now."""
+        with self._lock:
+            self._answers.expire()
+            return len(self._answers)
+
+    def clear(self) -> None:
+        """Forget every answer, those under way included: nobody new waits for them."""
+        with self._lock:
+            self._answers.clear()
+            self._flights.clear()
+
+    def get_or_compute(self, key: Hashable, compute: Callable[[], _T]) -> _T:
+        """The kept answer, or the one computed now, by this thread or one that is at it."""
+        if self._off:
+            return compute()
+        with self._lock:
+            answer = self._answers.get(key, _MISSING)
+            if answer is not _MISSING:
+                return cast("_T", answer)
+            flight: _Flight | None = self._flights.get(key)
+            leads = flight is None
+            if flight is None:
+                flight = self._flights[key] = _Flight(threading.get_ident())
+        if leads:
+            return self._lead(key, flight, compute)
+        if flight.leader == threading.get_ident():
+            return compute()  # asked again while computing: waiting would be for oneself
+        return cast("_T", flight.result())
+
+    async def get_or_await(self, key: Hashable, compute: Callable[[], Awaitable[_T]]) -> _T:
+        """The kept answer, or the one computed now, by this task or one that is at it.
+
+        A caller that is cancelled leaves the computation to the others.
+        """
+        if self._off:
+            return await compute()
+        # a future belongs to its loop: each has flights of its own
+        place = (asyncio.get_running_loop(), key)
+        with self._lock:
+            answer = self._answers.get(key, _MISSING)
+            if answer is not _MISSING:
+                return cast("_T", answer)
+            task = self._flights.get(place)
+            if task is None:
+                task = asyncio.ensure_future(self._fly(key, place, compute))
+                task.add_done_callback(_look_at)
+                self._flights[place] = task
+        if task is asyncio.current_task():
+            return await compute()  # asked again while computing: waiting would be for oneself
+        return cast("_T", await asyncio.shield(task))
+
+    def _lead(self, key: Hashable, flight: "_Flight", compute: Callable[[], _T]) -> _T:
+        try:
+            answer = compute()
+        except BaseException as error:
+            self._land(key, key, flight)
+            flight.set_exception(error)
+            raise
+        self._land(key, key, flight, answer)
+        flight.set_result(answer)
+        return answer
+
+    async def _fly(
+        self, key: Hashable, place: Hashable, compute: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        answer: Any = _MISSING
+        try:
+            answer = await compute()
+        finally:
+            self._land(key, place, asyncio.current_task(), answer)
+        return cast("_T", answer)
+
+    def _land(self, key: Hashable, place: Hashable, flight: object, answer: Any = _MISSING) -> None:
+        """End a flight, and keep its answer unless `clear` came between."""
+        with self._lock:
+            if self._flights.get(place) is flight:
+                del self._flights[place]
+                if answer is not _MISSING:
+                    self._answers[key] = answer
+
+
+class _Flight(Future[Any]):
+    """A computation under way, and the thread that is at it."""
+
+    def __init__(self, leader: int) -> None:
+        super().__init__()
+        self.leader = leader
+
+
+def _look_at(task: asyncio.Future[Any]) -> None:
+    """See a failure that every caller was cancelled before seeing; asyncio would complain."""
+    if not task.cancelled():
+        task.exception()
+
+
+class _Caching(Protocol):
+    _cache: TTLCache
+
+
+_S = TypeVar("_S", bound=_Caching)
+
+
+def cached(
+    question: Callable[_P, Hashable],
+) -> Callable[[Callable[Concatenate[_S, _P], _T]], Callable[Concatenate[_S, _P], _T]]:
+    """Answer a method, plain or ``async``, from its object's ``_cache``.
+
+    Args:
+        question: Takes the method's arguments and returns what is asked, as a key. A default
+            that moves with time, such as the last 24 hours, is one question.
+    """
+
+    def decorate(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
+        name = method.__qualname__
+
+        @wraps(method)
+        def answer(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+            key = (name, question(*args, **kwargs))
+            return self._cache.get_or_compute(key, lambda: method(self, *args, **kwargs))
+
+        @wraps(method)
+        async def answer_later(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+            key = (name, question(*args, **kwargs))
+            return await self._cache.get_or_await(
+                key, lambda: cast("Awaitable[Any]", method(self, *args, **kwargs))
+            )
+
+        return cast(
+            "Callable[Concatenate[_S, _P], _T]",
+            answer_later if inspect.iscoroutinefunction(method) else answer,
+        )
+
+    return decorate

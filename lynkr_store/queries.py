@@ -1,0 +1,178 @@
+"""Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Delete,
+    Insert,
+    Select,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+)
+from sqlalchemy.types import NullType
+
+from lynkr_store.domains import COUNT, DOLLARS, INSTANT_MAX_MS, INSTANT_MIN_MS, MILLISECONDS, SCORE
+from lynkr_store.filters import RoutingFilter
+from lynkr_store.functions import exact_sum, measured
+from lynkr_store.models import TELEMETRY
+from lynkr_store.schemas import Cursor, RoutingRow, RoutingRowBrief
+
+_t: Final = TELEMETRY.c
+
+_SEVERAL: Final = (
+    "provider",
+    "tier",
+    "model",
+    "session_id",
+    "request_id",
+    "request_type",
+    "routing_method",
+    "status_code",
+)
+_BOUNDED: Final = {
+    "latency_ms": MILLISECONDS,
+    "cost_usd": DOLLARS,
+    "quality_score": SCORE,
+    "input_tokens": COUNT,
+    "output_tokens": COUNT,
+}
+
+_HIGH_TIERS: Final = ("REASONING", "COMPLEX")
+_HIGH_QUALITY: Final = 80  # the gateway's thresholds
+_FEW_TOKENS: Final = 50
+_LOW_QUALITY: Final = 45
+
+
+def insert_rows() -> Insert:
+    """Insert rows given as one mapping each, of every column but ``id``."""
+    return insert(TELEMETRY)
+
+
+def rows(
+    criteria: RoutingFilter,
+    since_ms: int | None,
+    until_ms: int | None,
+    *,
+    limit: int,
+    before: Cursor | None,
+    include_text: bool,
+) -> Select[*tuple[Any, ...]]:
+    """Rows by ``(timestamp, id)`` descending, those after the cursor in this order."""
+    model = RoutingRow if include_text else RoutingRowBrief
+    statement = select(*(column for column in _t if column.name in model.model_fields))
+    statement = statement.where(*_matching(criteria))
+    if since_ms is not None:
+        statement = statement.where(_t.timestamp >= since_ms)
+    if until_ms is not None:
+        statement = statement.where(_t.timestamp < until_ms)
+    if before is not None:
+        place = literal(before.timestamp, _raw_type(before)), literal(before.id, BigInteger)
+        statement = statement.where(tuple_(_t.timestamp, _t.id) < tuple_(*place))
+    return statement.order_by(_t.timestamp.desc(), _t.id.desc()).limit(limit)
+
+
+def routing_stats(since_ms: int, until_ms: int) -> Select[*tuple[Any, ...]]:
+    """One row for each provider and tier: requests, errors, sums of latency, quality and cost."""
+    return _over(
+        since_ms,
+        until_ms,
+        _t.provider,
+        _t.tier,
+        *_judged(),
+        func.count(_t.error_type).label("errors"),
+        *exact_sum("latency", _t.latency_ms, MILLISECONDS),
+        *exact_sum("quality", _t.quality_score, SCORE),
+        *exact_sum("cost", _t.cost_usd, DOLLARS),
+    ).group_by(_t.provider, _t.tier)
+
+
+def provider_stats(provider: str, since_ms: int, until_ms: int) -> Select[*tuple[Any, ...]]:
+    """One row with the provider's requests, errors, fallbacks and sums; of 0 requests if none."""
+    return _over(
+        since_ms,
+        until_ms,
+        func.count().label("requests"),
+        func.count(_t.error_type).label("errors"),
+        func.count(case((_flag("was_fallback", value=True), 1))).label("fallbacks"),
+        *exact_sum("latency", _t.latency_ms, MILLISECONDS),
+        *exact_sum("quality", _t.quality_score, SCORE),
+        *exact_sum("output_tokens", _t.output_tokens, COUNT),
+        *exact_sum("speed", _t.tokens_per_second, SCORE),
+        *exact_sum("cost", _t.cost_usd, DOLLARS),
+    ).where(*_matching(RoutingFilter(provider=provider)))
+
+
+def routing_accuracy(since_ms: int, until_ms: int) -> Select[*tuple[Any, ...]]:
+    """One row: requests, and how many were over- and under-provisioned."""
+    return _over(since_ms, until_ms, *_judged())
+
+
+def delete_older(cutoff_ms: int, limit: int) -> Delete:
+    """Delete up to ``limit`` of the rows before the cutoff, the oldest first."""
+    oldest = (
+        select(_t.id).where(_t.timestamp < cutoff_ms).order_by(_t.timestamp, _t.id).limit(limit)
+    )
+    return delete(TELEMETRY).where(_t.id.in_(oldest))
+
+
+def oldest_timestamp() -> Select[*tuple[Any, ...]]:
+    """The least stored timestamp."""
+    return select(func.min(_t.timestamp))
+
+
+def _over(since_ms: int, until_ms: int, *columns: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
+    """The columns over a window. A row whose instant is none lies in no window."""
+    return select(*columns).where(
+        _t.timestamp >= max(since_ms, INSTANT_MIN_MS), _t.timestamp < min(until_ms, INSTANT_MAX_MS)
+    )
+
+
+def _judged() -> tuple[ColumnElement[Any], ...]:
+    quality = measured(_t.quality_score, SCORE)
+    over = and_(
+        quality > literal(_HIGH_QUALITY),
+        measured(_t.output_tokens, COUNT) < literal(_FEW_TOKENS),
+        _t.tier.in_(_HIGH_TIERS),
+    )
+    under = and_(quality < literal(_LOW_QUALITY), _t.tier == "SIMPLE")
+    return (
+        func.count().label("requests"),
+        func.count(case((over, 1))).label("over"),
+        func.count(case((under, 1))).label("under"),
+    )
+
+
+def _matching(criteria: RoutingFilter) -> Iterator[ColumnElement[bool]]:
+    for name in _SEVERAL:
+        values = getattr(criteria, name)
+        if values is not None:
+            yield _t[name] == values[0] if len(values) == 1 else _t[name].in_(values)
+    if criteria.has_error is not None:
+        yield _t.error_type.is_not(None) if criteria.has_error else _t.error_type.is_(None)
+    if criteria.was_fallback is not None:
+        yield _flag("was_fallback", value=criteria.was_fallback)
+    for name, domain in _BOUNDED.items():
+        value = measured(_t[name], domain)
+        low, high = getattr(criteria, f"min_{name}"), getattr(criteria, f"max_{name}")
+        if low is not None:
+            yield value >= literal(low)
+        if high is not None:
+            yield value <= literal(high)
+
+
+def _flag(name: str, *, value: bool) -> ColumnElement[bool]:
+    return _t[name] == literal(int(value), BigInteger)
+
+
+def _raw_type(cursor: Cursor) -> Any:
+    """A type that binds another writer's odd timestamp as it is."""
+    return BigInteger() if type(cursor.timestamp) is int else NullType()
