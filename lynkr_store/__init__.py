@@ -1,0 +1,72 @@
+"""The data layer for an LLM gateway's routing telemetry.
+
+One row for each routed request: which tier and provider was chosen and why, how long it took,
+what it cost, how good the answer was. Importing opens nothing, starts nothing, reads nothing.
+"""
+
+from lynkr_store.engine import create_store_engine, writing
+from lynkr_store.exceptions import (
+    AdoptionRefused,
+    BadArgument,
+    DowngradeRefused,
+    LynkrStoreError,
+    MissingDriver,
+    RowRejected,
+    SchemaAhead,
+    SchemaBehind,
+    SchemaError,
+    StoreClosed,
+    StoreUnavailable,
+    UnsupportedDatabase,
+)
+from lynkr_store.filters import RoutingFilter, Window
+from lynkr_store.models import Base, RoutingTelemetry, SavingsEvent
+from lynkr_store.repository import RoutingRepository
+from lynkr_store.schemas import (
+    Cursor,
+    Health,
+    MaintenanceReport,
+    ProviderStats,
+    RoutingAccuracy,
+    RoutingEvent,
+    RoutingRow,
+    RoutingRowBrief,
+    RoutingStats,
+)
+from lynkr_store.settings import StoreSettings
+from lynkr_store.store import AsyncStore, Store
+
+__all__ = [
+    "AdoptionRefused",
+    "AsyncStore",
+    "BadArgument",
+    "Base",
+    "Cursor",
+    "DowngradeRefused",
+    "Health",
+    "LynkrStoreError",
+    "MaintenanceReport",
+    "MissingDriver",
+    "ProviderStats",
+    "RoutingAccuracy",
+    "RoutingEvent",
+    "RoutingFilter",
+    "RoutingRepository",
+    "RoutingRow",
+    "RoutingRowBrief",
+    "RoutingStats",
+    "RoutingTelemetry",
+    "RowRejected",
+    "SavingsEvent",
+    "SchemaAhead",
+    "SchemaBehind",
+    "SchemaError",
+    "Store",
+    "StoreClosed",
+    "StoreSettings",
+    "StoreUnavailable",
+    "UnsupportedDatabase",
+    "Window",
+    "create_store_engine",
+    "writing",
+]

@@ -1,0 +1,233 @@
+"""One database: its engine, opened on first use; where batches go; how it is looked at."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final, assert_never
+
+from sqlalchemy import Connection, Engine, MetaData, func, inspect, null, select
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy.schema import CreateView
+
+from lynkr_store import migrate, queries
+from lynkr_store.backend import Backend
+from lynkr_store.engine import (
+    backend_of,
+    check_host_engine,
+    create_reading_engine,
+    create_store_engine,
+    disposing,
+    is_memory,
+    parse_url,
+    writing,
+)
+from lynkr_store.exceptions import BadArgument, SchemaBehind, StoreUnavailable
+from lynkr_store.ingest import Row
+from lynkr_store.models import TELEMETRY, Base
+from lynkr_store.repository import insert_isolating, translated
+from lynkr_store.schemas import Reading
+from lynkr_store.settings import StoreSettings
+
+_PROBE_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
+
+
+class Database:
+    """An engine and whether its schema was found to be this release's.
+
+    Args:
+        settings: The store's options.
+        engine: The host's own Engine, which is used and never disposed.
+        read_only: Alter nothing; a gateway's file is read as it is.
+
+    Attributes:
+        engine: For reading.
+        view: Read-only: columns of this release that the file lacks, read as NULL.
+    """
+
+    def __init__(
+        self, settings: StoreSettings, engine: Engine | None = None, *, read_only: bool = False
+    ) -> None:
+        self._owned = engine is None
+        self.read_only = read_only
+        self._opened = False
+        self._lock = threading.Lock()
+        self.view: tuple[str, ...] = ()
+        if engine is not None:
+            check_host_engine(engine)
+            if read_only:
+                raise BadArgument("read_only: give a url, not an engine")
+            self.engine = engine
+        elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
+            self.engine, self.view = _reading(settings.url)
+        else:
+            self.engine = create_store_engine(
+                settings.url,
+                connect_timeout_s=settings.connect_timeout_s,
+                statement_timeout_s=settings.statement_timeout_s,
+                echo=settings.echo,
+            )
+        self.backend = backend_of(self.engine)
+        upgrade = settings.upgrade_on_open
+        self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
+        self.writing = writing(self.engine)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether one connection is the whole database."""
+        return is_memory(self.engine.url)
+
+    def open(self) -> None:
+        """Make sure once that the schema is this release's; create, adopt or upgrade it if so set.
+
+        Raises:
+            StoreUnavailable: The database cannot be reached, or the file is none.
+            SchemaBehind: It must be upgraded first.
+            SchemaAhead: A newer release made it.
+            AdoptionRefused: Its tables are not the gateway's; nothing was changed.
+        """
+        if self._opened:
+            return
+        with self._lock:
+            if not self._opened:
+                with translated():
+                    self._check_schema()
+                self._opened = True
+
+    def _check_schema(self) -> None:
+        if self.read_only and self.backend is Backend.SQLITE:
+            return  # its view has what is missing
+        try:
+            with self.engine.connect() as connection:
+                migrate.require_head(connection)
+        except SchemaBehind:
+            if self.read_only or not self._upgrade:
+                raise
+            migrate.upgrade(self.engine)
+        except DatabaseError as error:
+            if not isinstance(error, OperationalError) and self.backend is Backend.SQLITE:
+                raise StoreUnavailable(
+                    f"url: {self.engine.url.database} is not an SQLite database; give another path"
+                ) from error
+            raise
+
+    def write(self, rows: Sequence[Row]) -> Mapping[str, int]:
+        """Store a batch in one transaction; see `lynkr_store.writer.Sink`."""
+        self.open()
+        with translated(), self.writing.begin() as connection:
+            return insert_isolating(connection, rows)
+
+    def dispose(self) -> None:
+        """Close the engine's connections, unless it is the host's."""
+        if self._owned:
+            self.engine.dispose()
+
+
+def _reading(url: str) -> tuple[Engine, tuple[str, ...]]:
+    """An engine that alters nothing, and the columns that its view supplies as NULL."""
+    target = parse_url(url)
+    if is_memory(target) or target.database is None:
+        raise BadArgument("url: an empty database in memory cannot be read; give a file")
+    path = Path(target.database)
+    with disposing(create_reading_engine(path)) as engine, translated():
+        with engine.connect() as connection:
+            inspector = inspect(connection)
+            if not inspector.has_table(TELEMETRY.name):
+                raise SchemaBehind(
+                    f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
+                    f"{migrate.UPGRADE_COMMAND} to make one"
+                )
+            there = {column["name"] for column in inspector.get_columns(TELEMETRY.name)}
+        missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)
+        view = str(_view(there).compile(engine)) if missing else None
+    return create_reading_engine(path, view=view), missing
+
+
+def _view(there: set[str]) -> CreateView:
+    """A temporary view that hides the table of the same name and has all columns."""
+    main = TELEMETRY.to_metadata(MetaData(), schema="main")
+    columns = (
+        main.c[column.name] if column.name in there else null().label(column.name)
+        for column in TELEMETRY.c
+    )
+    return CreateView(select(*columns), TELEMETRY.name, temporary=True)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the database showed."""
+
+    revision: str | None
+    database_bytes: int
+    reclaimable_bytes: int | None
+    oldest: datetime | None
+
+
+class Probe:
+    """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._lock = threading.Lock()
+        self._under_way: threading.Thread | None = None
+        self.look: Look | None = None
+        self.reachable = False
+        self.error: str | None = None
+        self.at: float | None = None
+        """When the last look ended, on the monotonic clock."""
+
+    def refresh(self) -> None:
+        """Look now; return when it is done, or after 40 ms with what the last look showed."""
+        with self._lock:
+            if self._under_way is None or not self._under_way.is_alive():
+                self._under_way = threading.Thread(
+                    target=self._run, name="lynkr-store-probe", daemon=True
+                )
+                self._under_way.start()
+            thread = self._under_way
+        thread.join(_PROBE_WAIT_S)
+
+    def _run(self) -> None:
+        try:
+            look, error = _look(self._database), None
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
+            look, error = None, f"{type(fault).__name__}: {fault}"
+            if isinstance(fault, DBAPIError):
+                error = f"{type(fault).__name__}: {str(fault.orig).partition(chr(10))[0]}"
+        self.look, self.error, self.reachable = look or self.look, error, error is None
+        self.at = time.monotonic()
+
+
+def _look(database: Database) -> Look:
+    engine = database.engine
+    if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
+        path = Path(engine.url.database)
+        if not path.exists():
+            raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
+    with engine.connect() as connection:
+        revision = migrate.current(connection)
+        there = inspect(connection).has_table(TELEMETRY.name)
+        oldest = connection.scalar(queries.oldest_timestamp()) if there else None
+        size, free = _sizes(connection)
+    return Look(revision, size, free, Reading().instant(oldest))
+
+
+def _sizes(connection: Connection) -> tuple[int, int | None]:
+    backend = backend_of(connection)
+    match backend:
+        case Backend.SQLITE:
+            page, pages, free = (
+                int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+                for name in ("page_size", "page_count", "freelist_count")
+            )
+            return page * pages, page * free
+        case Backend.POSTGRESQL:
+            sizes = (
+                func.coalesce(func.pg_total_relation_size(func.to_regclass(table)), 0)
+                for table in Base.metadata.tables
+            )
+            return sum(connection.execute(select(*sizes)).one()), None
+        case _:
+            assert_never(backend)

@@ -1,0 +1,113 @@
+"""What keeps a database in shape: missing indexes, retention. Nothing here runs unasked."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final, assert_never
+
+from sqlalchemy import Connection, Engine, Index, MetaData, String, column, func, select
+from sqlalchemy import table as sql_table
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import CreateIndex, DropIndex
+
+from lynkr_store import migrate
+from lynkr_store.backend import Backend
+from lynkr_store.engine import backend_of, writing
+from lynkr_store.models import INDEXES
+from lynkr_store.repository import RoutingRepository, translated
+
+_BATCH_ROWS: Final = 1_000  # a write of about 50 ms: other writers of the file wait no longer
+_PAUSE_S: Final = 0.002  # lets a waiting writer in between
+
+
+def delete_older(engine: Engine, older_than: timedelta, clock: Callable[[], int]) -> int:
+    """Delete the rows older than an age, in short transactions.
+
+    Returns:
+        How many were deleted.
+
+    Raises:
+        BadArgument: A negative age.
+        StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
+    """
+    total = 0
+    while True:
+        with translated(), Session(writing(engine)) as session, session.begin():
+            repository = RoutingRepository(session, clock=clock)
+            deleted = repository.delete_older(older_than, limit=_BATCH_ROWS)
+        total += deleted
+        if deleted < _BATCH_ROWS:
+            return total
+        time.sleep(_PAUSE_S)
+
+
+def build_missing_indexes(engine: Engine) -> tuple[str, ...]:
+    """Build the indexes that an upgrade left out because their table had rows.
+
+    On PostgreSQL concurrently: writers go on. One that an earlier attempt left invalid is built
+    anew. Safe to interrupt and call again.
+
+    Returns:
+        Their names.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached.
+    """
+    with translated():
+        backend = backend_of(engine)
+        match backend:
+            case Backend.SQLITE:
+                return _build_sqlite(engine)
+            case Backend.POSTGRESQL:
+                return _build_postgresql(engine)
+            case _:
+                assert_never(backend)
+
+
+def _build_sqlite(engine: Engine) -> tuple[str, ...]:
+    with engine.connect() as connection:
+        missing = migrate.missing_indexes(connection)
+    for name in missing:
+        with writing(engine).begin() as connection:  # each its own, to let other writers in
+            connection.execute(CreateIndex(_index(name), if_not_exists=True))
+    return tuple(missing)
+
+
+def _build_postgresql(engine: Engine) -> tuple[str, ...]:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        # building takes as long as it takes; the pool's next user has its timeout back
+        connection.exec_driver_sql("SET statement_timeout = 0")
+        try:
+            for name in _invalid_indexes(connection):
+                connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))
+            missing = migrate.missing_indexes(connection)
+            for name in missing:
+                connection.execute(CreateIndex(_index(name, concurrently=True), if_not_exists=True))
+        finally:
+            connection.exec_driver_sql("RESET statement_timeout")
+    return tuple(missing)
+
+
+def _invalid_indexes(connection: Connection) -> list[str]:
+    """Our indexes that a concurrent build left unfinished."""
+    indexes = sql_table("pg_index", column("indexrelid"), column("indisvalid"))
+    classes = sql_table("pg_class", column("oid"), column("relname", String))
+    statement = (
+        select(classes.c.relname)
+        .join_from(indexes, classes, classes.c.oid == indexes.c.indexrelid)
+        .where(
+            indexes.c.indisvalid.is_(False),
+            classes.c.relname.in_([index.name for index in INDEXES]),
+            func.pg_table_is_visible(classes.c.oid),
+        )
+    )
+    return list(connection.scalars(statement))
+
+
+def _index(name: str, *, concurrently: bool = False) -> Index:
+    """A copy of the model's index, which may be given options of its own."""
+    own = next(index for index in INDEXES if index.name == name)
+    assert own.table is not None  # noqa: S101 - every index of a model has one
+    copy = next(i for i in own.table.to_metadata(MetaData()).indexes if i.name == name)
+    copy.dialect_options["postgresql"]["concurrently"] = concurrently
+    return copy
