@@ -1,0 +1,53 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help demo test test-slow test-postgresql check format build clean
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Each stamp is an environment with what its name says; pyproject.toml is its only input.
+$(VENV)/demo.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp ## record a generated sample in an embedded database and show its statistics
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --cov --cov-report=term
+
+test-slow: $(VENV)/dev.stamp ## the tests that take longer
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k postgres
+
+check: $(VENV)/dev.stamp ## formatting, lint, types, directions of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(VENV)/dev.stamp ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+build: $(VENV)/dev.stamp ## build the wheel and upgrade an empty database with it, outside the checkout
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/python tests/support/try_wheel.py dist/*.whl
+
+clean: ## remove what was made
+	rm -rf $(VENV) dist build .lynkr .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

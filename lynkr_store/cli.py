@@ -1,0 +1,350 @@
+"""The ``lynkr-store`` command.
+
+Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached.
+Read commands alter nothing.
+"""
+
+import json
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum
+from itertools import pairwise
+from typing import Annotated, Any, Final, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lynkr_store import migrate, render
+from lynkr_store.engine import create_store_engine, disposing
+from lynkr_store.exceptions import LynkrStoreError, SchemaError, StoreUnavailable
+from lynkr_store.filters import RoutingFilter, Window
+from lynkr_store.repository import LOOK_BACK, epoch_ms_now, translated
+from lynkr_store.schemas import Cursor
+from lynkr_store.settings import StoreSettings
+from lynkr_store.store import Store
+
+_SLICES: Final = 48  # columns of the sparkline
+_UNITS: Final = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+    "y": timedelta(days=365),
+}
+
+
+class Exit(IntEnum):
+    """The command's exit codes."""
+
+    DONE = 0
+    NO = 1
+    WRONG_USE = 2
+    UNREACHABLE = 3
+
+
+app: Final = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+_Url = Annotated[
+    str | None,
+    typer.Option(help="The database; else LYNKR_STORE_URL, else sqlite:///.lynkr/telemetry.db."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, in the gateway's own shape.")]
+_Since = Annotated[str | None, typer.Option(help="ISO 8601 with a zone, or epoch milliseconds.")]
+_Until = Annotated[str | None, typer.Option(help="The first instant after; as --since.")]
+_Last = Annotated[str | None, typer.Option(help="A look back instead: 90s, 15m, 24h, 7d, 2w, 1y.")]
+_Sql = Annotated[bool, typer.Option("--sql", help="Print the script instead of running it.")]
+_Texts = Annotated[list[str] | None, typer.Option(help="May be repeated.")]
+
+
+def main() -> None:
+    """Run the command and turn the library's errors into exit codes."""
+    try:
+        app()
+    except StoreUnavailable as error:
+        _fail(error, Exit.UNREACHABLE)
+    except SchemaError as error:
+        _fail(error, Exit.NO)
+    except (LynkrStoreError, ValueError) as error:
+        _fail(error, Exit.WRONG_USE)
+
+
+def _fail(error: Exception, code: Exit) -> NoReturn:
+    Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+    sys.exit(code)
+
+
+@app.command()
+def upgrade(
+    revision: Annotated[str, typer.Argument(help="The revision to reach.")] = "head",
+    *,
+    url: _Url = None,
+    sql: _Sql = False,
+) -> None:
+    """Create, adopt or upgrade the database's schema."""
+    target = _target(url)
+    if sql:
+        migrate.write_script(target, revision, sys.stdout)
+        return
+    with disposing(create_store_engine(target)) as engine, translated():
+        migrate.upgrade(engine, revision)
+        with engine.connect() as connection:
+            print(f"at revision {migrate.current(connection)}")
+            missing = migrate.missing_indexes(connection)
+    if missing:
+        print(f"left to 'lynkr-store maintain': {', '.join(missing)}")
+
+
+@app.command()
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="The revision to return to; base for none.")],
+    *,
+    url: _Url = None,
+    drop_data: Annotated[bool, typer.Option(help="Drop tables that have rows.")] = False,
+    sql: _Sql = False,
+) -> None:
+    """Take revisions back."""
+    target = _target(url)
+    if sql:
+        migrate.write_script(target, revision, sys.stdout, down=True)
+        return
+    with disposing(create_store_engine(target)) as engine, translated():
+        migrate.downgrade(engine, revision, drop_data=drop_data)
+        with engine.connect() as connection:
+            print(f"at revision {migrate.current(connection) or 'base'}")
+
+
+@app.command()
+def check(*, url: _Url = None, as_json: _Json = False) -> None:
+    """Say whether the schema is this release's; exit 1 if not."""
+    with (
+        Store(_target(url), read_only=True) as store,
+        translated(),
+        store.engine.connect() as connection,
+    ):
+        revision = migrate.current(connection)
+        drift = migrate.drift(connection) if revision == migrate.head() else []
+        missing = migrate.missing_indexes(connection)
+    good = revision == migrate.head() and not drift
+    if as_json:
+        _print_json(
+            {
+                "ok": good,
+                "revision": revision,
+                "head": migrate.head(),
+                "drift": drift,
+                "missing_indexes": missing,
+            }
+        )
+    else:
+        print(f"revision {revision}, this release's is {migrate.head()}")
+        for difference in drift:
+            print(f"differs: {difference}")
+        if revision != migrate.head():
+            print(f"run {migrate.UPGRADE_COMMAND}")
+        if missing:
+            print(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
+    if not good:
+        sys.exit(Exit.NO)
+
+
+@app.command()
+def stats(
+    *,
+    url: _Url = None,
+    provider: Annotated[str | None, typer.Option(help="One provider's figures.")] = None,
+    since: _Since = None,
+    until: _Until = None,
+    last: _Last = None,
+    as_json: _Json = False,
+) -> None:
+    """Show what a person reads first; by default of the last 24 hours."""
+    window = _window(since, until, last)
+    with _reading(url) as store:
+        if as_json:
+            answer = (
+                store.get_stats(window)
+                if provider is None
+                else store.get_provider_stats(provider, window)
+            )
+            _print_json(answer and answer.to_gateway())
+            return
+        figures, accuracy = store.get_stats(window), store.get_routing_accuracy(window)
+        if figures is None or accuracy is None:
+            print("no requests in this window")
+            return
+        names = figures.requests_by_provider if provider is None else [provider]
+        answers = {name: store.get_provider_stats(name, window) for name in names}
+        providers = {name: answer for name, answer in answers.items() if answer is not None}
+        if provider is None:
+            parts = render.stats_report(figures, accuracy, providers, _slices(store, window))
+            render.show(Console(), *parts)
+        else:
+            render.show(
+                Console(), *(render.provider_report(name, p) for name, p in providers.items())
+            )
+
+
+@app.command()
+def query(  # noqa: PLR0913 - one option for each dimension
+    *,
+    url: _Url = None,
+    provider: _Texts = None,
+    tier: _Texts = None,
+    model: _Texts = None,
+    session_id: _Texts = None,
+    request_id: _Texts = None,
+    request_type: _Texts = None,
+    routing_method: _Texts = None,
+    status_code: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
+    errors: Annotated[bool | None, typer.Option("--errors/--no-errors")] = None,
+    fallback: Annotated[bool | None, typer.Option("--fallback/--no-fallback")] = None,
+    since: _Since = None,
+    until: _Until = None,
+    last: _Last = None,
+    limit: Annotated[int, typer.Option(help="Rows at most.")] = 20,
+    before: Annotated[str | None, typer.Option(help="The cursor of the page before.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="With --json: the texts too.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """List rows, newest first."""
+    criteria = RoutingFilter(
+        provider=provider or None,
+        tier=tier or None,
+        model=model or None,
+        session_id=session_id or None,
+        request_id=request_id or None,
+        request_type=request_type or None,
+        routing_method=routing_method or None,
+        status_code=status_code or None,
+        has_error=errors,
+        was_fallback=fallback,
+    )
+    window = _window(since, until, last)
+    cursor = None if before is None else Cursor.parse(before)
+    with _reading(url) as store:
+        if text:
+            rows: Any = store.query(criteria, window, limit=limit, before=cursor)
+        else:
+            rows = store.query(criteria, window, limit=limit, before=cursor, include_text=False)
+    if as_json:
+        _print_json([row.to_gateway() for row in rows])
+    else:
+        render.show(Console(), render.rows_table(rows))
+
+
+@app.command()
+def health(*, url: _Url = None, as_json: _Json = False) -> None:
+    """Show the database's state; exit 3 if it cannot be reached."""
+    with Store(_target(url), read_only=True) as store:
+        answer = store.health()
+    if as_json:
+        _print_json(answer.model_dump(mode="json"))
+    else:
+        render.show(Console(), render.health_table(answer))
+    if not answer.reachable:
+        sys.exit(Exit.UNREACHABLE)
+
+
+@app.command()
+def cleanup(
+    *,
+    url: _Url = None,
+    older_than: Annotated[str, typer.Option(help="An age: 12h, 30d, 26w.")],
+    as_json: _Json = False,
+) -> None:
+    """Delete the rows older than an age."""
+    with _changing(url) as store:
+        deleted = store.cleanup(_age(older_than))
+    _print_json({"rows_deleted": deleted}) if as_json else print(f"{deleted:,} rows deleted")
+
+
+@app.command()
+def maintain(*, url: _Url = None, as_json: _Json = False) -> None:
+    """Build missing indexes and apply the configured retention (LYNKR_STORE_RETENTION_DAYS)."""
+    with _changing(url) as store:
+        report = store.maintain()
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        built = ", ".join(report.indexes_built) or "none"
+        print(f"indexes built: {built}; rows deleted: {report.rows_deleted:,}")
+
+
+def _target(url: str | None) -> str:
+    return url or StoreSettings().url
+
+
+def _reading(url: str | None) -> Store:
+    store = Store(_target(url), read_only=True)
+    if store.missing_columns:
+        Console(stderr=True).print(
+            "read as it is, without altering it; columns that this file lacks are empty: "
+            f"{escape(', '.join(store.missing_columns))}",
+            highlight=False,
+        )
+    return store
+
+
+def _changing(url: str | None) -> Store:
+    """A store that changes rows, and no schema unasked."""
+    return Store(settings=StoreSettings(url=_target(url), upgrade_on_open=False))
+
+
+def _window(since: str | None, until: str | None, last: str | None) -> Window:
+    if last is None:
+        return Window(since=_instant(since, "--since"), until=_instant(until, "--until"))
+    if since is not None:
+        raise typer.BadParameter("--last and --since exclude each other")
+    end = _instant(until, "--until")
+    window = Window(until=end)
+    age_ms = _age(last) // timedelta(milliseconds=1)
+    return Window(since=(window.until_ms or epoch_ms_now()) - age_ms, until=end)
+
+
+def _instant(text: str | None, option: str) -> datetime | int | None:
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option}: ISO 8601 or epoch milliseconds") from None
+    if instant.tzinfo is None:
+        raise typer.BadParameter(f"{option}: add a zone, as in 2026-01-31T12:00Z")
+    return instant.astimezone(UTC)
+
+
+def _age(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdwy])", text)
+    try:
+        if found:
+            return float(found[1]) * _UNITS[found[2]]
+    except OverflowError:
+        pass
+    raise typer.BadParameter(f"{text}: give an age such as 90s, 15m, 24h, 7d, 2w or 1y")
+
+
+def _slices(store: Store, window: Window) -> list[int]:
+    """Requests in equal parts of the window, from the first row in it to its end."""
+    since, until = window.resolved(epoch_ms_now(), LOOK_BACK)
+    oldest = store.health().oldest_timestamp
+    if oldest is not None:
+        since = max(since, int(oldest.timestamp() * 1000))
+    newest = store.query(window=Window(until=until), limit=1, include_text=False)
+    if newest and newest[0].timestamp is not None:
+        until = min(until, int(newest[0].timestamp.timestamp() * 1000) + 1)
+    edges = [since + (until - since) * i // _SLICES for i in range(_SLICES + 1)]
+    answers = (
+        store.get_routing_accuracy(Window(since=low, until=high)) for low, high in pairwise(edges)
+    )
+    return [0 if answer is None else answer.total_requests for answer in answers]
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))

@@ -1,0 +1,170 @@
+"""Tables, bars and sparklines for people; the figures are the store's."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lynkr_store.schemas import (
+    Health,
+    ProviderStats,
+    RoutingAccuracy,
+    RoutingRowBrief,
+    RoutingStats,
+)
+
+_BAR_CELLS: Final = 12  # the tables fit a terminal of 80 columns
+_EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
+_NAMES: Final = ("provider", "tier", "model", "result")
+_SPARKS: Final = "▁▂▃▄▅▆▇█"
+
+
+def show(console: Console, *parts: RenderableType) -> None:
+    """Print the parts, one below the other."""
+    console.print(Group(*parts))
+
+
+def bar(value: float, most: float) -> str:
+    """A bar as long as the value's share of the greatest one; '' for 0 or less."""
+    eighths = round(max(0.0, value) / most * _BAR_CELLS * 8) if most > 0 else 0
+    return _EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def sparkline(values: Sequence[int]) -> str:
+    """One column for each value, as high as its share of the greatest; a blank for 0."""
+    most = max(values, default=0)
+    return "".join(_SPARKS[(v * (len(_SPARKS) - 1)) // most] if v else " " for v in values)
+
+
+def stats_report(
+    stats: RoutingStats,
+    accuracy: RoutingAccuracy,
+    providers: Mapping[str, ProviderStats],
+    slices: Sequence[int],
+) -> Iterable[RenderableType]:
+    """What a person reads first.
+
+    Args:
+        stats: Of the window.
+        accuracy: Of the window.
+        providers: Each provider's figures.
+        slices: Requests in equal parts of the window, oldest first.
+    """
+    head = _table("", "", title="Requests")
+    head.add_row("requests", f"{stats.total_requests:,}")
+    head.add_row("over the window", Text(sparkline(slices), style="cyan"))
+    head.add_row("error rate", f"{stats.error_rate} %")
+    head.add_row("cost", cost(stats.total_cost))
+    head.add_row("unpriced requests", f"{stats.unpriced_requests:,}")
+    for name, count, percent in (
+        ("over-provisioned", accuracy.over_provisioned, accuracy.over_provisioned_pct),
+        ("under-provisioned", accuracy.under_provisioned, accuracy.under_provisioned_pct),
+    ):
+        head.add_row(name, f"{percent} %  ({count:,})")
+    yield head
+
+    slowest = max((p.avg_latency or 0 for p in providers.values()), default=0)
+    table = _table(
+        "provider", "requests", "errors", "latency", "", "cost", "unpriced", title="Providers"
+    )
+    for name, figures in providers.items():
+        latency = figures.avg_latency
+        table.add_row(
+            Text(name),
+            f"{figures.total:,}",
+            f"{figures.error_rate} %",
+            "–" if latency is None else f"{latency:,} ms",
+            Text(bar(latency or 0, slowest), style="magenta"),
+            cost(figures.total_cost),
+            f"{figures.unpriced_requests:,}",
+        )
+    yield table
+
+    table = _table("tier", "requests", "quality", "", title="Tiers")
+    for tier, count in stats.requests_by_tier.items():
+        quality = stats.avg_quality_by_tier.get(tier)
+        table.add_row(
+            Text(tier),
+            f"{count:,}",
+            "–" if quality is None else f"{quality:.1f}",
+            Text(bar(quality or 0, 100), style="green"),
+        )
+    yield table
+
+
+def provider_report(name: str, figures: ProviderStats) -> RenderableType:
+    """One provider's figures."""
+    table = _table("", "", title=name)
+    table.add_row("requests", f"{figures.total:,}")
+    table.add_row("error rate", f"{figures.error_rate} %")
+    table.add_row("fallback rate", f"{figures.fallback_rate} %")
+    table.add_row("latency", f"{_or_dash(figures.avg_latency)} ms")
+    table.add_row("quality", _or_dash(figures.avg_quality))
+    table.add_row("output tokens", _or_dash(figures.avg_output_tokens))
+    table.add_row("tokens per second", _or_dash(figures.avg_tokens_per_second))
+    table.add_row("cost", cost(figures.total_cost))
+    table.add_row("unpriced requests", f"{figures.unpriced_requests:,}")
+    return table
+
+
+def cost(dollars: float | None) -> str:
+    """A sum of money to a hundredth of a cent."""
+    return "unknown" if dollars is None else f"${dollars:,.4f}"
+
+
+def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
+    """Rows, one a line, without their texts."""
+    table = _table("time (UTC)", "provider", "tier", "model", "latency", "cost", "result")
+    for row in rows:
+        table.add_row(
+            f"{row.timestamp:%y-%m-%d %H:%M:%S}" if row.timestamp else "–",
+            Text(row.provider or ""),
+            Text(row.tier or "–"),
+            Text(row.model or "–"),
+            "–" if row.latency_ms is None else f"{row.latency_ms:,} ms",
+            cost(row.cost_usd),
+            Text(row.error_type or _or_dash(row.status_code), style="red" * bool(row.error_type)),
+        )
+    if rows:
+        table.caption = f"next page: --before {rows[-1].cursor}"
+        table.caption_justify = "left"
+    return table
+
+
+def health_table(health: Health) -> Table:
+    """The database's side of a store's health."""
+    table = _table("", "")
+    for name in ("backend", "reachable", "revision", "head", "database_bytes", "reclaimable_bytes"):
+        table.add_row(name, str(getattr(health, name)))
+    table.add_row("oldest_timestamp", str(health.oldest_timestamp))
+    if health.last_error:
+        table.add_row("last_error", Text(health.last_error))
+    return table
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=any(columns),
+    )
+    for name in columns:
+        # figures stay whole; what has to give way in a narrow terminal are names
+        name_like = name in _NAMES
+        table.add_column(
+            name,
+            justify="left" if name_like or not name else "right",
+            no_wrap=not name_like,
+            overflow="fold",
+        )
+    return table
