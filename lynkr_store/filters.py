@@ -167,14 +167,14 @@ def checked_provider(provider: object) -> str:
     return provider
 
 
-def checked_limit(limit: object) -> int:
-    """A list's limit: a whole number of rows, 0 or more.
+def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
+    """A whole number of rows.
 
     Raises:
-        BadArgument: Negative, fractional, NaN, or no number.
+        BadArgument: Fewer than ``least``, fractional, NaN, or no number.
     """
-    if type(limit) is not int or not 0 <= limit <= _INT64_MAX:
-        raise BadArgument("limit: give a whole number of rows, 0 or more")
+    if type(limit) is not int or not least <= limit <= _INT64_MAX:
+        raise BadArgument(f"{name}: give a whole number of rows, {least} or more")
     return limit
 
 

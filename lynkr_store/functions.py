@@ -5,7 +5,7 @@ There is no default compilation: an unsupported database fails loudly.
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Double, case, cast, func, literal
+from sqlalchemy import BigInteger, ColumnElement, Double, Integer, case, cast, func, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -69,7 +69,7 @@ def exact_sum(name: str, column: ColumnElement[Any], domain: Domain) -> list[Col
     value = scaled(column, domain)
     return [
         func.count(measured(column, domain)).label(f"{name}_count"),
-        func.sum(value.bitwise_rshift(_LOW_BITS)).label(f"{name}_high"),
+        func.sum(value.bitwise_rshift(literal(_LOW_BITS, Integer))).label(f"{name}_high"),
         func.sum(value.bitwise_and(_LOW_MASK)).label(f"{name}_low"),
     ]
 

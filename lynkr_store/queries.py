@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import NullType
 
-from lynkr_store.domains import COUNT, DOLLARS, INSTANT_MAX_MS, INSTANT_MIN_MS, MILLISECONDS, SCORE
+from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
 from lynkr_store.functions import exact_sum, measured
 from lynkr_store.models import TELEMETRY
@@ -130,10 +130,11 @@ def oldest_timestamp() -> Select[*tuple[Any, ...]]:
 
 
 def _over(since_ms: int, until_ms: int, *columns: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
-    """The columns over a window. A row whose instant is none lies in no window."""
-    return select(*columns).where(
-        _t.timestamp >= max(since_ms, INSTANT_MIN_MS), _t.timestamp < min(until_ms, INSTANT_MAX_MS)
-    )
+    """The columns over a window.
+
+    A timestamp that is no number lies in none: SQLite orders every text after every number.
+    """
+    return select(*columns).where(_t.timestamp >= since_ms, _t.timestamp < until_ms)
 
 
 def _judged() -> tuple[ColumnElement[Any], ...]:

@@ -357,9 +357,9 @@ def translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         line = str(error.orig).partition("\n")[0]
-        raise StoreUnavailable(f"the database does not answer: {line}") from error
+        raise StoreUnavailable(f"the database failed: {line}") from error
     except SQLAlchemyError as error:
-        raise StoreUnavailable(f"the database does not answer: {type(error).__name__}") from error
+        raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
 
 
 class _Tally(Counter[str]):

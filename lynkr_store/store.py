@@ -18,7 +18,14 @@ from lynkr_store.cache import TTLCache, cached
 from lynkr_store.database import Database, Probe
 from lynkr_store.engine import create_store_async_engine, parse_url, writing
 from lynkr_store.exceptions import BadArgument, StoreClosed
-from lynkr_store.filters import RoutingFilter, Window, checked_age, checked_provider, given
+from lynkr_store.filters import (
+    RoutingFilter,
+    Window,
+    checked_age,
+    checked_limit,
+    checked_provider,
+    given,
+)
 from lynkr_store.ingest import TextPolicy
 from lynkr_store.repository import RoutingRepository, epoch_ms_now, translated
 from lynkr_store.schemas import (
@@ -337,6 +344,7 @@ class Store(_Core):
             BadArgument: ``page_rows`` is not a positive whole number.
             StoreUnavailable: The database cannot be reached.
         """
+        checked_limit(page_rows, "page_rows", least=1)
         before = None
         while page := self.query(criteria, window, limit=page_rows, before=before):
             yield from page
@@ -491,6 +499,7 @@ class AsyncStore(_Core):
         page_rows: int = _PAGE_ROWS,
     ) -> AsyncIterator[RoutingRow]:
         """See `Store.iter_records`."""
+        checked_limit(page_rows, "page_rows", least=1)
         before = None
         while page := await self.query(criteria, window, limit=page_rows, before=before):
             for row in page:

@@ -1,0 +1,135 @@
+"""Databases of every backend, each test its own."""
+
+import asyncio
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine, migrate
+from tests.support.postgres import ExternalServer, OwnServer, Server, installations
+from tests.support.stores import Asynchronous
+
+EXTERNAL = os.environ.get("LYNKR_STORE_TEST_PG_URL")
+POSTGRES = ["postgres-external"] if EXTERNAL else [i.name for i in installations()]
+BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
+ON_DISK = ["sqlite-file", *POSTGRES]
+"""Backends that more than one engine can open."""
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("LYNKR_STORE_") and not name.startswith("LYNKR_STORE_TEST_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def server_of() -> Iterator[Callable[[str], Server]]:
+    """Servers by name, started when first asked for and stopped in the end."""
+    running: dict[str, Server] = {}
+
+    def server(name: str) -> Server:
+        if name not in running:
+            if EXTERNAL:
+                running[name] = ExternalServer(EXTERNAL)
+            else:
+                running[name] = OwnServer(
+                    next(i for i in installations() if i.name == name)
+                ).start()
+            url = running[name].create_database("template_head")
+            engine = create_store_engine(url)
+            migrate.upgrade(engine)
+            engine.dispose()
+        return running[name]
+
+    yield server
+    for started in running.values():
+        if isinstance(started, OwnServer):
+            started.stop()
+        else:
+            started.drop_database("template_head")
+
+
+@pytest.fixture
+def new_url(tmp_path: Path, server_of: Callable[[str], Server]) -> Iterator[Callable[..., str]]:
+    """Make an empty database, or one at head, on the backend of that name."""
+    made: list[tuple[Server, str]] = []
+
+    def make(backend: str, *, at_head: bool = False) -> str:
+        number = next(_numbers)
+        if backend == "sqlite-memory":
+            return "sqlite://"
+        if backend == "sqlite-file":
+            url = f"sqlite:///{tmp_path}/{number}/telemetry.db"
+            if at_head:
+                engine = create_store_engine(url)
+                migrate.upgrade(engine)
+                engine.dispose()
+            return url
+        server, name = server_of(backend), f"test_{number}"
+        made.append((server, name))
+        return server.create_database(name, "template_head" if at_head else None)
+
+    yield make
+    for server, name in made:
+        server.drop_database(name)
+
+
+@pytest.fixture(params=POSTGRES)
+def postgres_url(request: pytest.FixtureRequest, new_url: Callable[..., str]) -> str:
+    """An empty PostgreSQL database."""
+    return new_url(request.param)
+
+
+@pytest.fixture(params=ON_DISK)
+def empty_url(request: pytest.FixtureRequest, new_url: Callable[..., str]) -> str:
+    """An empty database that more than one engine can open."""
+    return new_url(request.param)
+
+
+@pytest.fixture
+def empty_engine(empty_url: str) -> Iterator[Engine]:
+    """The store's engine on an empty database."""
+    engine = create_store_engine(empty_url)
+    yield engine
+    engine.dispose()
+
+
+Opener = Callable[..., Store]
+
+
+@pytest.fixture(params=[(b, k) for b in BACKENDS for k in ("sync", "async")], ids="-".join)
+def open_store(request: pytest.FixtureRequest, new_url: Callable[..., str]) -> Iterator[Opener]:
+    """Open a store on a database of the parameter's backend; asynchronous ones speak as sync.
+
+    Called again it opens the same database, where that can be. In the end every store is closed
+    and no connection may be left checked out.
+    """
+    backend, kind = request.param
+    url = new_url(backend, at_head=True)
+    opened: list[Store] = []
+    runner = asyncio.Runner()
+
+    def open_(clock: Callable[[], int] | None = None, **options: object) -> Store:
+        settings = StoreSettings(url=url, **options)
+        store: Store
+        if kind == "sync":
+            store = Store(settings=settings, clock=clock)
+        else:
+            store = Asynchronous(AsyncStore(settings=settings, clock=clock), runner)
+        opened.append(store)
+        return store
+
+    open_.backend = backend  # type: ignore[attr-defined]
+    yield open_
+    for store in opened:
+        store.close()
+        pool = store._database.engine.pool
+        assert pool.checkedout() == 0, "a connection was not given back"
+    runner.close()

@@ -1,0 +1,38 @@
+"""An AsyncStore that is called like a Store, so that one suite serves both."""
+
+import asyncio
+import inspect
+from typing import Any, Self
+
+from lynkr_store import AsyncStore
+
+
+class Asynchronous:
+    """Runs each call on one event loop and waits for it."""
+
+    def __init__(self, store: AsyncStore, runner: asyncio.Runner) -> None:
+        self._store = store
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._store, name)
+        if not callable(attribute):
+            return attribute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            answer = attribute(*args, **kwargs)
+            if inspect.isasyncgen(answer):
+                return iter(self._runner.run(_listed(answer)))
+            return self._runner.run(answer) if inspect.isawaitable(answer) else answer
+
+        return call
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+async def _listed(generator: Any) -> list[Any]:
+    return [item async for item in generator]

@@ -1,0 +1,108 @@
+"""Imports point downward, and what needs no database imports none."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import lynkr_store
+
+PACKAGE = Path(lynkr_store.__file__).parent
+
+LEVELS = {
+    "exceptions": 0,
+    "backend": 0,
+    "domains": 0,
+    "cache": 0,
+    "schemas": 1,
+    "ingest": 2,
+    "filters": 2,
+    "settings": 2,
+    "columns": 2,
+    "functions": 2,
+    "engine": 2,
+    "adopt": 2,
+    "writer": 3,
+    "ddl": 3,
+    "models": 3,
+    "migrate": 4,
+    "queries": 4,
+    "repository": 5,
+    "database": 6,
+    "maintenance": 6,
+    "store": 7,
+    "render": 7,
+    "__init__": 8,
+    "cli": 8,
+    "__main__": 9,
+}
+WITHOUT_DATABASE = [
+    "exceptions",
+    "backend",
+    "domains",
+    "cache",
+    "schemas",
+    "ingest",
+    "filters",
+    "settings",
+    "writer",
+]
+
+
+def files(module):
+    path = PACKAGE / module
+    return sorted(path.glob("*.py")) if path.is_dir() else [PACKAGE / f"{module}.py"]
+
+
+def imported(module):
+    """Every module name imported anywhere in a module's files; nothing is executed."""
+    for file in files(module):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{file}: write absolute imports"
+                source = node.module or ""
+                yield source
+                if source == "lynkr_store":
+                    yield from (f"lynkr_store.{alias.name}" for alias in node.names)
+
+
+def package_imports(module):
+    names = {name.split(".")[1] for name in imported(module) if name.startswith("lynkr_store.")}
+    return names - {module}
+
+
+def test_every_module_has_a_level():
+    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py"}
+    modules |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"_migrations"}
+    assert modules == LEVELS.keys(), "give the new module its level"
+
+
+@pytest.mark.parametrize("module", LEVELS)
+def test_imports_point_downward(module):
+    for name in package_imports(module):
+        assert LEVELS[name] < LEVELS[module], (
+            f"{module} may not import {name}; move the shared part lower"
+        )
+
+
+@pytest.mark.parametrize("module", WITHOUT_DATABASE)
+def test_the_rules_of_data_and_queue_need_no_database(module):
+    tops = {name.partition(".")[0] for name in imported(module)}
+    assert not tops & {"sqlalchemy", "alembic"}, "its tests must run without a database"
+
+
+def test_revisions_import_no_model():
+    revisions = sorted((PACKAGE.parent / "migrations" / "versions").glob("*.py"))
+    assert revisions
+    for path in revisions:
+        assert "lynkr_store.models" not in path.read_text(), "declare the columns it needs"
+        assert ast.get_docstring(ast.parse(path.read_text())), "open with the runbook"
+
+
+def test_the_package_says_that_it_is_typed():
+    spec = importlib.util.find_spec("lynkr_store")
+    assert spec is not None
+    assert (PACKAGE / "py.typed").exists()
