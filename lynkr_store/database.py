@@ -31,6 +31,7 @@ from lynkr_store.repository import insert_isolating, translated
 from lynkr_store.schemas import Reading
 from lynkr_store.settings import StoreSettings
 
+_PROBE_FINISH_S: Final = 0.5
 _PROBE_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
 
 
@@ -169,7 +170,7 @@ class Probe:
     """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self.database = database
         self._lock = threading.Lock()
         self._under_way: threading.Thread | None = None
         self.look: Look | None = None
@@ -189,9 +190,16 @@ class Probe:
             thread = self._under_way
         thread.join(_PROBE_WAIT_S)
 
+    def finish(self) -> None:
+        """Wait a moment for a look under way, whose connection would outlive its pool."""
+        with self._lock:
+            thread = self._under_way
+        if thread is not None:
+            thread.join(_PROBE_FINISH_S)
+
     def _run(self) -> None:
         try:
-            look, error = _look(self._database), None
+            look, error = _look(self.database), None
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
             look, error = None, f"{type(fault).__name__}: {fault}"
             if isinstance(fault, DBAPIError):

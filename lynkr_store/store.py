@@ -97,7 +97,7 @@ class _Core:
         if read_only:
             self._writer.close(0)
         # also when the store is forgotten, and when the interpreter exits
-        self._finalizer = weakref.finalize(self, _close, self._writer, self._database, _CLOSE_S)
+        self._finalizer = weakref.finalize(self, _close, self._writer, self._probe, _CLOSE_S)
 
     def __repr__(self) -> str:
         shown = self._database.engine.url.render_as_string(hide_password=True)
@@ -146,7 +146,7 @@ class _Core:
     def _do_close(self, timeout_s: float) -> None:
         self._closed = True
         self._finalizer.detach()
-        _close(self._writer, self._database, timeout_s)
+        _close(self._writer, self._probe, timeout_s)
 
     def _do_read(self, body: Callable[[RoutingRepository], _T]) -> _T:
         self._open()
@@ -223,9 +223,10 @@ class _Core:
         self._database.open()
 
 
-def _close(writer: Writer, database: Database, timeout_s: float) -> None:
+def _close(writer: Writer, probe: Probe, timeout_s: float) -> None:
     writer.close(timeout_s)
-    database.dispose()
+    probe.finish()
+    probe.database.dispose()
 
 
 class Store(_Core):
