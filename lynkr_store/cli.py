@@ -19,7 +19,7 @@ from rich.markup import escape
 from lynkr_store import migrate, render
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import LynkrStoreError, SchemaError, StoreUnavailable
-from lynkr_store.filters import RoutingFilter, Window
+from lynkr_store.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.repository import LOOK_BACK, epoch_ms_now, translated
 from lynkr_store.schemas import Cursor
 from lynkr_store.settings import StoreSettings
@@ -74,8 +74,12 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: Exit) -> NoReturn:
-    Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+    _say(f"[red]error:[/] {escape(str(error))}")
     sys.exit(code)
+
+
+def _say(markup: str) -> None:
+    Console(stderr=True).print(markup, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -226,6 +230,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
     )
     window = _window(since, until, last)
     cursor = None if before is None else Cursor.parse(before)
+    checked_limit(limit)
     with _reading(url) as store:
         if text:
             rows: Any = store.query(criteria, window, limit=limit, before=cursor)
@@ -282,11 +287,8 @@ def _target(url: str | None) -> str:
 def _reading(url: str | None) -> Store:
     store = Store(_target(url), read_only=True)
     if store.missing_columns:
-        Console(stderr=True).print(
-            "read as it is, without altering it; columns that this file lacks are empty: "
-            f"{escape(', '.join(store.missing_columns))}",
-            highlight=False,
-        )
+        missing = escape(", ".join(store.missing_columns))
+        _say(f"read as it is, without altering it; columns that this file lacks: {missing}")
     return store
 
 

@@ -191,13 +191,9 @@ def create_reading_engine(path: Path, *, view: str | None = None) -> Engine:
     """
     if not path.is_file():
         raise StoreUnavailable(f"{path}: there is no such file")
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro"
-    if not _can_open(uri):
-        # A file in WAL mode needs its -shm beside it, which a folder of another user refuses.
-        # Without a -wal there is nothing that an immutable look would miss.
-        if path.with_name(f"{path.name}-wal").exists() or not _can_open(f"{uri}&immutable=1"):
-            raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database")
-        uri += "&immutable=1"
+    uri = next((uri for uri in _reading_uris(path) if _can_open(uri)), None)
+    if uri is None:
+        raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database")
     engine = create_engine(
         "sqlite://",
         creator=lambda: sqlite3.connect(uri, uri=True, check_same_thread=False),
@@ -212,11 +208,26 @@ def create_reading_engine(path: Path, *, view: str | None = None) -> Engine:
             cursor.execute(f"PRAGMA {name} = {value}")
         if view:
             cursor.execute(view)
+        cursor.execute("PRAGMA query_only = 1")
         cursor.close()
 
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", _on_begin)
     return engine
+
+
+def _reading_uris(path: Path) -> Iterator[str]:
+    """Ways to open a file without altering it, the better first."""
+    uri = f"file:{quote(str(path.resolve()))}"
+    if any(path.with_name(path.name + end).exists() for end in ("-wal", "-journal")):
+        # Somebody is writing, or was interrupted: a connection that may write would tidy up.
+        yield f"{uri}?mode=ro"
+        return
+    # Read-only, a file in WAL mode would be left with an empty -wal beside it; this connection,
+    # which PRAGMA query_only keeps from writing, takes its own away again.
+    yield f"{uri}?mode=rw"
+    yield f"{uri}?mode=ro"
+    yield f"{uri}?mode=ro&immutable=1"  # in a folder where nothing may be made
 
 
 def _can_open(uri: str) -> bool:

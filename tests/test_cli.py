@@ -1,0 +1,256 @@
+"""The lynkr-store command, run as a program."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+
+from lynkr_store import Store, cli
+from tests.conftest import ON_DISK
+from tests.factories import RecordFactory
+from tests.support.recorded import DATA, gateway_file, insert_rows, needs_data
+
+NOW = 1_750_000_000_000
+
+
+def run(*arguments, **environment):
+    """Run the command as a user does, with 100 columns and no colours."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "lynkr_store", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **environment},
+    )
+
+
+def done(*arguments, **environment):
+    finished = run(*arguments, **environment)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(params=ON_DISK)
+def url(request, new_url):
+    """A database with a few requests."""
+    url = new_url(request.param, at_head=True)
+    with Store(url) as store:
+        for n in range(6):
+            store.record(RecordFactory(timestamp=NOW + n, failed=n == 5, unmeasured=n == 4))
+        assert store.flush(30)
+    return url
+
+
+WHOLE = ("--since", "0", "--until", str(NOW + 100))
+
+
+def test_stats_say_what_a_person_reads_first(url):
+    said = done("stats", "--url", url, *WHOLE)
+    for words in ("requests", "error rate", "16.7 %", "Providers", "bedrock", "unpriced", "Tiers"):
+        assert words in said
+    assert "over-provisioned" in said
+    assert "under-provisioned" in said
+
+
+def test_stats_of_one_provider(url):
+    said = done("stats", "--url", url, "--provider", "ollama", *WHOLE)
+    assert "fallback rate" in said
+    assert "bedrock" not in said
+
+
+def test_json_has_the_gateways_shape(url):
+    stats = json.loads(done("stats", "--url", url, "--json", *WHOLE))
+    assert stats["totalRequests"] == 6
+    assert stats["errorRate"] == 16.7
+    one = json.loads(done("stats", "--url", url, "--json", "--provider", "ollama", *WHOLE))
+    assert one["total"] == 2
+    assert json.loads(done("stats", "--url", url, "--json")) is None, "the last 24 hours are empty"
+    assert "no requests" in done("stats", "--url", url)
+
+
+def test_query_lists_pages_and_filters(url):
+    said = done("query", "--url", url, "--limit", 2)
+    cursor = said.split("--before ")[1].split()[0]
+    rest = json.loads(done("query", "--url", url, "--before", cursor, "--json"))
+    assert [row["timestamp"] - NOW for row in rest] == [3, 2, 1, 0]
+    assert "request_text" not in rest[0]
+    failed = json.loads(done("query", "--url", url, "--errors", "--text", "--json"))
+    assert [row["error_type"] for row in failed] == ["overloaded"]
+    assert failed[0]["request_text"] == "a question"
+    several = done("query", "--url", url, "--provider", "ollama", "--provider", "bedrock", "--json")
+    assert len(json.loads(several)) == 4
+    assert json.loads(done("query", "--url", url, "--last", "1h", "--json")) == []
+    iso = done("query", "--url", url, "--since", "2025-06-15T15:06:40.003Z", "--json")
+    assert len(json.loads(iso)) == 3
+
+
+def test_health_check_and_maintain(url):
+    health = json.loads(done("health", "--url", url, "--json"))
+    assert health["reachable"] is True
+    assert health["revision"] == "0005"
+    assert "oldest_timestamp" in done("health", "--url", url)
+    assert json.loads(done("check", "--url", url, "--json"))["ok"] is True
+    assert "revision 0005" in done("check", "--url", url)
+    assert json.loads(done("maintain", "--url", url, "--json")) == {
+        "indexes_built": [],
+        "rows_deleted": 0,
+    }
+    assert "indexes built: none" in done("maintain", "--url", url)
+
+
+def test_retention_runs_when_configured(url):
+    report = done("maintain", "--url", url, "--json", LYNKR_STORE_RETENTION_DAYS="1")
+    assert json.loads(report)["rows_deleted"] == 6
+
+
+def test_cleanup_says_how_many(url):
+    assert json.loads(done("cleanup", "--url", url, "--older-than", "1d", "--json")) == {
+        "rows_deleted": 6
+    }
+    assert "0 rows deleted" in done("cleanup", "--url", url, "--older-than", "30d")
+
+
+def test_upgrade_and_downgrade(empty_url):
+    assert "at revision 0003" in done("upgrade", "0003", "--url", empty_url)
+    behind = run("check", "--url", empty_url)
+    assert behind.returncode == 1
+    assert "lynkr-store upgrade" in behind.stdout
+    assert "at revision 0005" in done("upgrade", "--url", empty_url)
+    assert "at revision base" in done("downgrade", "base", "--url", empty_url)
+    done("upgrade", "--url", empty_url)
+    if empty_url.startswith("sqlite"):
+        with Store(empty_url) as store:
+            store.record(provider="p")
+        refused = run("downgrade", "base", "--url", empty_url)
+        assert refused.returncode == 1
+        assert "--drop-data" in refused.stderr
+        done("downgrade", "base", "--drop-data", "--url", empty_url)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "postgresql://nobody@/none"])
+def test_scripts_need_no_database(url):
+    up = done("upgrade", "--sql", "--url", url)
+    assert "CREATE TABLE routing_telemetry" in up
+    assert "DROP TABLE" in done("downgrade", "head:base", "--sql", "--url", url)
+
+
+def test_the_url_comes_from_the_environment(tmp_path):
+    url = f"sqlite:///{tmp_path}/a.db"
+    done("upgrade", LYNKR_STORE_URL=url)
+    assert "revision 0005" in done("check", LYNKR_STORE_URL=url)
+    assert (tmp_path / "a.db").exists()
+
+
+def test_a_schema_that_is_behind_is_refused_with_the_command(postgres_url):
+    for command in (["stats"], ["query"], ["cleanup", "--older-than", "1d"], ["maintain"]):
+        refused = run(*command, "--url", postgres_url)
+        assert refused.returncode == 1, refused.stderr
+        assert "lynkr-store upgrade" in refused.stderr
+
+
+def test_a_file_that_is_behind_is_changed_by_nobody_unasked(tmp_path):
+    path = gateway_file(tmp_path / "telemetry.db", rows=[RecordFactory(timestamp=NOW)])
+    before = path.read_bytes()
+    for command in (["cleanup", "--older-than", "1d"], ["maintain"]):
+        refused = run(*command, "--url", f"sqlite:///{path}")
+        assert refused.returncode == 1
+        assert "lynkr-store upgrade" in refused.stderr
+    for command in (["stats"], ["query"], ["health"]):
+        looked = run(*command, "--url", f"sqlite:///{path}")
+        assert looked.returncode == 0, looked.stderr
+    assert run("check", "--url", f"sqlite:///{path}").returncode == 1
+    assert path.read_bytes() == before
+
+
+def test_a_gateway_at_work_is_read_with_its_wal(tmp_path):
+    path = gateway_file(tmp_path / "telemetry.db")
+    with closing(sqlite3.connect(path)) as gateway:
+        gateway.execute("PRAGMA journal_mode = wal")
+        insert_rows(gateway, [RecordFactory(timestamp=NOW)])
+        gateway.commit()
+        assert path.with_name("telemetry.db-wal").stat().st_size > 0
+        rows = json.loads(done("query", "--url", f"sqlite:///{path}", "--json"))
+        assert len(rows) == 1
+
+
+def test_adoption_says_what_is_left_to_maintain(tmp_path):
+    path = gateway_file(tmp_path / "telemetry.db", 2, (), [RecordFactory()])
+    said = done("upgrade", "--url", f"sqlite:///{path}")
+    assert "left to 'lynkr-store maintain': idx_telemetry" in said
+    assert "indexes left to" in done("check", "--url", f"sqlite:///{path}")
+    assert "indexes built: idx_telemetry" in done("maintain", "--url", f"sqlite:///{path}")
+
+
+@needs_data
+def test_the_gateways_real_file_is_read_as_it_is(tmp_path):
+    path = shutil.copy(DATA / "gateway-28185.db", tmp_path / "telemetry.db")
+    before = path.read_bytes()
+    looked = run("stats", "--last", "10y", "--url", f"sqlite:///{path}")
+    assert looked.returncode == 0, looked.stderr
+    assert "without altering it" in looked.stderr
+    for words in ("28,185", "3.1 %", "1,675 ms", "5,680 ms", "$67.8597", "668", "1,107", "66.1"):
+        assert words in looked.stdout, words
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["telemetry.db"]
+
+
+WRONG_USE = [
+    (["stats", "--last", "fortnight"], "fortnight"),
+    (["stats", "--last", "9e999d"], "age"),
+    (["stats", "--last", "99999999999y"], "age"),
+    (["stats", "--last", "1d", "--since", "0"], "exclude"),
+    (["stats", "--since", "2026-01-31"], "zone"),
+    (["stats", "--since", "noon"], "ISO 8601"),
+    (["query", "--limit", "-1"], "limit"),
+    (["query", "--before", "x"], "cursor"),
+    (["query", "--since", "9" * 30], "64 bits"),
+    (["cleanup", "--older-than", "-5d"], "age"),
+    (["nonsense"], "nonsense"),
+    (["check", "--url", "mysql://h/d"], "sqlite:///"),
+    (["check", "--url", "postgres://h/d"], "postgresql://"),
+    (["check", "--url", "postgresql+psycopg2://h/d"], "psycopg2"),
+    (["check", "--url", "not a url"], "sqlite:///"),
+    (["check", "--url", "sqlite://"], "memory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG_USE)
+def test_wrong_use_is_2_and_named(arguments, named, tmp_path):
+    finished = run(*arguments, LYNKR_STORE_URL=f"sqlite:///{tmp_path}/a.db")
+    assert finished.returncode == 2, finished.stderr
+    assert named in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_database_out_of_reach_is_3(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "text.db").write_text("this is no database at all, and long enough to tell\n" * 99)
+    for url, named in (
+        (f"sqlite:///{tmp_path}/missing.db", "no such file"),
+        (f"sqlite:///{folder}", "no such file"),
+        (f"sqlite:///{tmp_path}/text.db", "no database"),
+        (f"postgresql://nobody@/none?host={tmp_path}", "failed"),
+    ):
+        for command in ("stats", "check", "query", "health"):
+            finished = run(command, "--url", url)
+            assert finished.returncode == 3, (command, url, finished.stdout, finished.stderr)
+            assert "Traceback" not in finished.stderr
+            if command == "stats":
+                assert named in finished.stderr
+    upgraded = run("upgrade", "--url", f"sqlite:///{tmp_path}/text.db")
+    assert upgraded.returncode == 3
+    assert "Traceback" not in upgraded.stderr
+
+
+def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["lynkr-store", "stats", "--url", f"sqlite:///{tmp_path}/x"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == cli.Exit.UNREACHABLE
+    assert "no such file" in capsys.readouterr().err
