@@ -61,13 +61,15 @@ def _instant_in_domain(value: object) -> object:
 
 
 def _json_text(value: object) -> object:
-    """Keep JSON text as it is; write anything else as JSON, as the gateway does."""
+    """Keep JSON text as it is; write objects and lists as JSON, as the gateway does."""
     if value is None or isinstance(value, str):
         return value
     try:
+        if not isinstance(value, Mapping | list | tuple):
+            raise TypeError
         text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
     except (TypeError, RecursionError):
-        raise ValueError("must be JSON text, or a value that JSON can express") from None
+        raise ValueError("give JSON text, or an object or list that JSON can express") from None
     return mend_text(text)[0]
 
 

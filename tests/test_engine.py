@@ -1,0 +1,364 @@
+"""Engines: URLs, PRAGMAs, BEGIN, hosts' own engines."""
+
+import builtins
+import sqlite3
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from sqlalchemy import URL, QueuePool, StaticPool, create_engine, text
+from sqlalchemy.orm import Session
+
+from lynkr_store import (
+    AsyncStore,
+    BadArgument,
+    MissingDriver,
+    RoutingRepository,
+    RowRejected,
+    SchemaAhead,
+    SchemaBehind,
+    Store,
+    StoreSettings,
+    StoreUnavailable,
+    UnsupportedDatabase,
+    create_store_engine,
+    migrate,
+    writing,
+)
+from lynkr_store.engine import create_store_async_engine, parse_url
+from lynkr_store.models import RoutingTelemetry
+from tests.conftest import BACKENDS
+from tests.factories import RecordFactory
+
+NOW = 1_750_000_000_000
+
+
+def test_a_file_has_the_pragmas_it_should(tmp_path):
+    engine = create_store_engine(f"sqlite:///{tmp_path}/deep/down/t.db")
+    wanted = {
+        "journal_mode": "wal",
+        "synchronous": 1,
+        "cache_size": -16384,
+        "temp_store": 2,
+        "busy_timeout": 3000,
+        "page_size": 8192,
+        "auto_vacuum": 2,
+    }
+    with engine.connect() as connection:
+        found = {n: connection.exec_driver_sql(f"PRAGMA {n}").scalar() for n in wanted}
+    engine.dispose()
+    assert found == wanted
+
+
+def test_parameters_never_show(empty_engine):
+    migrate.upgrade(empty_engine)
+    statement = text("INSERT INTO routing_telemetry (nothing) VALUES (:p)")
+    with pytest.raises(Exception, match="hidden") as failed, empty_engine.begin() as connection:
+        connection.execute(statement, {"p": "secret"})
+    assert "secret" not in str(failed.value)
+
+
+def test_writers_take_the_lock_at_begin_and_readers_do_not(tmp_path):
+    engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
+    migrate.upgrade(engine)
+    with closing(sqlite3.connect(tmp_path / "t.db", timeout=0)) as other:
+        with engine.connect() as reader:
+            reader.execute(text("SELECT 1 FROM routing_telemetry"))
+            other.execute("BEGIN IMMEDIATE")
+            other.rollback()
+        with writing(engine).connect() as writer:
+            writer.execute(text("SELECT 1 FROM routing_telemetry"))
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("BEGIN IMMEDIATE")
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://h/d",
+        "postgres://h/d",
+        "postgresql+asyncpg://h/d",
+        "postgresql+psycopg2://h/d",
+        "sqlite+pysqlcipher:///x",
+        "nonsense",
+        "",
+    ],
+)
+def test_unsupported_databases_are_named_with_what_to_use(url):
+    for open_ in (create_store_engine, create_store_async_engine, Store, AsyncStore):
+        with pytest.raises(UnsupportedDatabase, match=r"url: .*sqlite:///.*postgresql://"):
+            open_(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("sqlite:///a.db", "sqlite+pysqlite"),
+        ("sqlite+aiosqlite:///a.db", "sqlite+pysqlite"),
+        ("postgresql://h/d", "postgresql+psycopg"),
+        ("postgresql+psycopg_async://h/d", "postgresql+psycopg"),
+    ],
+)
+def test_urls_name_their_driver(url, driver):
+    assert parse_url(url).drivername == driver
+
+
+def test_passwords_with_special_characters_work_and_never_show():
+    url = URL.create("postgresql", "user", "p%40@ss/w:rd %", "host", database="db")
+    store = Store(url.render_as_string(hide_password=False))
+    assert store.engine.url.password == "p%40@ss/w:rd %"  # noqa: S105
+    assert "w:rd" not in repr(store)
+    store.close()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "aiosqlite"])
+def test_a_missing_driver_names_the_extra(monkeypatch, driver):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == driver:
+            raise ModuleNotFoundError(f"No module named '{driver}'", name=driver)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    if driver == "psycopg":
+        with pytest.raises(MissingDriver, match=r"psycopg .*pip install 'lynkr-store\[postgres\]'"):
+            Store("postgresql://h/d")
+    else:
+        with pytest.raises(MissingDriver, match=r"lynkr-store\[async\]"):
+            create_store_async_engine("sqlite:///x.db")
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with Store(f"sqlite:///{tmp_path}/file/below/t.db") as store:
+        with pytest.raises(StoreUnavailable, match=r"url: the directory .*below cannot be made"):
+            store.query()
+        store.record(provider="p")
+        assert store.flush(0.2) is False
+        assert "directory" in store.health().last_error
+        store.close(0)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+    path = tmp_path / "t.db"
+    path.write_bytes(b"not a database, and long enough to be told from an empty file" * 100)
+    before = path.read_bytes()
+    with Store(f"sqlite:///{path}") as store:
+        with pytest.raises(StoreUnavailable, match="not an SQLite database; give another path"):
+            store.query()
+        assert store.health().reachable is False
+    assert path.read_bytes() == before
+
+
+def test_a_server_out_of_reach_is_said_and_nothing_is_none(tmp_path):
+    with Store(f"postgresql://u:secret@/d?host={tmp_path}") as store:
+        for ask in (store.query, store.get_stats, store.get_routing_accuracy, store.cleanup):
+            with pytest.raises(StoreUnavailable) as failed:
+                ask()
+            assert "secret" not in str(failed.value)
+        store.record(provider="p")
+        health = store.health()
+        assert (health.reachable, health.pending, health.revision) == (False, 1, None)
+        store.close(0.1)
+        health = store.health()
+        assert (health.pending, health.dropped) == (0, 1)
+
+
+def test_a_schema_that_is_behind_or_ahead_has_its_own_error(empty_url):
+    settings = StoreSettings(url=empty_url, upgrade_on_open=False)
+    with (
+        Store(settings=settings) as store,
+        pytest.raises(SchemaBehind, match="lynkr-store upgrade"),
+    ):
+        store.query()
+    engine = create_store_engine(empty_url)
+    migrate.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with Store(empty_url) as store, pytest.raises(SchemaAhead, match="install a newer"):
+        store.query()
+
+
+def test_postgres_is_not_upgraded_unasked(postgres_url):
+    with Store(postgres_url) as store:
+        with pytest.raises(SchemaBehind):
+            store.query()
+        store.record(provider="waits")
+        assert store.flush(0.1) is False
+        engine = create_store_engine(postgres_url)
+        migrate.upgrade(engine)
+        engine.dispose()
+        assert store.flush(10), "recovered without a restart"
+        assert store.health().written == 1
+
+
+def test_the_servers_options_are_kept_beside_ours(postgres_url):
+    separator = "&" if "?" in postgres_url else "?"
+    engine = create_store_engine(
+        f"{postgres_url}{separator}options=-c%20work_mem%3D5MB", statement_timeout_s=7
+    )
+    with engine.connect() as connection:
+        shown = [connection.scalar(text(f"SHOW {n}")) for n in ("work_mem", "statement_timeout")]
+    engine.dispose()
+    assert shown == ["5MB", "7s"]
+
+
+def test_url_and_engine_exclude_each_other(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path}/t.db")
+    for open_ in (Store, AsyncStore):
+        with pytest.raises(BadArgument, match="one of the two"):
+            open_("sqlite://", engine=engine)
+    with pytest.raises(BadArgument, match="engine: give an sqlalchemy Engine"):
+        Store(engine="sqlite://")
+    engine.dispose()
+
+
+def test_an_engine_that_threads_cannot_share_is_refused():
+    for options in ({}, {"poolclass": StaticPool}):
+        engine = create_engine("sqlite://", **options)
+        with pytest.raises(BadArgument, match="engine: its pool"):
+            Store(engine=engine)
+        engine.dispose()
+
+
+def test_read_only_takes_a_url_and_refuses_to_write(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path}/t.db")
+    with pytest.raises(BadArgument, match="read_only"):
+        Store(engine=engine, read_only=True)
+    engine.dispose()
+    url = f"sqlite:///{tmp_path}/t.db"
+    with Store(url) as store:
+        store.record(provider="p")
+    with Store(url, read_only=True) as store:
+        assert len(store.query()) == 1
+        assert store.record(provider="p") is False
+        for write in (store.cleanup, store.maintain, lambda: store.add_many([])):
+            with pytest.raises(BadArgument, match="read-only"):
+                write()
+        assert store.health().dropped_by == {"closed": 1}
+        with store.engine.connect() as connection, pytest.raises(Exception, match="readonly"):
+            connection.execute(text("DELETE FROM routing_telemetry"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1] + BACKENDS[2:])
+def test_a_hosts_own_engine_is_used_and_left_open(backend, new_url):
+    url = new_url(backend, at_head=True)
+    host = create_engine(parse_url(url), poolclass=QueuePool)
+    with Store(engine=host) as store:
+        store.record(provider="p")
+        assert store.flush(10)
+        assert store.add_many([{"provider": "q"}]) == 1
+        assert store.get_stats().total_requests == 2
+        assert store.engine is host
+    with host.connect() as connection:  # not disposed
+        assert connection.scalar(text("SELECT count(*) FROM routing_telemetry")) == 2
+    host.dispose()
+
+
+def test_a_hosts_engine_upgrades_in_one_transaction(tmp_path):
+    host = create_engine(f"sqlite:///{tmp_path}/t.db")
+    with host.begin() as connection:
+        connection.execute(text("CREATE TABLE routing_telemetry (id INTEGER)"))
+    with pytest.raises(Exception, match="not adopted"):
+        migrate.upgrade(host)
+    with host.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM sqlite_master")) == 1
+    host.dispose()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["our engine", "a host's engine"])
+def test_a_savepoint_begins_a_transaction_first(tmp_path, own):
+    url = f"sqlite:///{tmp_path}/t.db"
+    engine = create_store_engine(url) if own else create_engine(url)
+    migrate.upgrade(engine)
+    with Session(engine) as session:
+        RoutingRepository(session).add_many([RecordFactory()])
+        session.rollback()
+    with Session(engine) as session:
+        assert RoutingRepository(session).query() == [], "the caller's rollback takes it back"
+        RoutingRepository(session).add_many([RecordFactory()])
+        session.commit()
+        assert len(RoutingRepository(session).query()) == 1
+    engine.dispose()
+
+
+def test_a_repository_works_in_the_callers_transaction(empty_engine):
+    migrate.upgrade(empty_engine)
+    with Session(writing(empty_engine)) as session, session.begin():
+        repository = RoutingRepository(session, clock=lambda: NOW)
+        repository.add_many([RecordFactory(timestamp=NOW)])
+        assert repository.get_stats().total_requests == 1
+        assert session.query(RoutingTelemetry).one().provider
+        with Session(empty_engine) as other:
+            assert RoutingRepository(other, clock=lambda: NOW).get_stats() is None
+
+
+def test_a_row_that_the_database_refuses_costs_itself(empty_engine):
+    migrate.upgrade(empty_engine)
+    refuse = {
+        "sqlite": "CREATE TRIGGER no BEFORE INSERT ON routing_telemetry WHEN NEW.provider = 'bad' "
+        "BEGIN SELECT RAISE(ABORT, 'secret'); END",
+        "postgresql": "ALTER TABLE routing_telemetry ADD CONSTRAINT no CHECK (provider <> 'bad')",
+    }
+    with empty_engine.begin() as connection:
+        connection.execute(text(refuse[empty_engine.dialect.name]))
+    with Store(engine=empty_engine) as store:
+        for n in range(100):
+            store.record(provider="bad" if n in (0, 41, 42, 99) else "good", attempt_index=n)
+        assert store.flush(20)
+        health = store.health()
+        assert (health.written, dict(health.rejected_by)) == (96, {"constraint": 4})
+        stored = sorted(store.query(), key=lambda row: row.id)
+        assert [r.attempt_index for r in stored] == [
+            n for n in range(100) if n not in (0, 41, 42, 99)
+        ]
+        with pytest.raises(RowRejected) as refused:
+            store.add_many([{"provider": "good"}, {"provider": "bad"}])
+        assert refused.value.__cause__ is None
+        assert "secret" not in str(refused.value)
+        assert len(store.query(limit=1000)) == 96
+
+
+def test_a_file_that_another_writer_holds_is_waited_for(tmp_path):
+    with Store(f"sqlite:///{tmp_path}/t.db") as store:
+        store.record(provider="first")
+        assert store.flush(10)
+        with closing(sqlite3.connect(tmp_path / "t.db")) as other:
+            other.execute("BEGIN IMMEDIATE")
+            store.record(provider="second")
+            assert store.flush(0.2) is False
+            assert store.record(provider="third"), "the caller never waits"
+            other.rollback()
+        assert store.flush(20)
+        assert store.health().written == 3
+
+
+def test_a_store_that_is_forgotten_still_writes(tmp_path):
+    url = f"sqlite:///{tmp_path}/t.db"
+    store = Store(url)
+    store.record(provider="p")
+    del store
+    with Store(url) as again:
+        assert len(again.query()) == 1
+
+
+def test_health_does_not_wait_for_a_database_that_hangs(tmp_path, monkeypatch):
+    release = threading.Event()
+    with Store(f"sqlite:///{tmp_path}/t.db") as store:
+        store.query()
+        monkeypatch.setattr("lynkr_store.database._look", lambda _: release.wait(20))
+        began = time.monotonic()
+        health = store.health()
+        assert time.monotonic() - began < 1
+        assert health.pending == 0
+        release.set()
+
+
+def test_a_store_not_yet_used_makes_nothing(tmp_path):
+    with Store(f"sqlite:///{tmp_path}/new/t.db") as store:
+        assert "not made yet" in store.health().last_error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,313 @@
+"""The writer against sinks that are slow, broken or picky; no database."""
+
+import itertools
+import logging
+import threading
+import time
+
+import pytest
+
+from lynkr_store import BadArgument, RoutingEvent
+from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.ingest import TextPolicy
+from lynkr_store.writer import Writer
+
+
+class Sink:
+    """Keeps what it is given; can be held, made to fail, and told to refuse rows."""
+
+    def __init__(self):
+        self.batches = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+        self.failures = []
+        self.refuse = {}
+
+    def write(self, rows):
+        self.entered.set()
+        assert self.open.wait(20)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.batches.append(list(rows))
+        return self.refuse
+
+    @property
+    def providers(self):
+        return [row["provider"] for batch in self.batches for row in batch]
+
+
+@pytest.fixture
+def sink():
+    return Sink()
+
+
+@pytest.fixture
+def make(sink):
+    made = []
+
+    def make(**options):
+        settings = {
+            "policy": TextPolicy(),
+            "clock": itertools.count(1_750_000_000_000).__next__,
+            "max_rows": 1000,
+            "max_bytes": 10**7,
+            "batch_rows": 100,
+            "interval_s": 0.01,
+        }
+        writer = Writer(sink, **settings | options)
+        made.append(writer)
+        return writer
+
+    yield make
+    sink.open.set()
+    for writer in made:
+        writer.close(5)
+
+
+def adds_up(account):
+    return account.submitted == (
+        account.written
+        + account.rejected_by.total()
+        + account.dropped_by.total()
+        + account.queued
+        + account.in_batch
+    )
+
+
+def test_records_arrive_in_order_and_in_batches(make, sink):
+    sink.open.clear()
+    writer = make(batch_rows=10)
+    for n in range(95):
+        assert writer.submit({"provider": str(n)})
+    sink.open.set()
+    assert writer.flush(5)
+    assert sink.providers == [str(n) for n in range(95)]
+    assert max(map(len, sink.batches)) == 10
+    assert writer.account().written == 95
+
+
+def test_a_batch_goes_after_the_interval_even_if_it_is_not_full(make, sink):
+    writer = make(interval_s=0.01)
+    writer.submit({"provider": "p"})
+    assert sink.entered.wait(5)
+
+
+def test_a_flush_does_not_wait_for_the_interval(make, sink):
+    writer = make(interval_s=3600)
+    writer.submit({"provider": "p"})
+    assert writer.flush(5)
+    assert sink.providers == ["p"]
+
+
+def test_a_full_batch_does_not_wait_for_the_interval(make, sink):
+    writer = make(interval_s=3600, batch_rows=3)
+    for _ in range(3):
+        writer.submit({"provider": "p"})
+    assert sink.entered.wait(5)
+
+
+def test_what_does_not_fit_is_dropped_and_counted(make, sink):
+    sink.open.clear()
+    writer = make(max_rows=5, batch_rows=1)
+    writer.submit({"provider": "in the sink"})
+    assert sink.entered.wait(5)
+    accepted = [writer.submit({"provider": str(n)}) for n in range(8)]
+    assert accepted == [True] * 5 + [False] * 3
+    account = writer.account()
+    assert (account.queued, account.in_batch) == (5, 1)
+    assert account.dropped_by == {"queue_full": 3}
+    assert adds_up(account)
+    sink.open.set()
+    assert writer.flush(5)
+    assert sink.providers == ["in the sink", "0", "1", "2", "3", "4"]
+
+
+def test_bytes_are_bounded_whatever_field_they_are_in(make, sink):
+    sink.open.clear()
+    writer = make(max_bytes=50_000)
+    big = "x" * 30_000
+    for record in (
+        {"provider": big},
+        {"provider": "p", "attributes": {"a": [big, {"b": big}]}},
+        {"provider": "p", "candidates": [(big, big)]},
+        RoutingEvent(provider="p", request_text=big),
+    ):
+        accepted = [writer.submit(record) for _ in range(4)]
+        assert not all(accepted)
+    account = writer.account()
+    assert account.dropped_by["queue_full"] >= 12
+    assert adds_up(account)
+
+
+def test_bytes_come_free_again(make, sink):
+    writer = make(max_bytes=40_000)
+    for _ in range(5):
+        assert writer.submit({"provider": "p", "request_text": "x" * 30_000})
+        assert writer.flush(5)
+
+
+def test_nested_containers_are_copied_and_endless_ones_rejected(make, sink):
+    writer = make()
+    endless = []
+    endless.append(endless)
+    nested = {"list": [1]}
+    assert writer.submit({"provider": "p", "attributes": nested})
+    nested["list"].append(2)
+    assert writer.submit({"provider": "p", "attributes": endless})
+    assert writer.flush(5)
+    assert [row["attributes"] for row in sink.batches[0]] == ['{"list":[1]}']
+    assert writer.account().rejected_by == {"wrong_type": 1}
+
+
+def test_values_whose_own_methods_fail_cost_their_row(make, sink):
+    class Hostile(str):
+        __slots__ = ()
+
+        def isascii(self):
+            raise RuntimeError("no")
+
+        def __contains__(self, other):
+            raise RuntimeError("no")
+
+    writer = make()
+    writer.submit({"provider": Hostile("p")})
+    writer.submit({"provider": "p"})
+    assert writer.flush(5)
+    assert writer.account().rejected_by == {"wrong_type": 1}
+    assert sink.providers == ["p"]
+
+
+def test_rows_that_the_sink_refuses_are_counted_by_its_cause(make, sink):
+    sink.refuse = {"constraint": 2}
+    writer = make()
+    for _ in range(5):
+        writer.submit({"provider": "p"})
+    assert writer.flush(5)
+    account = writer.account()
+    assert (account.written, dict(account.rejected_by)) == (3, {"constraint": 2})
+
+
+def test_a_batch_stays_in_hand_until_the_sink_takes_it(make, sink, monkeypatch, caplog):
+    monkeypatch.setattr("lynkr_store.writer._RETRY_S", 0.01)
+    sink.failures = [StoreUnavailable("gone"), StoreUnavailable("gone"), OSError("a row's text")]
+    writer = make()
+    for n in range(7):
+        writer.submit({"provider": str(n)})
+    assert writer.flush(5)
+    assert sink.providers == [str(n) for n in range(7)]
+    account = writer.account()
+    assert account.last_error == "OSError", "another library's words may repeat the row"
+    assert [r.getMessage() for r in caplog.records] == [
+        "records wait to be written: StoreUnavailable: gone",
+        "records wait to be written: OSError",
+    ], "one line for each fault, not for each try"
+
+
+def test_a_flush_out_of_time_says_no(make, sink):
+    sink.open.clear()
+    writer = make()
+    writer.submit({"provider": "p"})
+    assert writer.flush(0.05) is False
+    assert writer.flush(0) is False
+    sink.open.set()
+    assert writer.flush(5) is True
+
+
+def test_an_idle_flush_and_close_are_quick(make):
+    writer = make()
+    assert writer.flush(0) is True
+    writer.close(0)
+
+
+@pytest.mark.parametrize("timeout_s", [-1, float("nan")])
+def test_bad_deadlines_are_named(make, timeout_s):
+    for call in (make().flush, make().close):
+        with pytest.raises(BadArgument, match="timeout_s"):
+            call(timeout_s)
+
+
+def test_close_within_an_endless_deadline_writes_everything(make, sink):
+    writer = make(interval_s=3600)
+    for _ in range(10):
+        writer.submit({"provider": "p"})
+    writer.close(float("inf"))
+    assert len(sink.providers) == 10
+    assert not writer._thread.is_alive()
+
+
+def test_close_out_of_time_counts_what_is_left(make, sink):
+    sink.open.clear()
+    writer = make(batch_rows=2)
+    for n in range(7):
+        writer.submit({"provider": str(n)})
+    assert sink.entered.wait(5)
+    began = time.monotonic()
+    writer.close(0.05)
+    assert time.monotonic() - began < 1.5
+    account = writer.account()
+    assert dict(account.dropped_by) == {"outcome_unknown": 2, "deadline": 5}
+    assert (account.queued, account.in_batch) == (0, 0)
+    assert adds_up(account)
+    sink.open.set()
+    writer._thread.join(5)
+    assert adds_up(writer.account()), "a late answer is not counted again"
+    assert writer.account().written == 0
+    assert writer.submit({"provider": "p"}) is False
+    assert writer.account().dropped_by["closed"] == 1
+
+
+def test_close_while_the_sink_is_down_knows_that_nothing_was_written(make, sink):
+    sink.failures = [StoreUnavailable("down")] * 1000
+    writer = make()
+    for _ in range(3):
+        writer.submit({"provider": "p"})
+    assert sink.entered.wait(5)
+    while writer.account().last_error is None:
+        time.sleep(0.001)
+    writer.close(0.05)
+    assert dict(writer.account().dropped_by) == {"deadline": 3}
+    writer._thread.join(5)
+    assert not writer._thread.is_alive()
+
+
+def test_losses_are_logged_once_a_burst_without_values(make, sink, caplog):
+    writer = make()
+    with caplog.at_level(logging.WARNING, "lynkr_store"):
+        for _ in range(50):
+            writer.submit({"provider": 5, "request_text": "secret"})
+            writer.flush(5)
+    [line] = caplog.messages
+    assert "wrong_type" in line
+    assert "secret" not in line
+
+
+def test_unreadable_values_are_counted(make):
+    writer = make()
+    writer.note_unreadable(0)
+    assert not writer.account().mended_by
+    writer.note_unreadable(2)
+    assert writer.account().mended_by == {"unreadable_on_read": 2}
+
+
+def test_the_account_adds_up_at_every_moment(make, sink):
+    writer = make(max_rows=50, batch_rows=7)
+    stop = threading.Event()
+
+    def submit():
+        while not stop.is_set():
+            writer.submit({"provider": "p"})
+            writer.submit({"tier": "no provider"})
+
+    threads = [threading.Thread(target=submit) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        assert adds_up(writer.account())
+    stop.set()
+    for thread in threads:
+        thread.join(5)
+    writer.close(5)
+    account = writer.account()
+    assert adds_up(account)
+    assert account.written == len(sink.providers)
