@@ -2,11 +2,15 @@
 
 import ast
 import importlib.util
+import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import lynkr_store
+from lynkr_store import AsyncStore, Store
 
 PACKAGE = Path(lynkr_store.__file__).parent
 
@@ -106,3 +110,28 @@ def test_the_package_says_that_it_is_typed():
     spec = importlib.util.find_spec("lynkr_store")
     assert spec is not None
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_both_stores_have_the_same_names_and_parameters():
+    names = {name for name in vars(Store) if not name.startswith("_")} - {"engine"}
+    assert names == {name for name in vars(AsyncStore) if not name.startswith("_")}
+    for name in names:
+        ours, theirs = (inspect.signature(getattr(store, name)) for store in (Store, AsyncStore))
+        assert ours.parameters == theirs.parameters, name
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    watch = (
+        "import os, sys, threading, logging\n"
+        "os.environ['LYNKR_STORE_URL'] = 'nonsense'\n"
+        "import lynkr_store, lynkr_store.cli\n"
+        "assert threading.active_count() == 1, 'a thread'\n"
+        "assert not logging.getLogger('lynkr_store').handlers, 'logging set-up'\n"
+        "assert not logging.getLogger().handlers, 'logging set-up'\n"
+        "assert not os.listdir(), 'a file'\n"
+        "assert 'psycopg' not in sys.modules, 'a driver'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", watch], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

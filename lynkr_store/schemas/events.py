@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
+    PlainValidator,
     PrivateAttr,
     model_validator,
 )
@@ -60,16 +61,19 @@ def _instant_in_domain(value: object) -> object:
     return ms
 
 
+_NO_JSON: Final = "give JSON text, or an object or list that JSON can express"
+
+
 def _json_text(value: object) -> object:
     """Keep JSON text as it is; write objects and lists as JSON, as the gateway does."""
     if value is None or isinstance(value, str):
         return value
+    if not isinstance(value, Mapping | list | tuple):
+        raise ValueError(_NO_JSON)
     try:
-        if not isinstance(value, Mapping | list | tuple):
-            raise TypeError
         text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
     except (TypeError, RecursionError):
-        raise ValueError("give JSON text, or an object or list that JSON can express") from None
+        raise ValueError(_NO_JSON) from None
     return mend_text(text)[0]
 
 
@@ -96,10 +100,7 @@ def _zero_or_one(value: object) -> object:
     return value
 
 
-_Json = Annotated[
-    str | Mapping[str, Any] | Sequence[Any] | None,
-    BeforeValidator(_json_text),
-]
+_Json = Annotated[str | Mapping[str, Any] | Sequence[Any] | None, PlainValidator(_json_text)]
 _Count = Annotated[int | None, Field(strict=True, ge=-COUNT.limit, le=COUNT.limit)]
 _Milliseconds = Annotated[
     float | None, Field(strict=True, ge=-MILLISECONDS.limit, le=MILLISECONDS.limit)
