@@ -162,9 +162,11 @@ def examine(connection: Connection) -> Found | None:
 
 
 def note_adoption(connection: Connection, found: Found, now_ms: int) -> None:
-    """Write down what was there, for downgrades to stop at."""
-    _ADOPTION.create(connection)
-    connection.execute(insert(_ADOPTION).values(revision=found.floor, adopted_at=now_ms))
+    """Write down what was there, for downgrades to stop at; the first note stays."""
+    _ADOPTION.create(connection, checkfirst=True)
+    if adopted_revision(connection) is None:
+        note = insert(_ADOPTION).values(revision=found.floor, adopted_at=now_ms)
+        connection.execute(note)
 
 
 def adopted_revision(connection: Connection) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from sqlalchemy import Connection, Engine, MetaData, func, inspect, null, select
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.schema import CreateView
 
 from lynkr_store import migrate, queries
@@ -70,6 +70,8 @@ class Database:
                 statement_timeout_s=settings.statement_timeout_s,
                 echo=settings.echo,
             )
+            if read_only:
+                self.engine = self.engine.execution_options(postgresql_readonly=True)
         self.backend = backend_of(self.engine)
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
@@ -166,6 +168,18 @@ class Look:
     oldest: datetime | None
 
 
+@dataclass(frozen=True)
+class Looked:
+    """The last look: when it ended, on the monotonic clock, and what it showed or why it failed.
+
+    A look that failed keeps what an earlier one showed.
+    """
+
+    at: float
+    look: Look | None
+    error: str | None
+
+
 class Probe:
     """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
 
@@ -173,11 +187,7 @@ class Probe:
         self.database = database
         self._lock = threading.Lock()
         self._under_way: threading.Thread | None = None
-        self.look: Look | None = None
-        self.reachable = False
-        self.error: str | None = None
-        self.at: float | None = None
-        """When the last look ended, on the monotonic clock."""
+        self.last: Looked | None = None
 
     def refresh(self) -> None:
         """Look now; return when it is done, or after 40 ms with what the last look showed."""
@@ -198,21 +208,20 @@ class Probe:
             thread.join(_PROBE_FINISH_S)
 
     def _run(self) -> None:
+        look, error = self.last.look if self.last else None, None
         try:
-            look, error = _look(self.database), None
+            with translated():
+                look = _look(self.database)
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
-            look, error = None, f"{type(fault).__name__}: {fault}"
-            if isinstance(fault, DBAPIError):
-                error = f"{type(fault).__name__}: {str(fault.orig).partition(chr(10))[0]}"
-        self.look, self.error, self.reachable = look or self.look, error, error is None
-        self.at = time.monotonic()
+            error = f"{type(fault).__name__}: {fault}"
+        self.last = Looked(time.monotonic(), look, error)
 
 
 def _look(database: Database) -> Look:
     engine = database.engine
     if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
         path = Path(engine.url.database)
-        if not path.exists():
+        if not path.exists() and "uri" not in engine.url.query:
             raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
     with engine.connect() as connection:
         revision = migrate.current(connection)

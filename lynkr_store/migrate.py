@@ -5,6 +5,8 @@ The revisions are Alembic's and lie in ``migrations/``; a wheel carries them as
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -14,12 +16,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.schema import SchemaItem
 
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.engine import writing
-from lynkr_store.exceptions import SchemaAhead, SchemaBehind
+from lynkr_store.exceptions import BadArgument, SchemaAhead, SchemaBehind
 from lynkr_store.models import INDEXES, Base
 
 UPGRADE_COMMAND: Final = "lynkr-store upgrade"
@@ -101,13 +104,28 @@ def require_head(connection: Connection) -> str:
     revision = current(connection)
     if revision == head():
         return revision
+    _require_known(connection)
+    stands = f"is at revision {revision}" if revision else "has no revision"
+    raise SchemaBehind(f"the schema {stands}, this release needs {head()}: run {UPGRADE_COMMAND}")
+
+
+def _require_known(connection: Connection) -> None:
+    revision = current(connection)
+    connection.rollback()  # what follows begins a transaction of its own
     if revision is not None and revision not in {s.revision for s in _script().walk_revisions()}:
         raise SchemaAhead(
             f"the schema's revision {revision} is newer than this release (head {head()}): "
             "install a newer lynkr-store"
         )
-    stands = f"is at revision {revision}" if revision else "has no revision"
-    raise SchemaBehind(f"the schema {stands}, this release needs {head()}: run {UPGRADE_COMMAND}")
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Give Alembic's complaints of wrong use the library's form."""
+    try:
+        yield
+    except CommandError as error:
+        raise BadArgument(f"revision: {error}; there are base to {head()}, and head") from None
 
 
 def upgrade(engine: Engine, revision: str = "head") -> None:
@@ -119,8 +137,11 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
 
     Raises:
         AdoptionRefused: The tables that are there are not the gateway's; nothing was changed.
+        SchemaAhead: A newer release made the schema.
+        BadArgument: There is no such revision.
     """
-    with writing(engine).connect() as connection:
+    with writing(engine).connect() as connection, _explained():
+        _require_known(connection)
         command.upgrade(_config(connection=connection), revision)
 
 
@@ -135,8 +156,11 @@ def downgrade(engine: Engine, revision: str, *, drop_data: bool = False) -> None
     Raises:
         DowngradeRefused: Rows would be lost without ``drop_data``, or what the gateway had made
             before the database was adopted; nothing was changed.
+        SchemaAhead: A newer release made the schema.
+        BadArgument: There is no such revision.
     """
-    with writing(engine).connect() as connection:
+    with writing(engine).connect() as connection, _explained():
+        _require_known(connection)
         config = _config(connection=connection)
         config.cmd_opts = Namespace(x=["drop-data=yes"] if drop_data else [])
         command.downgrade(config, revision)
@@ -150,11 +174,15 @@ def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool =
         revisions: As Alembic takes them, ``head`` or ``0003:base``.
         output: Where to.
         down: The revisions are a downgrade.
+
+    Raises:
+        BadArgument: There are no such revisions.
     """
     config = _config()
     config.output_buffer = output
     config.cmd_opts = Namespace(x=[f"url={url}"])
-    (command.downgrade if down else command.upgrade)(config, revisions, sql=True)
+    with _explained():
+        (command.downgrade if down else command.upgrade)(config, revisions, sql=True)
 
 
 def drift(connection: Connection) -> list[str]:

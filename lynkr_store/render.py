@@ -73,7 +73,7 @@ def stats_report(
     for name, figures in providers.items():
         latency = figures.avg_latency
         table.add_row(
-            Text(name),
+            _printable(name),
             f"{figures.total:,}",
             f"{figures.error_rate} %",
             "–" if latency is None else f"{latency:,} ms",
@@ -87,7 +87,7 @@ def stats_report(
     for tier, count in stats.requests_by_tier.items():
         quality = stats.avg_quality_by_tier.get(tier)
         table.add_row(
-            Text(tier),
+            _printable(tier),
             f"{count:,}",
             "–" if quality is None else f"{quality:.1f}",
             Text(bar(quality or 0, 100), style="green"),
@@ -97,7 +97,7 @@ def stats_report(
 
 def provider_report(name: str, figures: ProviderStats) -> RenderableType:
     """One provider's figures."""
-    table = _table("", "", title=name)
+    table = _table("", "", title=_printable(name))
     table.add_row("requests", f"{figures.total:,}")
     table.add_row("error rate", f"{figures.error_rate} %")
     table.add_row("fallback rate", f"{figures.fallback_rate} %")
@@ -121,12 +121,12 @@ def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
     for row in rows:
         table.add_row(
             f"{row.timestamp:%y-%m-%d %H:%M:%S}" if row.timestamp else "–",
-            Text(row.provider or ""),
-            Text(row.tier or "–"),
-            Text(row.model or "–"),
+            _printable(row.provider),
+            _printable(row.tier),
+            _printable(row.model),
             "–" if row.latency_ms is None else f"{row.latency_ms:,} ms",
             cost(row.cost_usd),
-            Text(row.error_type or _or_dash(row.status_code), style="red" * bool(row.error_type)),
+            _printable(row.error_type or row.status_code, style="red" if row.error_type else ""),
         )
     if rows:
         table.caption = f"next page: --before {rows[-1].cursor}"
@@ -141,15 +141,21 @@ def health_table(health: Health) -> Table:
         table.add_row(name, str(getattr(health, name)))
     table.add_row("oldest_timestamp", str(health.oldest_timestamp))
     if health.last_error:
-        table.add_row("last_error", Text(health.last_error))
+        table.add_row("last_error", _printable(health.last_error))
     return table
+
+
+def _printable(value: object, style: str = "") -> Text:
+    """A stored value without what a terminal would obey: clients choose these texts."""
+    text = "–" if value is None else str(value)
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in text), style)
 
 
 def _or_dash(value: float | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def _table(*columns: str, title: str | Text | None = None) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -186,12 +186,11 @@ class _Core:
     def _do_health(self) -> Health:
         if not self._closed:
             self._probe.refresh()
-        account, probe = self._writer.account(), self._probe
-        now, look = time.monotonic(), probe.look
-        errors = [(account.last_error_at, account.last_error)]
-        if probe.error:
-            errors.append((probe.at, probe.error))
-        at, error = max(errors, key=lambda item: item[0] or 0.0)
+        account, looked = self._writer.account(), self._probe.last
+        now, look = time.monotonic(), looked and looked.look
+        at, error = account.last_error_at, account.last_error
+        if looked and looked.error and (at is None or looked.at > at):
+            at, error = looked.at, looked.error
         return Health(
             submitted=account.submitted,
             recovered=0,
@@ -206,8 +205,8 @@ class _Core:
             backend=self._database.backend,
             revision=look and look.revision,
             head=migrate.head(),
-            reachable=probe.reachable,
-            probe_age_s=None if probe.at is None else now - probe.at,
+            reachable=looked is not None and looked.error is None,
+            probe_age_s=looked and now - looked.at,
             last_error=error,
             last_error_age_s=None if at is None else now - at,
             database_bytes=look and look.database_bytes,

@@ -1,13 +1,19 @@
 """Engines: URLs, PRAGMAs, BEGIN, hosts' own engines."""
 
+import asyncio
 import builtins
+import io
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
 
 import pytest
+from rich.console import Console
 from sqlalchemy import URL, QueuePool, StaticPool, create_engine, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from lynkr_store import (
@@ -24,11 +30,12 @@ from lynkr_store import (
     UnsupportedDatabase,
     create_store_engine,
     migrate,
+    render,
     writing,
 )
 from lynkr_store.engine import create_store_async_engine, parse_url
 from lynkr_store.models import RoutingTelemetry
-from tests.conftest import BACKENDS
+from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 
 NOW = 1_750_000_000_000
@@ -244,7 +251,7 @@ def test_read_only_takes_a_url_and_refuses_to_write(tmp_path):
             connection.execute(text("DELETE FROM routing_telemetry"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:1] + BACKENDS[2:])
+@pytest.mark.parametrize("backend", ON_DISK)
 def test_a_hosts_own_engine_is_used_and_left_open(backend, new_url):
     url = new_url(backend, at_head=True)
     host = create_engine(parse_url(url), poolclass=QueuePool)
@@ -362,3 +369,119 @@ def test_a_store_not_yet_used_makes_nothing(tmp_path):
     with Store(f"sqlite:///{tmp_path}/new/t.db") as store:
         assert "not made yet" in store.health().last_error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_left_open_at_exit_still_writes(tmp_path):
+    url = f"sqlite:///{tmp_path}/t.db"
+    code = f"from lynkr_store import Store; store = Store({url!r}); store.record(provider='p')"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+    with Store(url) as store:
+        assert len(store.query()) == 1
+
+
+def test_processes_that_open_a_new_file_together_all_write(tmp_path):
+    url = f"sqlite:///{tmp_path}/new/t.db"
+    code = (
+        "from lynkr_store import Store\n"
+        f"with Store({url!r}) as store:\n"
+        "    store.record(provider='p')\n"
+        "    assert store.flush(30)\n"
+    )
+    started = [subprocess.Popen([sys.executable, "-W", "error", "-c", code]) for _ in range(4)]
+    assert [process.wait(60) for process in started] == [0] * 4
+    with Store(url) as store:
+        assert len(store.query()) == 4
+        with store.engine.connect() as connection:
+            assert migrate.drift(connection) == []
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+@pytest.mark.parametrize("backend", ON_DISK)
+def test_a_hosts_own_async_engine_is_used_and_left_open(backend, new_url):
+    url = new_url(backend, at_head=True)
+    sync = parse_url(url)
+    driver = "sqlite+aiosqlite" if backend == "sqlite-file" else "postgresql+psycopg"
+
+    async def main():
+        host = create_async_engine(sync.set(drivername=driver))
+        async with AsyncStore(engine=host) as store:
+            store.record(provider="p")
+            assert await store.flush(10)
+            assert await store.add_many([{"provider": "q"}]) == 1
+            assert (await store.get_stats()).total_requests == 2
+        async with host.connect() as connection:  # not disposed
+            assert await connection.scalar(text("SELECT count(*) FROM routing_telemetry")) == 2
+        await host.dispose()
+
+    asyncio.run(main())
+
+
+def test_an_async_engine_of_a_database_in_memory_is_refused():
+    engine = create_async_engine("sqlite+aiosqlite://")
+    with pytest.raises(BadArgument, match="give its url instead"):
+        AsyncStore(engine=engine)
+    with pytest.raises(UnsupportedDatabase, match="one connection"):
+        create_store_async_engine("sqlite://")
+
+
+def test_a_newer_releases_schema_is_not_upgraded_and_unknown_revisions_are_named(empty_engine):
+    migrate.upgrade(empty_engine)
+    for go in (migrate.upgrade, migrate.downgrade):
+        with pytest.raises(BadArgument, match=r"revision: .*nonsense"):
+            go(empty_engine, "nonsense")
+    with pytest.raises(BadArgument, match="revision"):
+        migrate.write_script("sqlite://", "nonsense", io.StringIO())
+    with empty_engine.begin() as connection:
+        connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '9999'"))
+    for go in (migrate.upgrade, migrate.downgrade):
+        with pytest.raises(SchemaAhead, match="install a newer"):
+            go(empty_engine, "0001")
+
+
+def test_a_read_only_look_at_postgres_cannot_write(postgres_url):
+    engine = create_store_engine(postgres_url)
+    migrate.upgrade(engine)
+    engine.dispose()
+    with Store(postgres_url, read_only=True) as store:
+        assert store.query() == []
+        with store.engine.connect() as connection, pytest.raises(Exception, match="read-only"):
+            connection.execute(text("DELETE FROM routing_telemetry"))
+
+
+def test_an_invalid_index_that_a_build_left_is_built_anew(postgres_url):
+    engine = create_store_engine(postgres_url)
+    migrate.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(text("DROP INDEX idx_telemetry_provider"))
+        connection.execute(
+            text(
+                "UPDATE pg_index SET indisvalid = false "
+                "WHERE indexrelid = 'idx_telemetry_tier'::regclass"
+            )
+        )
+    engine.dispose()
+    with Store(postgres_url) as store:
+        assert sorted(store.maintain().indexes_built) == [
+            "idx_telemetry_provider",
+            "idx_telemetry_tier",
+        ]
+        assert store.maintain().indexes_built == ()
+        with store.engine.connect() as connection:
+            assert connection.scalar(text("SHOW statement_timeout")) == "30s"
+
+
+def test_names_cannot_command_a_terminal():
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True)
+    row = {"provider": "a\x1b]0;owned\x07[red]b", "tier": "\x1b[2J"}
+    with Store("sqlite://") as store:
+        store.record(row)
+        assert store.flush(10)
+        render.show(console, render.rows_table(store.query()))
+        stats = store.get_provider_stats(row["provider"])
+        render.show(console, render.provider_report(row["provider"], stats))
+    said = out.getvalue()
+    assert "owned" in said
+    assert "\x1b]0" not in said
+    assert "\x1b[2J" not in said
+    assert "[red]b" in said
