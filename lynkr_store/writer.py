@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import Any, Final, Protocol
@@ -219,8 +220,10 @@ class Writer:
                 self._account.mended_by["unreadable_on_read"] += values
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="lynkr-store-writer", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="lynkr-store-writer", daemon=True)
+        with suppress(RuntimeError):  # no more threads: the next record tries again
+            thread.start()
+            self._thread = thread
 
     def _run(self) -> None:
         while batch := self._next_batch():

@@ -282,6 +282,20 @@ def test_losses_are_logged_once_a_burst_without_values(make, sink, caplog):
     assert "secret" not in line
 
 
+def test_a_thread_that_cannot_be_started_is_tried_again(make, sink, monkeypatch):
+    writer = make()
+
+    def no_more(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_more)
+        assert writer.submit({"provider": "a"})
+    assert writer.submit({"provider": "b"})
+    assert writer.flush(5)
+    assert sink.providers == ["a", "b"]
+
+
 def test_unreadable_values_are_counted(make):
     writer = make()
     writer.note_unreadable(0)

@@ -1,5 +1,6 @@
 """A gateway's own database becomes ours, or is refused untouched."""
 
+import asyncio
 import itertools
 import shutil
 import sqlite3
@@ -11,6 +12,7 @@ from sqlalchemy import text
 
 from lynkr_store import (
     AdoptionRefused,
+    AsyncStore,
     DowngradeRefused,
     RoutingFilter,
     Store,
@@ -367,6 +369,16 @@ def test_no_stored_value_makes_an_answer_fail(path):
         assert store.health().mended_by["unreadable_on_read"] > 0
         assert [row.id for row in store.iter_records(page_rows=1)] == [row.id for row in rows]
         assert store.query(RoutingFilter(min_latency_ms=0, max_latency_ms=10**9))[0].id == 4
+
+
+def test_undecodable_text_is_replaced_for_async_readers_too(path):
+    odd_file(path)
+
+    async def names():
+        async with AsyncStore(f"sqlite:///{path}") as store:
+            return [row.model for row in await store.query() if row.id == 1]
+
+    assert asyncio.run(names()) == ["\ufffdA"]
 
 
 def test_a_read_only_look_at_an_odd_file_answers_too(path):
