@@ -75,7 +75,7 @@ def main() -> None:
         health = store.health()
     seconds = time.perf_counter() - began
     done = f"{health.written:,} of {health.submitted:,} requests"
-    print(f"{done} written to {url} in {seconds:.1f} s")
+    print(f"{done} written to {url} in {seconds:.1f} s", flush=True)
     command = [sys.executable, "-m", "lynkr_store"]
     subprocess.run([*command, "stats", "--url", url], check=True)  # noqa: S603
     subprocess.run([*command, "query", "--url", url, "--errors", "--limit", "5"], check=True)  # noqa: S603

@@ -51,7 +51,10 @@ _REMEDY: Final = "use sqlite:///path/to/file.db, sqlite:// (in memory) or postgr
 
 
 def parse_url(url: str | URL) -> URL:
-    """The URL of a supported database, with its driver written out.
+    """The URL of a supported database, with its driver and a file's whole path written out.
+
+    The whole path, because the engine opens the file again and again, and a process may change its
+    working directory in between.
 
     Raises:
         UnsupportedDatabase: Not a URL, another database, or a driver that is not supported.
@@ -64,7 +67,11 @@ def parse_url(url: str | URL) -> URL:
     backend = _backend_named(parsed.get_backend_name())
     if "+" in parsed.drivername and dialect.driver not in _DRIVERS[backend]:
         raise UnsupportedDatabase(f"url: the driver {dialect.driver} is not supported; {_REMEDY}")
-    return parsed.set(drivername=_SYNC_DRIVER[backend])
+    parsed = parsed.set(drivername=_SYNC_DRIVER[backend])
+    path = None if backend is not Backend.SQLITE or is_memory(parsed) else parsed.database
+    if path and not path.startswith("file:"):
+        parsed = parsed.set(database=str(Path(path).absolute()))
+    return parsed
 
 
 def backend_of(engine: Engine | Connection) -> Backend:

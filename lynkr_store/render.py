@@ -18,7 +18,8 @@ from lynkr_store.schemas import (
 
 _BAR_CELLS: Final = 12  # the tables fit a terminal of 80 columns
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
-_NAMES: Final = ("provider", "tier", "model", "result")
+_LEFT: Final = ("", "time (UTC)", "provider", "tier", "model", "result")
+_FOLDING: Final = ("provider", "model", "result")  # give way where the terminal is narrow
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -120,7 +121,7 @@ def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
     table = _table("time (UTC)", "provider", "tier", "model", "latency", "cost", "result")
     for row in rows:
         table.add_row(
-            f"{row.timestamp:%y-%m-%d %H:%M:%S}" if row.timestamp else "–",
+            f"{row.timestamp:%m-%d %H:%M:%S}" if row.timestamp else "–",
             _printable(row.provider),
             _printable(row.tier),
             _printable(row.model),
@@ -159,18 +160,17 @@ def _table(*columns: str, title: str | Text | None = None) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=title,
         title_justify="left",
         title_style="bold",
         show_header=any(columns),
     )
     for name in columns:
-        # figures stay whole; what has to give way in a narrow terminal are names
-        name_like = name in _NAMES
         table.add_column(
             name,
-            justify="left" if name_like or not name else "right",
-            no_wrap=not name_like,
+            justify="left" if name in _LEFT else "right",
+            no_wrap=name not in _FOLDING,
             overflow="fold",
         )
     return table

@@ -365,6 +365,17 @@ def test_health_does_not_wait_for_a_database_that_hangs(tmp_path, monkeypatch):
         release.set()
 
 
+def test_a_relative_path_is_meant_from_where_the_store_was_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("sqlite:///here.db") as store:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store.record(provider="p")
+        assert store.flush(10)
+    assert (tmp_path / "here.db").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_store_not_yet_used_makes_nothing(tmp_path):
     with Store(f"sqlite:///{tmp_path}/new/t.db") as store:
         assert "not made yet" in store.health().last_error

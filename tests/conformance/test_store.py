@@ -320,6 +320,14 @@ def test_what_a_database_cannot_hold_is_mended_alike(open_store):
     assert store.get_provider_stats("a\0b").total == 1
 
 
+def test_the_longest_names_fit_the_indexes(open_store):
+    # 512 characters of four bytes that do not compress
+    name = "".join(chr(0x20000 + n * 7919 % 40_000) for n in range(512))
+    store = filled(open_store, {"provider": name, "tier": name, "session_id": name, "model": name})
+    [row] = store.query(RoutingFilter(provider=name, tier=name, session_id=name))
+    assert row.model == name
+
+
 def test_texts_are_not_kept_when_capture_is_off(open_store):
     [row] = filled(open_store, RecordFactory(), capture_text=False).query()
     assert (row.request_text, row.response_text) == (None, None)
