@@ -1,33 +1,27 @@
-"""Store and AsyncStore: open, wire, close. The only place that knows all the others.
+"""Store and AsyncStore, which differ in how they wait.
 
-What they answer is written once, in `lynkr_store.repository`; the two differ in how they wait.
+What they answer is written once, in `lynkr_store.repository`; what they do, in `lynkr_store.core`.
 """
 
 import asyncio
-import time
-import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
-from lynkr_store import maintenance, migrate
-from lynkr_store.cache import TTLCache, cached
-from lynkr_store.database import Database, Probe
+from lynkr_store.cache import cached
+from lynkr_store.core import CLOSE_S, Core
 from lynkr_store.engine import create_store_async_engine, parse_url, writing
-from lynkr_store.exceptions import BadArgument, StoreClosed
+from lynkr_store.exceptions import BadArgument
 from lynkr_store.filters import (
     RoutingFilter,
     Window,
-    checked_age,
     checked_limit,
     checked_provider,
     given,
 )
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.repository import RoutingRepository, epoch_ms_now, translated
+from lynkr_store.repository import RoutingRepository, translated
 from lynkr_store.schemas import (
     Cursor,
     Health,
@@ -40,7 +34,6 @@ from lynkr_store.schemas import (
     RoutingStats,
 )
 from lynkr_store.settings import StoreSettings
-from lynkr_store.writer import Writer
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -48,7 +41,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
-_CLOSE_S: Final = 5.0
 
 
 def _span(window: Window | None = None) -> Hashable:
@@ -61,174 +53,7 @@ def _provider_span(provider: str, window: Window | None = None) -> Hashable:
     return checked_provider(provider), _span(window)
 
 
-class _Core:
-    """What both stores share: settings, one database, one writer, one cache, one account."""
-
-    def __init__(
-        self,
-        url: str | None,
-        engine: Engine | None,
-        settings: StoreSettings | None,
-        clock: Callable[[], int] | None,
-        *,
-        read_only: bool = False,
-    ) -> None:
-        if url is not None and engine is not None:
-            raise BadArgument("url, engine: give one of the two")
-        settings = settings or StoreSettings()
-        if url is not None:
-            settings = settings.model_copy(update={"url": url})
-        self._settings = settings
-        self._clock = clock or epoch_ms_now
-        self._policy = TextPolicy(settings.capture_text, settings.text_max_chars)
-        self._database = Database(settings, engine, read_only=read_only)
-        self._cache = TTLCache(settings.cache_ttl_s)
-        self._probe = Probe(self._database)
-        self._writer = Writer(
-            self._database,
-            policy=self._policy,
-            clock=self._clock,
-            max_rows=settings.queue_max_rows,
-            max_bytes=settings.queue_max_bytes,
-            batch_rows=settings.batch_max_rows,
-            interval_s=settings.flush_interval_s,
-        )
-        self._closed = False
-        if read_only:
-            self._writer.close(0)
-        # also when the store is forgotten, and when the interpreter exits
-        self._finalizer = weakref.finalize(self, _close, self._writer, self._probe, _CLOSE_S)
-
-    def __repr__(self) -> str:
-        shown = self._database.engine.url.render_as_string(hide_password=True)
-        return f"{type(self).__name__}({shown!r})"
-
-    @property
-    def settings(self) -> StoreSettings:
-        """The options in force."""
-        return self._settings
-
-    @property
-    def missing_columns(self) -> tuple[str, ...]:
-        """Opened read-only: columns that the file lacks, read as None."""
-        return self._database.view
-
-    def record(
-        self,
-        event: RoutingEvent | Mapping[str, Any] | None = None,
-        /,
-        **fields: Any,
-    ) -> bool:
-        """Queue one record. Never raises, never waits for I/O; mistakes are counted in `health`.
-
-        Args:
-            event: The record, or a mapping of its fields, which is copied.
-            fields: Fields by name; they win over the event's. `RoutingEvent` lists them; only
-                ``provider`` is required.
-
-        Returns:
-            True when it was queued; False when it was dropped: the queue is full or the store
-            closed.
-        """
-        if event is None:
-            return self._writer.submit(fields)
-        if isinstance(event, RoutingEvent) and not fields:
-            return self._writer.submit(event)
-        try:
-            record = {**dict(event), **fields}
-        except Exception:  # noqa: BLE001 - whatever was passed; it is rejected as unreadable
-            record = {"event": None}
-        return self._writer.submit(record)
-
-    def _do_flush(self, timeout_s: float) -> bool:
-        return self._writer.flush(timeout_s)
-
-    def _do_close(self, timeout_s: float) -> None:
-        self._closed = True
-        self._finalizer.detach()
-        _close(self._writer, self._probe, timeout_s)
-
-    def _do_read(self, body: Callable[[RoutingRepository], _T]) -> _T:
-        self._open()
-        return self._do(self._database.engine, body)
-
-    def _do(self, engine: Engine, body: Callable[[RoutingRepository], _T]) -> _T:
-        """Run the body in one transaction, which is committed when it returns."""
-        with translated(), Session(engine) as session, session.begin():
-            return self._answer(session, body)
-
-    def _answer(self, session: Session, body: Callable[[RoutingRepository], _T]) -> _T:
-        repository = RoutingRepository(session, clock=self._clock, policy=self._policy)
-        answer = body(repository)
-        self._writer.note_unreadable(repository.unreadable)
-        return answer
-
-    def _do_add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
-        self._open(to_write=True)
-        return self._do(self._database.writing, lambda r: r.add_many(records))
-
-    def _do_cleanup(self, older_than: timedelta) -> int:
-        checked_age(older_than)
-        self._open(to_write=True)
-        try:
-            return maintenance.delete_older(self._database.engine, older_than, self._clock)
-        finally:
-            self._cache.clear()
-
-    def _do_maintain(self) -> MaintenanceReport:
-        self._open(to_write=True)
-        days = self._settings.retention_days
-        return MaintenanceReport(
-            indexes_built=maintenance.build_missing_indexes(self._database.engine),
-            rows_deleted=0 if days is None else self._do_cleanup(timedelta(days=days)),
-        )
-
-    def _do_health(self) -> Health:
-        if not self._closed:
-            self._probe.refresh()
-        account, looked = self._writer.account(), self._probe.last
-        now, look = time.monotonic(), looked and looked.look
-        at, error = account.last_error_at, account.last_error
-        if looked and looked.error and (at is None or looked.at > at):
-            at, error = looked.at, looked.error
-        return Health(
-            submitted=account.submitted,
-            recovered=0,
-            written=account.written,
-            rejected=account.rejected_by.total(),
-            dropped=account.dropped_by.total(),
-            spooled=0,
-            pending=account.queued + account.in_batch,
-            rejected_by=account.rejected_by,
-            dropped_by=account.dropped_by,
-            mended_by=account.mended_by,
-            backend=self._database.backend,
-            revision=look and look.revision,
-            head=migrate.head(),
-            reachable=looked is not None and looked.error is None,
-            probe_age_s=looked and now - looked.at,
-            last_error=error,
-            last_error_age_s=None if at is None else now - at,
-            database_bytes=look and look.database_bytes,
-            reclaimable_bytes=look and look.reclaimable_bytes,
-            oldest_timestamp=look and look.oldest,
-        )
-
-    def _open(self, *, to_write: bool = False) -> None:
-        if self._closed:
-            raise StoreClosed("the store was closed; open a new one")
-        if to_write and self._database.read_only:
-            raise BadArgument("the store was opened read-only; open it without read_only")
-        self._database.open()
-
-
-def _close(writer: Writer, probe: Probe, timeout_s: float) -> None:
-    writer.close(timeout_s)
-    probe.finish()
-    probe.database.dispose()
-
-
-class Store(_Core):
+class Store(Core):
     """A gateway's routing telemetry: records in, rows and statistics out. Safe to share by threads.
 
     Args:
@@ -271,7 +96,7 @@ class Store(_Core):
         """
         return self._database.engine
 
-    def flush(self, timeout_s: float = _CLOSE_S) -> bool:
+    def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until everything recorded before this call is written, rejected or dropped.
 
         Returns:
@@ -282,7 +107,7 @@ class Store(_Core):
         """
         return self._do_flush(timeout_s)
 
-    def close(self, timeout_s: float = _CLOSE_S) -> None:
+    def close(self, timeout_s: float = CLOSE_S) -> None:
         """Flush within ``timeout_s`` seconds and stop; what is left is dropped and counted.
 
         May be called again. `record` then returns False, reads raise `StoreClosed`.
@@ -396,7 +221,7 @@ class Store(_Core):
         return self._do_health()
 
 
-class AsyncStore(_Core):
+class AsyncStore(Core):
     """`Store` for asyncio: the same names, with ``await``; `record` stays a plain call.
 
     Reads go over aiosqlite or psycopg. Writing is the same thread as in `Store`, on a connection
@@ -444,11 +269,11 @@ class AsyncStore(_Core):
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    async def flush(self, timeout_s: float = _CLOSE_S) -> bool:
+    async def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """See `Store.flush`."""
         return await asyncio.to_thread(self._do_flush, timeout_s)
 
-    async def close(self, timeout_s: float = _CLOSE_S) -> None:
+    async def close(self, timeout_s: float = CLOSE_S) -> None:
         """See `Store.close`."""
         await asyncio.to_thread(self._do_close, timeout_s)
         if self._engine is not None and self._owns_engine:

@@ -35,11 +35,12 @@ LEVELS = {
     "repository": 5,
     "database": 6,
     "maintenance": 6,
-    "store": 7,
+    "core": 7,
     "render": 7,
-    "__init__": 8,
-    "cli": 8,
-    "__main__": 9,
+    "store": 8,
+    "__init__": 9,
+    "cli": 9,
+    "__main__": 10,
 }
 WITHOUT_DATABASE = [
     "exceptions",
