@@ -7,6 +7,7 @@ Read commands alter nothing.
 import json
 import re
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from itertools import pairwise
@@ -21,10 +22,11 @@ from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.repository import LOOK_BACK, epoch_ms_now, translated
-from lynkr_store.schemas import Cursor
+from lynkr_store.schemas import Cursor, Health
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store import Store
 
+_LOOK_S: Final = 10.0  # a person can wait longer for the first look than a poll does
 _SLICES: Final = 48  # columns of the sparkline
 _UNITS: Final = {
     "s": timedelta(seconds=1),
@@ -246,7 +248,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
 def health(*, url: _Url = None, as_json: _Json = False) -> None:
     """Show the database's state; exit 3 if it cannot be reached."""
     with Store(_target(url), read_only=True) as store:
-        answer = store.health()
+        answer = _looked(store)
     if as_json:
         _print_json(answer.model_dump(mode="json"))
     else:
@@ -332,10 +334,18 @@ def _age(text: str) -> timedelta:
     raise typer.BadParameter(f"{text}: give an age such as 90s, 15m, 24h, 7d, 2w or 1y")
 
 
+def _looked(store: Store) -> Health:
+    """The store's health after the first look at the database."""
+    deadline = time.monotonic() + _LOOK_S
+    while (health := store.health()).probe_age_s is None and time.monotonic() < deadline:
+        pass  # each call waits a moment
+    return health
+
+
 def _slices(store: Store, window: Window) -> list[int]:
     """Requests in equal parts of the window, from the first row in it to its end."""
     since, until = window.resolved(epoch_ms_now(), LOOK_BACK)
-    oldest = store.health().oldest_timestamp
+    oldest = _looked(store).oldest_timestamp
     if oldest is not None:
         since = max(since, int(oldest.timestamp() * 1000))
     newest = store.query(window=Window(until=until), limit=1, include_text=False)

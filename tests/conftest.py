@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy import Engine
 
 from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine, migrate
-from tests.support.postgres import ExternalServer, OwnServer, Server, installations
+from tests.support.postgres import ExternalServer, PgServer, Server, available_servers
 from tests.support.stores import Asynchronous
 
 EXTERNAL = os.environ.get("LYNKR_STORE_TEST_PG_URL")
-POSTGRES = ["postgres-external"] if EXTERNAL else [i.name for i in installations()]
+POSTGRES = ["postgres-external"] if EXTERNAL else [i.name for i in available_servers()]
 BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
@@ -39,8 +39,8 @@ def server_of() -> Iterator[Callable[[str], Server]]:
             if EXTERNAL:
                 running[name] = ExternalServer(EXTERNAL)
             else:
-                running[name] = OwnServer(
-                    next(i for i in installations() if i.name == name)
+                running[name] = PgServer(
+                    next(i for i in available_servers() if i.name == name)
                 ).start()
             url = running[name].create_database("template_head")
             engine = create_store_engine(url)
@@ -50,7 +50,7 @@ def server_of() -> Iterator[Callable[[str], Server]]:
 
     yield server
     for started in running.values():
-        if isinstance(started, OwnServer):
+        if isinstance(started, PgServer):
             started.stop()
         else:
             started.drop_database("template_head")

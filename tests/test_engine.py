@@ -37,6 +37,7 @@ from lynkr_store.engine import create_store_async_engine, parse_url
 from lynkr_store.models import RoutingTelemetry
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
+from tests.support.stores import looked
 
 NOW = 1_750_000_000_000
 
@@ -145,7 +146,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
             store.query()
         store.record(provider="p")
         assert store.flush(0.2) is False
-        assert "directory" in store.health().last_error
+        assert "directory" in looked(store).last_error
         store.close(0)
 
 
@@ -156,7 +157,7 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     with Store(f"sqlite:///{path}") as store:
         with pytest.raises(StoreUnavailable, match="not an SQLite database; give another path"):
             store.query()
-        assert store.health().reachable is False
+        assert looked(store).reachable is False
     assert path.read_bytes() == before
 
 
@@ -167,7 +168,7 @@ def test_a_server_out_of_reach_is_said_and_nothing_is_none(tmp_path):
                 ask()
             assert "secret" not in str(failed.value)
         store.record(provider="p")
-        health = store.health()
+        health = looked(store)
         assert (health.reachable, health.pending, health.revision) == (False, 1, None)
         store.close(0.1)
         health = store.health()
@@ -378,7 +379,7 @@ def test_a_relative_path_is_meant_from_where_the_store_was_opened(tmp_path, monk
 
 def test_a_store_not_yet_used_makes_nothing(tmp_path):
     with Store(f"sqlite:///{tmp_path}/new/t.db") as store:
-        assert "not made yet" in store.health().last_error
+        assert "not made yet" in looked(store).last_error
     assert list(tmp_path.iterdir()) == []
 
 

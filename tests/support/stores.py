@@ -2,9 +2,20 @@
 
 import asyncio
 import inspect
+import time
 from typing import Any, Self
 
-from lynkr_store import AsyncStore
+from lynkr_store import AsyncStore, Health
+
+
+def looked(store: Any) -> Health:
+    """The store's health after a look at the database has ended, however busy the machine."""
+    deadline = time.monotonic() + 30
+    for _ in range(2):  # the second look began after this call
+        asked = time.monotonic()
+        while (age := store.health().probe_age_s) is None or age > time.monotonic() - asked:
+            assert time.monotonic() < deadline, "no look at the database ended"
+    return store.health()
 
 
 class Asynchronous:
