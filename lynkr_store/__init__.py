@@ -20,7 +20,7 @@ from lynkr_store.exceptions import (
     UnsupportedDatabase,
 )
 from lynkr_store.filters import RoutingFilter, Window
-from lynkr_store.models import Base, RoutingTelemetry, SavingsEvent
+from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,
@@ -44,6 +44,7 @@ __all__ = [
     "Cursor",
     "DowngradeRefused",
     "Health",
+    "IngestBatch",
     "LynkrStoreError",
     "MaintenanceReport",
     "MissingDriver",

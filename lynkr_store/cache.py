@@ -15,13 +15,15 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import cachetools
 
+from lynkr_store.lifecycle import Forkable
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _MISSING: Final = object()
 
 
-class TTLCache:
+class TTLCache(Forkable):
     """Answers by the question asked, each kept for a time. Shared between threads and loops.
 
     Values are given to every caller alike, so they must be immutable. Failures are not kept; None
@@ -48,6 +50,10 @@ class TTLCache:
         self._answers: cachetools.TTLCache[Hashable, Any] = cachetools.TTLCache(
             max_entries, ttl_s, timer
         )
+        self.after_fork_in_child()
+
+    def after_fork_in_child(self) -> None:
+        """Wait for no thread of the parent's; what was answered stays answered."""
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Any] = {}  # key to _Flight, or loop and key to task
 

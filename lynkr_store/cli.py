@@ -20,8 +20,9 @@ from rich.markup import escape
 from lynkr_store import migrate, render
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import LynkrStoreError, SchemaError, StoreUnavailable
+from lynkr_store.faults import translated
 from lynkr_store.filters import RoutingFilter, Window, checked_limit
-from lynkr_store.repository import LOOK_BACK, epoch_ms_now, translated
+from lynkr_store.repository import LOOK_BACK, epoch_ms_now
 from lynkr_store.schemas import Cursor, Health
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store import Store

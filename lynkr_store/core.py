@@ -13,17 +13,20 @@ from lynkr_store import maintenance, migrate
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database, Probe
 from lynkr_store.exceptions import BadArgument, StoreClosed
+from lynkr_store.faults import translated
 from lynkr_store.filters import checked_age
 from lynkr_store.ingest import TextPolicy
-from lynkr_store.repository import RoutingRepository, epoch_ms_now, translated
+from lynkr_store.inserts import LEDGER_DAYS
+from lynkr_store.lifecycle import SigtermHandler, on_fork
+from lynkr_store.repository import RoutingRepository, epoch_ms_now
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings
-from lynkr_store.writer import Writer
+from lynkr_store.spool import Spool
+from lynkr_store.writer import CLOSE_S, Writer
 
 _T = TypeVar("_T")
 
-CLOSE_S: Final = 5.0
-"""Seconds that a close takes at most, where nothing else is said."""
+_DAY_MS: Final = 86_400_000
 
 
 class Core:
@@ -45,8 +48,8 @@ class Core:
             settings = settings.model_copy(update={"url": url})
         self._settings = settings
         self._clock = clock or epoch_ms_now
-        self._policy = TextPolicy(settings.capture_text, settings.text_max_chars)
-        self._database = Database(settings, engine, read_only=read_only)
+        self._policy = TextPolicy(settings.capture_text, settings.text_max_chars, settings.redact)
+        self._database = Database(settings, engine, clock=self._clock, read_only=read_only)
         self._cache = TTLCache(settings.cache_ttl_s)
         self._probe = Probe(self._database)
         self._writer = Writer(
@@ -57,12 +60,20 @@ class Core:
             max_bytes=settings.queue_max_bytes,
             batch_rows=settings.batch_max_rows,
             interval_s=settings.flush_interval_s,
+            spool=_spool_maker(settings) if settings.spool_path and not read_only else None,
+            spool_after_s=settings.spool_after_s,
+            forget_after_ms=LEDGER_DAYS * _DAY_MS,
         )
         self._closed = False
         if read_only:
             self._writer.close(0)
+        self._sigterm = SigtermHandler(_closing(self)) if settings.handle_sigterm else None
         # also when the store is forgotten, and when the interpreter exits
         self._finalizer = weakref.finalize(self, _close, self._writer, self._probe, CLOSE_S)
+        for part in (self._writer, self._database, self._probe, self._cache):
+            on_fork(part)
+        if settings.spool_path:
+            self._writer.start()  # what an earlier process left is written without being asked
 
     def __repr__(self) -> str:
         shown = self._database.engine.url.render_as_string(hide_password=True)
@@ -100,9 +111,9 @@ class Core:
         if isinstance(event, RoutingEvent) and not fields:
             return self._writer.submit(event)
         try:
-            record = {**dict(event), **fields}
+            record: dict[str, Any] | None = {**dict(event), **fields}
         except Exception:  # noqa: BLE001 - whatever was passed; it is rejected as unreadable
-            record = {"event": None}
+            record = None
         return self._writer.submit(record)
 
     def _do_flush(self, timeout_s: float) -> bool:
@@ -111,6 +122,8 @@ class Core:
     def _do_close(self, timeout_s: float) -> None:
         self._closed = True
         self._finalizer.detach()
+        if self._sigterm:
+            self._sigterm.remove()
         _close(self._writer, self._probe, timeout_s)
 
     def _do_read(self, body: Callable[[RoutingRepository], _T]) -> _T:
@@ -158,19 +171,20 @@ class Core:
             at, error = looked.at, looked.error
         return Health(
             submitted=account.submitted,
-            recovered=0,
+            recovered=account.recovered,
             written=account.written,
             rejected=account.rejected_by.total(),
             dropped=account.dropped_by.total(),
-            spooled=0,
-            pending=account.queued + account.in_batch,
+            spooled=account.spooled,
+            pending=account.pending,
             rejected_by=account.rejected_by,
             dropped_by=account.dropped_by,
             mended_by=account.mended_by,
+            faults_by=account.faults_by,
             backend=self._database.backend,
             revision=look and look.revision,
             head=migrate.head(),
-            reachable=looked is not None and looked.error is None,
+            reachable=self._probe.reachable,
             probe_age_s=looked and now - looked.at,
             last_error=error,
             last_error_age_s=None if at is None else now - at,
@@ -191,3 +205,20 @@ def _close(writer: Writer, probe: Probe, timeout_s: float) -> None:
     writer.close(timeout_s)
     probe.finish()
     probe.database.dispose()
+
+
+def _closing(core: Core) -> Callable[[], None]:
+    """A function that closes the store's writer and does not keep the store alive."""
+    reference = weakref.ref(core)
+
+    def close() -> None:
+        if (alive := reference()) is not None:
+            alive._do_close(CLOSE_S)  # noqa: SLF001 - this module's own
+
+    return close
+
+
+def _spool_maker(settings: StoreSettings) -> Callable[[], Spool]:
+    assert settings.spool_path  # noqa: S101 - asked before
+    path = settings.spool_path.absolute()  # from where the store was opened
+    return lambda: Spool(path, settings.spool_max_bytes)

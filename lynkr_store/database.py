@@ -2,14 +2,15 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Final, assert_never
 
 from sqlalchemy import Connection, Engine, MetaData, func, inspect, null, select
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.schema import CreateView
 
 from lynkr_store import migrate, queries
@@ -20,27 +21,40 @@ from lynkr_store.engine import (
     create_reading_engine,
     create_store_engine,
     disposing,
+    forget_connections,
     is_memory,
     parse_url,
     writing,
 )
-from lynkr_store.exceptions import BadArgument, SchemaBehind, StoreUnavailable
+from lynkr_store.exceptions import (
+    BadArgument,
+    OutcomeUnknown,
+    SchemaBehind,
+    StoreUnavailable,
+)
+from lynkr_store.faults import Fault, fault_of, translated
 from lynkr_store.ingest import Row
+from lynkr_store.inserts import expire_ledger, insert_once
+from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import TELEMETRY, Base
-from lynkr_store.repository import insert_isolating, translated
+from lynkr_store.repository import epoch_ms_now
 from lynkr_store.schemas import Reading
 from lynkr_store.settings import StoreSettings
 
+_EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
+_FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
 _PROBE_FINISH_S: Final = 0.5
+_PROBE_LATE_S: Final = 2.0  # a look that takes longer counts as a database away
 _PROBE_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
 
 
-class Database:
+class Database(Forkable):
     """An engine and whether its schema was found to be this release's.
 
     Args:
         settings: The store's options.
         engine: The host's own Engine, which is used and never disposed.
+        clock: The present in epoch milliseconds, for the ledger.
         read_only: Alter nothing; a gateway's file is read as it is.
 
     Attributes:
@@ -49,12 +63,17 @@ class Database:
     """
 
     def __init__(
-        self, settings: StoreSettings, engine: Engine | None = None, *, read_only: bool = False
+        self,
+        settings: StoreSettings,
+        engine: Engine | None = None,
+        *,
+        clock: Callable[[], int] = epoch_ms_now,
+        read_only: bool = False,
     ) -> None:
         self._owned = engine is None
+        self._clock = clock
         self.read_only = read_only
-        self._opened = False
-        self._lock = threading.Lock()
+        self._begin()
         self.view: tuple[str, ...] = ()
         if engine is not None:
             check_host_engine(engine)
@@ -77,6 +96,16 @@ class Database:
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
 
+    def _begin(self) -> None:
+        self._opened = False
+        self._opened_once = False
+        self._lock = threading.Lock()
+        self._gate = threading.Lock()  # held while a batch is written
+        self._forking = False
+        self._file: tuple[int, int] | None = None
+        self._batches = 0
+        self._tried: tuple[str, Counter[str]] = ("", Counter())
+
     @property
     def in_memory(self) -> bool:
         """Whether one connection is the whole database."""
@@ -97,7 +126,8 @@ class Database:
             if not self._opened:
                 with translated():
                     self._check_schema()
-                self._opened = True
+                self._file = self._identity()
+                self._opened = self._opened_once = True
 
     def _check_schema(self) -> None:
         if self.read_only and self.backend is Backend.SQLITE:
@@ -106,8 +136,8 @@ class Database:
             with self.engine.connect() as connection:
                 migrate.require_head(connection)
         except SchemaBehind:
-            if self.read_only or not self._upgrade:
-                raise
+            if self.read_only or not self._upgrade or self._opened_once:
+                raise  # what was taken back while it was in use, somebody took back
             migrate.upgrade(self.engine)
         except DatabaseError as error:
             if not isinstance(error, OperationalError) and self.backend is Backend.SQLITE:
@@ -116,11 +146,82 @@ class Database:
                 ) from error
             raise
 
-    def write(self, rows: Sequence[Row]) -> Mapping[str, int]:
-        """Store a batch in one transaction; see `lynkr_store.writer.Sink`."""
-        self.open()
-        with translated(), self.writing.begin() as connection:
-            return insert_isolating(connection, rows)
+    def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
+        """Store a batch in one transaction, once; see `lynkr_store.writer.Sink`."""
+        with self._gate:
+            if self._file and self._identity() != self._file:
+                self._lose_file()
+            self.open()
+            with translated():
+                try:
+                    return self._store(batch_id, rows)
+                except DBAPIError as error:
+                    if fault_of(error) is Fault.UNCLEAR:
+                        # the schema may have been changed: look again, to name the remedy
+                        self._opened = False
+                    raise
+
+    def _store(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
+        now = self._clock()
+        with self.writing.connect() as connection, connection.begin() as transaction:
+            stored, refused = insert_once(connection, batch_id, rows, now)
+            missing = len(rows) - stored - refused.total()
+            if missing:  # an earlier try was committed without them
+                known, causes = self._tried
+                same = known == batch_id and causes.total() == missing
+                refused = causes if same else Counter(refused_earlier=missing)
+            self._tried = batch_id, refused
+            self._batches += 1
+            if self._batches % _EXPIRE_EVERY == 0:
+                expire_ledger(connection, now)
+            try:
+                transaction.commit()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                raise OutcomeUnknown("the connection was lost while a commit was under way") from (
+                    error
+                )
+        return refused
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which file a path names: that of an SQLite database can be removed, or replaced."""
+        path = self.engine.url.database
+        if self.backend is not Backend.SQLITE or self.in_memory or not path:
+            return None
+        try:
+            found = Path(path).stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _lose_file(self) -> None:
+        """The file is gone from its path, and with it what is written there: start anew."""
+        self._begin_pool()
+        self._opened = self._opened_once = False
+        self._file = None
+
+    def _begin_pool(self) -> None:
+        if self._owned:
+            self.engine.dispose()
+
+    def before_fork(self) -> None:
+        """Let a batch end, and close the connections: SQLite's do not survive in two processes."""
+        if self.backend is Backend.SQLITE:
+            self._forking = self._gate.acquire(timeout=_FORK_WAIT_S)
+            if not self.in_memory:
+                self._begin_pool()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._forking:
+            self._forking = False
+            self._gate.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start anew, with connections of this process's own."""
+        forget_connections(self.engine)
+        self._begin()
 
     def dispose(self) -> None:
         """Close the engine's connections, unless it is the host's."""
@@ -180,23 +281,39 @@ class Looked:
     error: str | None
 
 
-class Probe:
+class Probe(Forkable):
     """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()  # a signal handler that closes the store may come back
+        self._gate = threading.Lock()  # held during a look
+        self._forking = False
         self._under_way: threading.Thread | None = None
+        self._began = 0.0
         self.last: Looked | None = None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the last look ended well, and none since is still waiting for an answer."""
+        with self._lock:
+            waiting = self._under_way is not None and self._under_way.is_alive()
+            late = waiting and time.monotonic() - self._began > _PROBE_LATE_S
+        return self.last is not None and self.last.error is None and not late
 
     def refresh(self) -> None:
         """Look now; return when it is done, or after 40 ms with what the last look showed."""
         with self._lock:
             if self._under_way is None or not self._under_way.is_alive():
-                self._under_way = threading.Thread(
-                    target=self._run, name="lynkr-store-probe", daemon=True
-                )
-                self._under_way.start()
+                thread = threading.Thread(target=self._run, name="lynkr-store-probe", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads
+                    return
+                self._under_way, self._began = thread, time.monotonic()
             thread = self._under_way
         thread.join(_PROBE_WAIT_S)
 
@@ -207,10 +324,25 @@ class Probe:
         if thread is not None:
             thread.join(_PROBE_FINISH_S)
 
+    def before_fork(self) -> None:
+        """Let a look at an SQLite file end."""
+        if self.database.backend is Backend.SQLITE:
+            self._forking = self._gate.acquire(timeout=_FORK_WAIT_S)
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._forking:
+            self._forking = False
+            self._gate.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start anew."""
+        self._begin()
+
     def _run(self) -> None:
         look, error = self.last.look if self.last else None, None
         try:
-            with translated():
+            with self._gate, translated():
                 look = _look(self.database)
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
             error = f"{type(fault).__name__}: {fault}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, Pool, QueuePool, StaticPool, create_engine, event
 from sqlalchemy.engine import Dialect, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
@@ -290,6 +290,18 @@ def ensure_begun(connection: Connection) -> None:
         driver: Any = connection.connection.driver_connection
         if not driver.in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+_inherited: list[Pool] = []
+
+
+def forget_connections(engine: Engine) -> None:
+    """After a fork, in the child: leave the parent's connections alone and make new ones.
+
+    The old pool is kept from the collector, which would close what is the parent's.
+    """
+    _inherited.append(engine.pool)
+    engine.dispose(close=False)
 
 
 @contextmanager

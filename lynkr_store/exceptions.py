@@ -24,6 +24,14 @@ class StoreUnavailable(LynkrStoreError):
     """The database cannot be reached or refuses to work; try again when it is back."""
 
 
+class OutcomeUnknown(StoreUnavailable):
+    """The connection was lost while a commit was under way: its rows may be stored or not."""
+
+
+class SpoolError(LynkrStoreError):
+    """The spool cannot be used; the message says why, and records wait in memory meanwhile."""
+
+
 class StoreClosed(LynkrStoreError):
     """The store was closed; open a new one to read."""
 

@@ -1,13 +1,13 @@
-"""From what a caller recorded to the row that is stored: checked, mended, completed."""
+"""From what a caller recorded to the row that is stored: checked, mended, redacted, completed."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lynkr_store.schemas import TEXT_FIELDS, RoutingEvent
+from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS, RoutingEvent, mend_text
 
 Row = dict[str, Any]
 """Column name to value, for every column but ``id``."""
@@ -24,15 +24,17 @@ _CAUSES: Final = {
 
 @dataclass(frozen=True)
 class TextPolicy:
-    """What is kept of the two texts.
+    """What is kept of what people and models wrote.
 
     Attributes:
-        capture: Keep them at all.
-        max_chars: Characters kept of each.
+        capture: Keep the two texts at all.
+        max_chars: Characters kept of each of the two.
+        redact: Takes each free text, the JSON ones too, and returns what is kept of it.
     """
 
     capture: bool = True
     max_chars: int = 65_536
+    redact: Callable[[str], str] | None = None
 
 
 def row_of(
@@ -58,14 +60,31 @@ def row_of(
         row["request_id"] = str(uuid.uuid4())
     if row["timestamp"] is None:
         row["timestamp"] = stamp_ms
+    if not policy.capture:
+        row.update(dict.fromkeys(TEXT_FIELDS))
+    if policy.redact is not None:
+        mended += _redact(row, policy.redact)
     for name in TEXT_FIELDS:
         text = row[name]
-        if not policy.capture:
-            row[name] = None
-        elif text is not None and len(text) > policy.max_chars:
+        if text is not None and len(text) > policy.max_chars:
             row[name] = text[: policy.max_chars]
             mended += ("cut",)
     return row, mended
+
+
+def _redact(row: Row, redact: Callable[[str], str]) -> tuple[str, ...]:
+    """Pass every free text of the row through the caller's function, before it is cut.
+
+    Where that fails, the row keeps none of them: what should have gone must not stay.
+    """
+    try:
+        for name in LONG_FIELDS:
+            if row[name] is not None:
+                row[name], _ = mend_text(redact(row[name]))
+    except Exception:  # noqa: BLE001 - the caller's own function
+        row.update(dict.fromkeys(LONG_FIELDS))
+        return ("redact_failed",)
+    return ()
 
 
 def cause_of(error: ValidationError) -> str:

@@ -13,8 +13,9 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 from lynkr_store import migrate
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, writing
+from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES
-from lynkr_store.repository import RoutingRepository, translated
+from lynkr_store.repository import RoutingRepository
 
 _BATCH_ROWS: Final = 1_000  # a write of about 50 ms: other writers of the file wait no longer
 _PAUSE_S: Final = 0.002  # lets a waiting writer in between

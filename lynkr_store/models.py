@@ -118,7 +118,28 @@ class SavingsEvent(Base):
     )
 
 
+class IngestBatch(Base):
+    """The ledger: one row for each batch of records that was stored, written with its rows.
+
+    A batch whose commit went unanswered is tried again under the same id, and finds itself here.
+    """
+
+    __tablename__ = "ingest_batches"
+
+    batch_id: Mapped[Words] = mapped_column(primary_key=True)
+    row_count: Mapped[Count]
+    """Rows stored; the batch may have had more, which the database refused."""
+    committed_at: Mapped[Instant]
+
+    __table_args__ = (
+        Index("ix_ingest_batches_committed_at", "committed_at"),  # expiry, the oldest first
+        {"sqlite_with_rowid": False},
+    )
+
+
 TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
+
+LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
 
 INDEXES: Final = tuple(index for table in Base.metadata.sorted_tables for index in table.indexes)
 """Every index the store uses: revisions build them on empty tables, ``maintain()`` on tables with

@@ -1,7 +1,7 @@
 """Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 from sqlalchemy import (
     BigInteger,
@@ -9,6 +9,7 @@ from sqlalchemy import (
     Delete,
     Insert,
     Select,
+    Update,
     and_,
     case,
     delete,
@@ -17,13 +18,17 @@ from sqlalchemy import (
     literal,
     select,
     tuple_,
+    update,
 )
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.types import NullType
 
+from lynkr_store.backend import Backend
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
 from lynkr_store.functions import exact_sum, measured
-from lynkr_store.models import TELEMETRY
+from lynkr_store.models import LEDGER, TELEMETRY
 from lynkr_store.schemas import Cursor, RoutingRow, RoutingRowBrief
 
 _t: Final = TELEMETRY.c
@@ -55,6 +60,42 @@ _LOW_QUALITY: Final = 45
 def insert_rows() -> Insert:
     """Insert rows given as one mapping each, of every column but ``id``."""
     return insert(TELEMETRY)
+
+
+def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) -> Insert:
+    """Enter a batch in the ledger; no row is affected where it is there already.
+
+    An entry that another transaction has not yet committed is waited for.
+    """
+    values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
+    match backend:
+        case Backend.SQLITE:
+            return sqlite_insert(LEDGER).values(values).on_conflict_do_nothing()
+        case Backend.POSTGRESQL:
+            return postgresql_insert(LEDGER).values(values).on_conflict_do_nothing()
+        case _:
+            assert_never(backend)
+
+
+def batch_rows(batch_id: str) -> Select[*tuple[Any, ...]]:
+    """How many rows of the batch were stored."""
+    return select(LEDGER.c.row_count).where(LEDGER.c.batch_id == batch_id)
+
+
+def correct_batch(batch_id: str, row_count: int) -> Update:
+    """Set how many rows of the batch were stored."""
+    return update(LEDGER).where(LEDGER.c.batch_id == batch_id).values(row_count=row_count)
+
+
+def expire_batches(cutoff_ms: int, limit: int) -> Delete:
+    """Delete up to ``limit`` of the ledger's entries before the cutoff, the oldest first."""
+    oldest = (
+        select(LEDGER.c.batch_id)
+        .where(LEDGER.c.committed_at < cutoff_ms)
+        .order_by(LEDGER.c.committed_at)
+        .limit(limit)
+    )
+    return delete(LEDGER).where(LEDGER.c.batch_id.in_(oldest))
 
 
 def rows(

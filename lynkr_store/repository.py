@@ -2,25 +2,16 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal, overload
 
-from sqlalchemy import Connection
-from sqlalchemy.exc import (
-    DBAPIError,
-    IntegrityError,
-    OperationalError,
-    SQLAlchemyError,
-    StatementError,
-)
 from sqlalchemy.orm import Session
 
 from lynkr_store import queries
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE, Domain, half_up
-from lynkr_store.engine import ensure_begun
-from lynkr_store.exceptions import BadArgument, RowRejected, StoreUnavailable
+from lynkr_store.exceptions import BadArgument, RowRejected
+from lynkr_store.faults import Fault, fault_of, translated
 from lynkr_store.filters import (
     RoutingFilter,
     Window,
@@ -30,7 +21,8 @@ from lynkr_store.filters import (
     given,
 )
 from lynkr_store.functions import joined
-from lynkr_store.ingest import Row, TextPolicy, row_of
+from lynkr_store.ingest import TextPolicy, row_of
+from lynkr_store.inserts import insert_all
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -46,10 +38,6 @@ LOOK_BACK: Final = timedelta(hours=24)
 """How far a statistic looks back when its window names no beginning; the gateway's."""
 
 _PERCENT: Final = 100
-
-# SQLSTATE classes that are a row's own fault: data exceptions, constraints, program limits (an
-# index entry too long), and what a foreign trigger raises.
-_ROW_FAULTS: Final = ("22", "23", "54", "P0")
 
 
 def epoch_ms_now() -> int:
@@ -266,9 +254,9 @@ class RoutingRepository:
             with translated():
                 connection = self._session.connection()
                 try:
-                    _insert(connection, rows)
-                except (DBAPIError, StatementError) as error:
-                    if not is_row_fault(error):
+                    insert_all(connection, rows)
+                except Exception as error:
+                    if fault_of(error) is not Fault.ROW:
                         raise
                     raise RowRejected("the database refused a row, and none was added") from None
         return len(rows)
@@ -295,71 +283,6 @@ class RoutingRepository:
     def _groups(self, statement: Any) -> list[dict[str, Any]]:
         with translated():
             return [dict(group) for group in self._session.execute(statement).mappings()]
-
-
-def insert_isolating(connection: Connection, rows: Sequence[Row]) -> Counter[str]:
-    """Insert rows in order; a row that the database refuses costs that row alone.
-
-    All go in one SAVEPOINT; where one is refused, each half is tried again, down to the row.
-
-    Args:
-        connection: In a transaction that may be the caller's; never committed here.
-        rows: One mapping each, of every column but ``id``.
-
-    Returns:
-        Cause to number of rows refused.
-
-    Raises:
-        SQLAlchemyError: A fault that is no row's.
-    """
-    try:
-        _insert(connection, rows)
-    except (DBAPIError, StatementError) as error:
-        if not is_row_fault(error):
-            raise
-        if len(rows) == 1:
-            return Counter({"constraint" if isinstance(error, IntegrityError) else "data": 1})
-        middle = len(rows) // 2
-        return insert_isolating(connection, rows[:middle]) + insert_isolating(
-            connection, rows[middle:]
-        )
-    return Counter()
-
-
-def _insert(connection: Connection, rows: Sequence[Row]) -> None:
-    ensure_begun(connection)
-    with connection.begin_nested():
-        connection.execute(queries.insert_rows(), rows)
-
-
-def is_row_fault(error: SQLAlchemyError) -> bool:
-    """Whether the database refused a row for the row's own sake, and would take others."""
-    if not isinstance(error, DBAPIError):
-        return isinstance(error, StatementError)  # a value that its column's type refuses
-    if error.connection_invalidated:
-        return False
-    state = getattr(error.orig, "sqlstate", None)
-    if state is not None:
-        return str(state).startswith(_ROW_FAULTS)
-    # SQLite: everything about the file, its locks and its tables is an OperationalError
-    return not isinstance(error, OperationalError)
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """Give the database's own faults the library's words.
-
-    Raises:
-        StoreUnavailable: Chained to the fault, with the first line of the driver's words: the
-            further ones may repeat a row.
-    """
-    try:
-        yield
-    except DBAPIError as error:
-        line = str(error.orig).partition("\n")[0]
-        raise StoreUnavailable(f"the database failed: {line}") from error
-    except SQLAlchemyError as error:
-        raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
 
 
 class _Tally(Counter[str]):

@@ -1,14 +1,17 @@
 """Every option of a store: an argument wins over the environment, which wins over the default."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
 """Where the gateway itself keeps its telemetry, below the working directory."""
 
 _MIB: Final = 2**20
+_GIB: Final = 2**30
 
 
 class StoreSettings(BaseSettings):
@@ -35,7 +38,7 @@ class StoreSettings(BaseSettings):
     queue_max_rows: Annotated[int, Field(ge=1)] = 50_000
     """Records that may wait; the next one is dropped and counted."""
     queue_max_bytes: Annotated[int, Field(ge=1)] = 64 * _MIB
-    """Bytes of the texts that may wait; a record beyond is dropped and counted."""
+    """Bytes of records that may wait; one that does not fit is dropped and counted."""
     batch_max_rows: Annotated[int, Field(ge=1)] = 1_000
     """Records written in one transaction."""
     flush_interval_s: Annotated[float, Field(gt=0, le=3600)] = 0.5
@@ -43,7 +46,19 @@ class StoreSettings(BaseSettings):
     capture_text: bool = True
     """Store what people and models wrote (``request_text``, ``response_text``)."""
     text_max_chars: Annotated[int, Field(ge=0)] = 65_536
-    """Characters kept of every text."""
+    """Characters kept of each of the two texts."""
+    redact: Annotated[Callable[[str], str] | None, NoDecode] = None
+    """Takes each free text (the two, and the JSON of ``attributes``, ``candidates`` and
+    ``cache_decision``) and returns what is stored; for code only. Where it raises, the row is
+    stored without them and counted."""
+    spool_path: Path | None = None
+    """A local file where batches wait while the database is away; None keeps them in memory."""
+    spool_max_bytes: Annotated[int, Field(ge=1)] = _GIB
+    """Size up to which one process fills its spool."""
+    spool_after_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """Seconds without the database after which batches enter the spool."""
+    handle_sigterm: bool = False
+    """Close the store on SIGTERM, then let the handler that was there before run."""
     retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
     """``maintain()`` deletes rows that are older; None keeps them for ever."""
     connect_timeout_s: Annotated[int, Field(ge=1)] = 5

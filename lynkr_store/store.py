@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 from sqlalchemy import Engine
 
 from lynkr_store.cache import cached
-from lynkr_store.core import CLOSE_S, Core
-from lynkr_store.engine import create_store_async_engine, parse_url, writing
+from lynkr_store.core import Core
+from lynkr_store.engine import (
+    create_store_async_engine,
+    forget_connections,
+    parse_url,
+    writing,
+)
 from lynkr_store.exceptions import BadArgument
+from lynkr_store.faults import translated
 from lynkr_store.filters import (
     RoutingFilter,
     Window,
@@ -21,7 +27,8 @@ from lynkr_store.filters import (
     checked_provider,
     given,
 )
-from lynkr_store.repository import RoutingRepository, translated
+from lynkr_store.lifecycle import Forkable, on_fork
+from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,
     Health,
@@ -34,6 +41,7 @@ from lynkr_store.schemas import (
     RoutingStats,
 )
 from lynkr_store.settings import StoreSettings
+from lynkr_store.writer import CLOSE_S
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -262,6 +270,9 @@ class AsyncStore(Core):
                 statement_timeout_s=self._settings.statement_timeout_s,
                 echo=self._settings.echo,
             )
+        self._connections = self._engine and _Connections(self._engine)
+        if self._connections:
+            on_fork(self._connections)
 
     async def __aenter__(self) -> Self:
         return self
@@ -379,6 +390,16 @@ class AsyncStore(Core):
         with translated():
             async with AsyncSession(engine) as session, session.begin():
                 return await session.run_sync(self._answer, body)
+
+
+class _Connections(Forkable):
+    """Those of the reads, which a child must not share."""
+
+    def __init__(self, engine: "AsyncEngine") -> None:
+        self._engine = engine
+
+    def after_fork_in_child(self) -> None:
+        forget_connections(self._engine.sync_engine)
 
 
 def _shareable_url(engine: "AsyncEngine") -> str:

@@ -1,32 +1,60 @@
-"""The writer: a bounded queue, a thread that batches, and an account of every record.
+"""The writer: two threads between the queue and the database, and an account of every record.
 
-It knows no database. Batches go to the sink it is given; a batch stays in hand until the sink has
-returned, so that at any moment, under any fault,
-``submitted == written + rejected + dropped + pending``.
+One thread prepares: it takes records from the queue, checks them and makes batches. The other
+delivers: it hands batches to the sink, one at a time and in order, and tries again until it is
+answered. So a database that hangs holds up one batch and nothing else: the first thread goes on
+accounting, and moves batches to the spool where there is one.
+
+It knows no database. A batch stays in hand until the sink has returned, and at any moment, under
+any fault, ``submitted + recovered == written + rejected + dropped + spooled + pending``.
 """
 
 import logging
 import threading
 import time
-from collections import Counter, deque
+import uuid
+import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from sys import getsizeof
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
 from pydantic import ValidationError
+from tenacity import (
+    RetryCallState,
+    RetryError,
+    Retrying,
+    retry_if_not_exception_type,
+    wait_random_exponential,
+)
 
-from lynkr_store.exceptions import BadArgument, LynkrStoreError
+from lynkr_store.account import Account
+from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
 from lynkr_store.ingest import Row, TextPolicy, cause_of, row_of
-from lynkr_store.schemas import RoutingEvent
+from lynkr_store.intake import Intake, unpacked
+from lynkr_store.lifecycle import Forkable, on_exit_of_worker
+from lynkr_store.spool import Entry, Spool, SpoolDamaged
 
-_RECORD_BYTES: Final = 1_024  # what a queued record costs beside its texts, about
-_RETRY_S: Final = 0.5  # how long a batch waits before the sink is tried again
+_BATCH_BYTES: Final = 8 * 2**20
+"""Bytes of records in one batch at most: a transaction of about 0.1 s on SQLite, where a gateway
+that writes the same file waits for it, whatever its texts."""
+
+CLOSE_S: Final = 5.0
+"""Seconds that a close takes at most, where nothing else is said."""
+
+_FIRST_RETRY_S: Final = 0.1  # the range of the first wait, doubled with each try
+_LAST_RETRY_S: Final = 5.0  # and its cap, the most by which a recovery is noticed late
+_UNANSWERED_S: Final = 1.0  # a try that takes longer counts as a database away
+_THREADS: Final = 2
+_TICK_S: Final = 0.1  # how often the state of a delivery is looked at
+_GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
+_SPOOL_AGAIN_S: Final = 1.0  # after the spool failed
 _LOG_EVERY_S: Final = 60.0  # one line a burst
+_REPORTED_FAULTS: Final = 16  # different ones in one outage
 
-_MAX_DEPTH: Final = 50  # of containers in a record's JSON fields
-_TOO_DEEP: Final = object()
+_inherited: list[Spool] = []
 
 _log = logging.getLogger("lynkr_store")
 
@@ -34,55 +62,64 @@ _log = logging.getLogger("lynkr_store")
 class Sink(Protocol):
     """Where batches go."""
 
-    def write(self, rows: Sequence[Row]) -> Mapping[str, int]:
-        """Store the rows, in order and durably.
+    def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
+        """Store the rows, in order and durably, unless an earlier try under this id did.
 
         Returns:
             Cause to number of rows refused for their own fault; the others are stored.
 
         Raises:
-            Exception: Nothing is stored; the same rows will come again.
+            OutcomeUnknown: They may be stored; the same batch will come again.
+            Exception: Nothing is stored; the same batch will come again.
         """
         ...
 
 
-@dataclass
-class Account:
-    """Where every record is. Read and changed under the writer's lock only."""
-
-    submitted: int = 0
-    written: int = 0
-    queued: int = 0
-    in_batch: int = 0
-    rejected_by: Counter[str] = field(default_factory=Counter)
-    dropped_by: Counter[str] = field(default_factory=Counter)
-    mended_by: Counter[str] = field(default_factory=Counter)
-    last_error: str | None = None
-    last_error_at: float | None = None
-    """On the monotonic clock."""
+class _GivenUp(Exception):
+    """The writer was closed before the sink was asked again."""
 
 
-@dataclass
-class _Queued:
-    record: Any
-    stamp_ms: int
-    size: int
+@dataclass(eq=False)
+class _Batch:
+    id: str
+    rows: Sequence[Row]
+    upto: int = 0
+    """Records that had been taken from the queue when its last one was."""
+    units: int = 0
+    """What it occupies of the queue's bytes."""
+    entry: Entry | None = None
+    """Its place in the spool, where it has one."""
+    began: float = 0.0
+    """When the sink was first given it, on the monotonic clock."""
+    asking: bool = False
+    """The sink has it now."""
+    failed: bool = False
+    unsure: bool = False
+    """An earlier try may have stored it."""
+    settled: bool = False
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
-class Writer:
-    """Takes records at once, writes them in batches from a thread of its own.
+class Writer(Forkable):
+    """Takes records at once, writes them in batches from threads of its own.
 
     Args:
         sink: Where batches go.
         policy: What is kept of the texts.
         clock: The present in epoch milliseconds, for records that name no instant.
         max_rows: Records that may wait.
-        max_bytes: Bytes of texts that may wait.
+        max_bytes: Bytes of records that may wait or be in hand.
         batch_rows: Records in one batch at most.
         interval_s: Seconds after which a batch goes even if it is not full.
+        spool: Where batches go while the sink is away.
+        spool_after_s: Seconds without the sink after which they do.
+        forget_after_ms: The age at which the sink forgets a batch it has stored.
+
+    Attributes:
+        submit: See `lynkr_store.intake.Intake.submit`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is one decision of the composition
         self,
         sink: Sink,
         *,
@@ -92,6 +129,9 @@ class Writer:
         max_bytes: int,
         batch_rows: int,
         interval_s: float,
+        spool: Callable[[], Spool] | None = None,
+        spool_after_s: float = 5.0,
+        forget_after_ms: int = 2**62,
     ) -> None:
         self._sink = sink
         self._policy = policy
@@ -100,118 +140,114 @@ class Writer:
         self._max_bytes = max_bytes
         self._batch_rows = batch_rows
         self._interval_s = interval_s
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)  # there is something for the thread to do
-        self._progress = threading.Condition(self._lock)  # records were settled
-        self._queue: deque[_Queued] = deque()
-        self._queued_bytes = 0
-        self._accepted = 0  # records ever queued, and how many of them are settled: they settle
-        self._settled = 0  # in order, so a flush waits for a number
-        self._hurry_to = 0  # flushes wait for this many to be settled
-        self._in_sink = False
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._make_spool = spool
+        self._spool_after_s = spool_after_s
+        self._forget_after_ms = forget_after_ms
+        self.begin()
+
+    def begin(self) -> None:
+        """Set out with an empty queue and account, new locks and no thread: also after a fork."""
+        # a signal handler that closes the store may interrupt a holder of this lock
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._bell: SimpleQueue[None] = SimpleQueue()  # may be rung from a signal handler
         self._account = Account()
-        self._reported: Counter[str] = Counter()
-        self._reported_at = -_LOG_EVERY_S
+        self._intake = Intake(
+            self._clock,
+            self._max_rows,
+            self._max_bytes,
+            ring=self._ring,
+            after_close=self._after_close,
+        )
+        self.submit = self._intake.submit
+        self._spool = self._make_spool() if self._make_spool else None
+        self._spool_rests_until = 0.0
+        self._spool_all = False  # close() runs out of time
+        self._spooling = False  # the next batch is on its way there
+        self._delivery: _Batch | None = None
+        self._next: _Batch | None = None
+        self._taken = 0  # records ever taken from the queue, and how many of them are settled or
+        self._settled = 0  # spooled: in order, so a flush waits for a number
+        self._hurry_to = 0  # flushes wait for this many
+        self._prepared_all = False
+        self._over = False  # nothing more will be written
+        self._threads: dict[str, threading.Thread] = {}
+        self._found_rows = 0  # of the spool's, as far as they are in the account
+        self._faults_said: set[str] = set()
+        self._lost_said: Counter[str] = Counter()
+        self._lost_said_at = -_LOG_EVERY_S
 
-    def submit(self, record: dict[str, Any] | RoutingEvent) -> bool:
-        """Queue a record. Never raises, never waits for I/O.
-
-        A dict becomes the writer's: the caller must not keep it. Containers in it are copied.
-
-        Returns:
-            True when it was queued; False when it was dropped, and counted: the queue is full or
-            the writer closed.
-        """
-        stamp_ms = self._clock()
-        size = _RECORD_BYTES
-        values = record if isinstance(record, dict) else vars(record)
-        for name, value in values.items():
-            if isinstance(value, str):
-                size += getsizeof(value)
-            elif isinstance(value, list | dict | tuple):
-                values[name], extra = _copied(value)
-                size += extra
+    def start(self) -> None:
+        """Start the threads, if they are not running; the first record does."""
         with self._lock:
-            account = self._account
-            account.submitted += 1
-            if self._closed:
-                account.dropped_by["closed"] += 1
-                return False
-            if account.queued >= self._max_rows or self._queued_bytes + size > self._max_bytes:
-                account.dropped_by["queue_full"] += 1
-                return False
-            self._queue.append(_Queued(record, stamp_ms, size))
-            self._queued_bytes += size
-            self._accepted += 1
-            account.queued += 1
-            if account.queued in (1, self._batch_rows):
-                self._wake.notify()
-            if self._thread is None:
-                self._start()
-        return True
+            for name, body in (("deliver", self._deliver_all), ("prepare", self._prepare_all)):
+                if name in self._threads or self._over:
+                    continue
+                thread = threading.Thread(target=body, name=f"lynkr-store-{name}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads: the next record tries again
+                    self._intake.wake_at = 1
+                    return
+                self._threads[name] = thread
+        on_exit_of_worker(self, _closing(self))
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything submitted before is written, rejected or dropped.
+        """Wait until everything submitted before is written, rejected, dropped or spooled.
 
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.
         """
-        deadline = _deadline(timeout_s)
+        timeout_s = _checked(timeout_s)
         with self._lock:
-            target = self._accepted
+            target = self._taken + len(self._intake)
             self._hurry_to = max(self._hurry_to, target)
-            self._wake.notify()
-            return self._progress.wait_for(
-                lambda: self._settled >= target, max(0.0, deadline - time.monotonic())
-            )
+            if self._settled < target:
+                self._ring()
+            return self._changed.wait_for(lambda: self._settled >= target, timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Take no more records, write what is there, and count what could not be by the deadline.
+        """Take no more records, write what is there, and spool or count what could not be.
 
-        Afterwards nothing is pending. A batch that the sink has not answered for is dropped as
-        ``outcome_unknown``, the others as ``deadline``. May be called again.
+        Afterwards nothing is pending. A spool has half of the time for itself. What is left is
+        dropped: as ``outcome_unknown`` where the sink was not heard of, else as ``deadline``. May
+        be called again.
 
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.
         """
-        _deadline(timeout_s)
+        timeout_s = _checked(timeout_s)
+        self._intake.closed = True
         with self._lock:
-            self._closed = True
-        done = self.flush(timeout_s)
+            running = bool(self._threads)
+            if not running:
+                self._give_up()
+        if running and self._spool:
+            if not self.flush(timeout_s / 2):
+                self._spool_all = True
+                self.flush(timeout_s / 2 + _GRACE_S)
+        elif running:
+            self.flush(timeout_s)
         with self._lock:
-            if not done:
-                account = self._account
-                unknown = "outcome_unknown" if self._in_sink else "deadline"
-                if account.in_batch:
-                    account.dropped_by[unknown] += account.in_batch
-                if account.queued:
-                    account.dropped_by["deadline"] += account.queued
-                account.in_batch = account.queued = self._queued_bytes = 0
-                self._queue.clear()
-                self._settled = self._accepted
-                self._progress.notify_all()
-            self._wake.notify()
-            thread = self._thread
-        if done and thread is not None and thread is not threading.current_thread():
-            thread.join()
+            stuck = self._delivery is not None and self._delivery.asking
+            self._give_up()
+            threads = set(self._threads.values()) - {threading.current_thread()}
+        for thread in threads:
+            thread.join(_TICK_S if stuck else None)
+        if self._spool:
+            self._spool.close()
+        self._report_losses(now=True)
 
     def account(self) -> Account:
         """One consistent copy of the account."""
         with self._lock:
-            own = self._account
-            return Account(
-                own.submitted,
-                own.written,
-                own.queued,
-                own.in_batch,
-                Counter(own.rejected_by),
-                Counter(own.dropped_by),
-                Counter(own.mended_by),
-                own.last_error,
-                own.last_error_at,
-            )
+            self._note_found()
+            account = self._account.copy()
+            refused = self._intake.refused()
+            account.dropped_by += refused
+            account.queued = len(self._intake)
+            account.submitted = self._taken + account.queued + refused.total()
+            return account
 
     def note_unreadable(self, values: int) -> None:
         """Count stored values that a read could not make sense of."""
@@ -219,130 +255,425 @@ class Writer:
             with self._lock:
                 self._account.mended_by["unreadable_on_read"] += values
 
-    def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="lynkr-store-writer", daemon=True)
-        with suppress(RuntimeError):  # no more threads: the next record tries again
-            thread.start()
-            self._thread = thread
+    def before_fork(self) -> None:
+        """Let the spool come to rest: what a child inherits must not be half-written."""
+        if self._spool:
+            self._spool.hold()
 
-    def _run(self) -> None:
-        while batch := self._next_batch():
-            rows = self._validated(batch)
-            if rows:
-                self._write(rows)
-            self._report()
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._spool:
+            self._spool.release()
 
-    def _next_batch(self) -> list[_Queued]:
-        """Wait for a batch; [] when the writer is closed and has none left."""
-        with self._lock:
-            self._wake.wait_for(lambda: self._queue or self._closed)
-            self._wake.wait_for(self._batch_is_due, self._interval_s)
-            count = min(len(self._queue), self._batch_rows)
-            batch = [self._queue.popleft() for _ in range(count)]
-            self._queued_bytes -= sum(item.size for item in batch)
-            self._account.queued -= count
-            self._account.in_batch += count
-            return batch
+    def after_fork_in_child(self) -> None:
+        """Start anew.
 
-    def _batch_is_due(self) -> bool:
-        return (
-            self._closed or len(self._queue) >= self._batch_rows or self._hurry_to > self._settled
-        )
+        The parent's spool is kept from the collector, which would close a file of the parent's.
+        """
+        if self._spool:
+            _inherited.append(self._spool)
+        closed = self._intake.closed
+        self.begin()
+        if closed:
+            self.close(0)
 
-    def _validated(self, batch: Sequence[_Queued]) -> list[Row]:
-        rows: list[Row] = []
-        rejected: Counter[str] = Counter()
-        mended: Counter[str] = Counter()
-        for item in batch:
-            try:
-                row, causes = row_of(item.record, item.stamp_ms, self._policy)
-            except ValidationError as error:
-                rejected[cause_of(error)] += 1
-            except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row
-                rejected["wrong_type"] += 1
-            else:
-                rows.append(row)
-                mended.update(causes)
-        with self._lock:
-            self._account.mended_by.update(mended)
-            self._settle(0, rejected)
-        return rows
+    # -- both threads --------------------------------------------------------------------------
 
-    def _write(self, rows: Sequence[Row]) -> None:
-        """Hand the batch to the sink until it is stored, or given up by `close`."""
-        while True:
-            with self._lock:
-                if not self._account.in_batch:
-                    return
-                self._in_sink = True
-            try:
-                refused = self._sink.write(rows)
-            except Exception as error:  # noqa: BLE001 - whatever it was, the batch stays in hand
-                self._note_error(error)
-                with self._lock:
-                    self._in_sink = False
-                    self._wake.wait_for(lambda: not self._account.in_batch, _RETRY_S)
-            else:
-                with self._lock:
-                    self._in_sink = False
-                    self._settle(len(rows) - sum(refused.values()), refused)
-                return
+    def _ring(self) -> None:
+        if len(self._threads) < _THREADS:
+            self.start()
+        self._bell.put(None)
 
-    def _settle(self, written: int, rejected: Mapping[str, int]) -> None:
-        """Move records of the batch to where they ended, unless `close` gave them up."""
-        account = self._account
-        count = written + sum(rejected.values())
-        if not account.in_batch or not count:
-            return
-        account.in_batch -= count
-        account.written += written
-        account.rejected_by.update(rejected)
-        self._settled += count
-        self._progress.notify_all()
+    def _listen(self, timeout_s: float | None) -> None:
+        """Wait for the bell, and take all its strokes."""
+        with suppress(Empty):
+            self._bell.get(timeout=timeout_s)
+            while True:
+                self._bell.get_nowait()
 
-    def _note_error(self, error: Exception) -> None:
+    def _note_found(self) -> None:
+        """Take what the spool found of other processes' into the account."""
+        if self._spool:
+            fresh = self._spool.found_rows - self._found_rows
+            self._found_rows += fresh
+            self._account.recovered += fresh
+            self._account.spooled += fresh
+
+    def _note_fault(self, error: BaseException) -> None:
         # another library's words may repeat the row
         said = f": {error}" if isinstance(error, LynkrStoreError) else ""
         words = f"{type(error).__name__}{said}"
         with self._lock:
-            known = words == self._account.last_error
             self._account.last_error = words
             self._account.last_error_at = time.monotonic()
-        if not known:
+            self._account.faults_by[type(error).__name__] += 1
+            news = words not in self._faults_said and len(self._faults_said) < _REPORTED_FAULTS
+            self._faults_said.add(words)
+        if news:
             _log.warning("records wait to be written: %s", words)
 
-    def _report(self) -> None:
-        """Log what was lost since the last line, at most one line a minute."""
+    def _settle(self, batch: _Batch) -> None:
+        """A batch is stored: move its records to where they ended."""
         with self._lock:
-            lost = self._account.rejected_by + self._account.dropped_by
-        fresh = lost - self._reported
-        now = time.monotonic()
-        if fresh and now - self._reported_at >= _LOG_EVERY_S:
-            _log.warning("records lost, by cause: %s", dict(fresh))
-            self._reported, self._reported_at = lost, now
+            self._delivery = None
+            account, count = self._account, len(batch.rows)
+            if batch.entry:
+                account.spooled -= count
+            elif batch.settled:  # close() gave it up before
+                return
+            else:
+                account.in_hand -= count
+                self._free(batch)
+            batch.settled = True
+            account.written += count - sum(batch.refused.values())
+            account.rejected_by.update(batch.refused)
+            recovered = bool(self._faults_said) and bool(batch.rows)
+            if recovered:
+                self._faults_said.clear()
+            self._changed.notify_all()
+        if recovered:
+            _log.info("records are written again")
+        if batch.entry and self._spool:
+            try:
+                self._spool.remove(batch.entry)
+            except SpoolError as error:
+                self._note_fault(error)
+        self._bell.put(None)
+
+    def _free(self, batch: _Batch) -> None:
+        """The batch needs no memory any more, and whoever flushes need not wait for it."""
+        self._intake.release(batch.units)
+        self._settled = batch.upto
+
+    # -- the thread that prepares --------------------------------------------------------------
+
+    def _prepare_all(self) -> None:
+        self._open_spool()
+        while (batch := self._next_batch()) is not None:
+            self._place(batch)
+        with self._lock:
+            self._prepared_all = True
+            self._changed.notify_all()
+
+    def _next_batch(self) -> _Batch | None:
+        """Wait until a batch is due; None when the writer is closed and has none left."""
+        intake, due_at = self._intake, None
+        while True:
+            self._relieve()
+            self._report_losses()
+            waiting, now = len(intake), time.monotonic()
+            if not waiting:
+                due_at = None
+                if intake.closed:
+                    return None
+            elif due_at is None:
+                due_at = now + self._interval_s
+            if due_at is not None and (
+                waiting >= self._batch_rows
+                or intake.closed
+                or intake.is_half_full()
+                or self._hurry_to > self._taken
+                or now >= due_at
+            ):
+                return self._taken_batch()
+            intake.wake_at = self._batch_rows if waiting else 1
+            if len(intake) >= intake.wake_at:
+                continue  # meanwhile it came; nobody will ring
+            waits = [due_at - now] if due_at is not None else []
+            if self._spool and self._delivery:
+                waits.append(_TICK_S)
+            self._listen(min(waits, default=None))
+
+    def _taken_batch(self) -> _Batch:
+        with self._lock:
+            records, units = self._intake.take(self._batch_rows, _BATCH_BYTES)
+            self._taken += len(records)
+            self._account.in_hand += len(records)
+            upto = self._taken
+        rows, rejected, mended = _checked_rows(records, self._policy)
+        with self._lock:
+            if not self._over:
+                self._account.in_hand -= rejected.total()
+                self._account.rejected_by.update(rejected)
+            self._account.mended_by.update(mended)
+        return _Batch(uuid.uuid4().hex, rows, upto, units)
+
+    def _place(self, batch: _Batch) -> None:
+        """Wait until the batch was taken to be delivered, or spooled."""
+        with self._lock:
+            if self._over:
+                return
+            self._next = batch
+            self._changed.notify_all()
+        while True:
+            self._relieve()
+            self._report_losses()
+            with self._lock:
+                if self._next is not batch:
+                    return
+            self._listen(_TICK_S)
+
+    def _relieve(self) -> None:
+        """Move the batches in hand to the spool, if it is time to."""
+        if self._spool is None:
+            return
+        with self._lock:
+            if not self._spool_is_due():
+                return
+            self._spooling = True
+            batches = [b for b in (self._delivery, self._next) if b and not b.entry]
+        try:
+            for batch in batches:
+                self._enter(self._spool, batch)
+        except SpoolError as error:
+            self._spool_rests_until = time.monotonic() + _SPOOL_AGAIN_S
+            self._note_fault(error)
+        finally:
+            with self._lock:
+                self._spooling = False
+                self._changed.notify_all()
+
+    def _spool_is_due(self) -> bool:
+        now, delivery = time.monotonic(), self._delivery
+        if not self._spool or now < self._spool_rests_until:
+            return False
+        away_s = now - delivery.began if delivery else 0.0
+        if delivery and not delivery.failed and away_s < _UNANSWERED_S:
+            away_s = 0.0
+        backlog = self._spool.first() is not None
+        return (
+            self._spool_all
+            or (away_s > 0 and away_s >= self._spool_after_s)
+            or ((away_s > 0 or backlog) and self._intake.is_half_full())
+        )
+
+    def _enter(self, spool: Spool, batch: _Batch) -> None:
+        entry = None
+        if batch.rows and not batch.settled:
+            attempted_at = self._clock() if batch.asking or batch.unsure else None
+            entry = spool.enter(batch.id, batch.rows, attempted_at)
+        with self._lock:
+            if self._next is batch:
+                self._next = None
+            if not batch.settled:
+                self._free(batch)
+                if entry is None:
+                    batch.settled = True
+                else:
+                    batch.entry = entry
+                    self._account.in_hand -= len(batch.rows)
+                    self._account.spooled += len(batch.rows)
+                    entry = None
+                self._changed.notify_all()
+        if entry:  # it was stored, or given up, while it was on its way
+            spool.remove(entry)
+
+    def _open_spool(self) -> None:
+        if not self._spool:
+            return
+        try:
+            self._spool.open()
+        except SpoolError as error:
+            self._note_fault(error)
+        for path in self._spool.set_aside:
+            _log.warning("a damaged spool was set aside: %s", path)
+        with self._lock:
+            self._changed.notify_all()
+
+    def _report_losses(self, *, now: bool = False) -> None:
+        """Log what was lost since the last line, at most one line a minute."""
+        at = time.monotonic()
+        if not now and at - self._lost_said_at < _LOG_EVERY_S:
+            return
+        with self._lock:
+            lost = self.account().lost()
+            fresh = lost - self._lost_said
+            if not fresh:
+                return
+            self._lost_said, self._lost_said_at = lost, at
+        _log.warning("records lost, by cause: %s", dict(fresh))
+
+    # -- the thread that delivers --------------------------------------------------------------
+
+    def _deliver_all(self) -> None:
+        while (work := self._next_work()) is not None:
+            batch = self._loaded(work) if isinstance(work, Entry) else work
+            if batch and self._deliver(batch):
+                self._settle(batch)
+
+    def _next_work(self) -> _Batch | Entry | None:
+        """Wait for the oldest batch that is not stored, in the spool or in hand."""
+        with self._lock:
+            while not self._over:
+                if self._spooling:
+                    self._changed.wait()
+                    continue
+                if self._spool and (entry := self._spool.first()):
+                    self._note_found()
+                    return entry
+                if self._next:
+                    batch = self._delivery = self._next
+                    self._next = None
+                    batch.began = time.monotonic()
+                    self._bell.put(None)
+                    return batch
+                if self._prepared_all:
+                    return None
+                self._changed.wait()
+        return None
+
+    def _loaded(self, entry: Entry) -> _Batch | None:
+        """A batch of the spool, to be delivered; None where there is none to be had of it."""
+        assert self._spool  # noqa: S101 - the entry is from it
+        try:
+            rows = self._spool.load(entry)
+        except SpoolDamaged as error:
+            self._abandon(self._spool, entry, error)
+            return None
+        now = self._clock()
+        if entry.attempted_at is not None and now - entry.attempted_at >= self._forget_after_ms:
+            self._drop_spooled(entry, "outcome_unknown")
+            return None
+        batch = _Batch(entry.batch_id, rows, entry=entry, began=time.monotonic())
+        with self._lock:
+            if self._over:
+                return None
+            self._delivery = batch
+        try:
+            self._spool.mark_attempt(entry, now)
+        except SpoolError as error:
+            self._note_fault(error)
+        return batch
+
+    def _abandon(self, spool: Spool, entry: Entry, error: SpoolError) -> None:
+        self._note_fault(error)
+        lost, aside = spool.abandon(entry)
+        _log.warning("a damaged spool was set aside, %d records lost: %s", lost, aside)
+        with self._lock:
+            self._account.spooled -= lost
+            self._account.dropped_by["spool_damaged"] += lost
+
+    def _drop_spooled(self, entry: Entry, cause: str) -> None:
+        assert self._spool  # noqa: S101 - the entry is from it
+        with self._lock:
+            self._account.spooled -= entry.rows
+            self._account.dropped_by[cause] += entry.rows
+        with suppress(SpoolError):
+            self._spool.remove(entry)
+
+    def _deliver(self, batch: _Batch) -> bool:
+        """Hand the batch to the sink until it is answered; False when it was given up."""
+        if not batch.rows:
+            return True
+        retrying = Retrying(
+            wait=wait_random_exponential(multiplier=_FIRST_RETRY_S, max=_LAST_RETRY_S),
+            stop=lambda _: self._over,
+            sleep=self._rest,
+            after=self._after_failure,
+            retry=retry_if_not_exception_type(_GivenUp),
+        )
+        try:
+            retrying(self._ask, batch)
+        except (RetryError, _GivenUp):
+            return False
+        return True
+
+    def _ask(self, batch: _Batch) -> None:
+        with self._lock:
+            if self._over:
+                raise _GivenUp
+            batch.asking = True
+        try:
+            batch.refused = self._sink.write(batch.id, batch.rows)
+        except OutcomeUnknown:
+            batch.unsure = True
+            raise
+        finally:
+            batch.asking = False
+
+    def _after_failure(self, state: RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        batch = state.args[0]
+        batch.failed = True
+        if error:
+            self._note_fault(error)
+        self._bell.put(None)
+
+    def _rest(self, seconds: float) -> None:
+        with self._lock:
+            self._changed.wait_for(lambda: self._over, seconds)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        """Count what is not settled as dropped, once; nothing is pending afterwards."""
+        if self._over:
+            return
+        self._over = True
+        account, delivery = self._account, self._delivery
+        if delivery and not delivery.entry and not delivery.settled:
+            cause = "outcome_unknown" if delivery.asking or delivery.unsure else "deadline"
+            account.dropped_by[cause] += len(delivery.rows)
+            account.in_hand -= len(delivery.rows)
+            delivery.settled = True
+        left = len(self._intake.take(self._max_rows, 2**62).records)
+        self._taken += left
+        lost = account.in_hand + left
+        if lost:
+            account.dropped_by["deadline"] += lost
+        account.in_hand = 0
+        if self._next:
+            self._next.settled = True
+            self._next = None
+        self._settled = self._taken
+        self._changed.notify_all()
+        self._bell.put(None)
+
+    def _after_close(self) -> bool:
+        """Whether a record that came in while the writer was closing will still be written."""
+        with self._lock:
+            if not self._over:
+                return True
+            late = len(self._intake.take(self._max_rows, 2**62).records)
+            self._taken += late
+            self._settled += late
+            if late:
+                self._account.dropped_by["closed"] += late
+            return not late
 
 
-def _deadline(timeout_s: float) -> float:
+def _closing(writer: Writer) -> Callable[[], None]:
+    """A function that closes the writer and does not keep it alive."""
+    reference = weakref.ref(writer)
+
+    def close() -> None:
+        if (alive := reference()) is not None:
+            alive.close(CLOSE_S)
+
+    return close
+
+
+def _checked(timeout_s: float) -> float:
     if not timeout_s >= 0:
         raise BadArgument("timeout_s: give seconds, 0 or more")
-    return time.monotonic() + min(timeout_s, threading.TIMEOUT_MAX)
+    return min(timeout_s, threading.TIMEOUT_MAX)
 
 
-def _copied(value: Any, depth: int = 0) -> tuple[Any, int]:
-    """A copy of nested containers that later changes do not reach, and its size in bytes.
-
-    What is nested too deep, in itself perhaps, becomes a value that is rejected later.
-    """
-    if depth > _MAX_DEPTH:
-        return _TOO_DEEP, 0
-    size = getsizeof(value)
-    if isinstance(value, dict):
-        copy: Any = {}
-        for key, item in value.items():
-            copy[key], extra = _copied(item, depth + 1)
-            size += extra
-        return copy, size
-    if isinstance(value, list | tuple):
-        items = [_copied(item, depth + 1) for item in value]
-        return [item for item, _ in items], size + sum(extra for _, extra in items)
-    return value, size
+def _checked_rows(
+    records: Sequence[dict[str, Any]], policy: TextPolicy
+) -> tuple[list[Row], Counter[str], Counter[str]]:
+    """The rows of those records that are some; causes of the others, and of what was mended."""
+    rows: list[Row] = []
+    rejected: Counter[str] = Counter()
+    mended: Counter[str] = Counter()
+    for record in records:
+        try:
+            row, causes = row_of(*unpacked(record), policy)
+        except ValidationError as error:
+            rejected[cause_of(error)] += 1
+        except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row
+            rejected["wrong_type"] += 1
+        else:
+            rows.append(row)
+            mended.update(causes)
+    return rows, rejected, mended

@@ -18,14 +18,16 @@ class Sink:
 
     def __init__(self):
         self.batches = []
+        self.ids = []
         self.open = threading.Event()
         self.open.set()
         self.entered = threading.Event()
         self.failures = []
         self.refuse = {}
 
-    def write(self, rows):
+    def write(self, batch_id, rows):
         self.entered.set()
+        self.ids.append(batch_id)
         assert self.open.wait(20)
         if self.failures:
             raise self.failures.pop(0)
@@ -66,13 +68,19 @@ def make(sink):
 
 
 def adds_up(account):
-    return account.submitted == (
+    return account.submitted + account.recovered == (
         account.written
         + account.rejected_by.total()
         + account.dropped_by.total()
-        + account.queued
-        + account.in_batch
+        + account.spooled
+        + account.pending
     )
+
+
+def has_ended(writer, timeout_s=5):
+    for thread in writer._threads.values():
+        thread.join(timeout_s)
+    return not any(thread.is_alive() for thread in writer._threads.values())
 
 
 def test_records_arrive_in_order_and_in_batches(make, sink):
@@ -107,20 +115,28 @@ def test_a_full_batch_does_not_wait_for_the_interval(make, sink):
     assert sink.entered.wait(5)
 
 
+def eventually(holds, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
 def test_what_does_not_fit_is_dropped_and_counted(make, sink):
     sink.open.clear()
     writer = make(max_rows=5, batch_rows=1)
-    writer.submit({"provider": "in the sink"})
-    assert sink.entered.wait(5)
+    for name in ("in the sink", "prepared"):
+        writer.submit({"provider": name})
+    eventually(lambda: writer.account().in_hand == 2)
     accepted = [writer.submit({"provider": str(n)}) for n in range(8)]
     assert accepted == [True] * 5 + [False] * 3
     account = writer.account()
-    assert (account.queued, account.in_batch) == (5, 1)
+    assert (account.queued, account.in_hand) == (5, 2)
     assert account.dropped_by == {"queue_full": 3}
     assert adds_up(account)
     sink.open.set()
     assert writer.flush(5)
-    assert sink.providers == ["in the sink", "0", "1", "2", "3", "4"]
+    assert sink.providers == ["in the sink", "prepared", "0", "1", "2", "3", "4"]
 
 
 def test_bytes_are_bounded_whatever_field_they_are_in(make, sink):
@@ -189,7 +205,7 @@ def test_rows_that_the_sink_refuses_are_counted_by_its_cause(make, sink):
 
 
 def test_a_batch_stays_in_hand_until_the_sink_takes_it(make, sink, monkeypatch, caplog):
-    monkeypatch.setattr("lynkr_store.writer._RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.writer._FIRST_RETRY_S", 0.01)
     sink.failures = [StoreUnavailable("gone"), StoreUnavailable("gone"), OSError("a row's text")]
     writer = make()
     for n in range(7):
@@ -233,7 +249,7 @@ def test_close_within_an_endless_deadline_writes_everything(make, sink):
         writer.submit({"provider": "p"})
     writer.close(float("inf"))
     assert len(sink.providers) == 10
-    assert not writer._thread.is_alive()
+    assert has_ended(writer)
 
 
 def test_close_out_of_time_counts_what_is_left(make, sink):
@@ -247,10 +263,10 @@ def test_close_out_of_time_counts_what_is_left(make, sink):
     assert time.monotonic() - began < 1.5
     account = writer.account()
     assert dict(account.dropped_by) == {"outcome_unknown": 2, "deadline": 5}
-    assert (account.queued, account.in_batch) == (0, 0)
+    assert (account.queued, account.in_hand) == (0, 0)
     assert adds_up(account)
     sink.open.set()
-    writer._thread.join(5)
+    assert has_ended(writer)
     assert adds_up(writer.account()), "a late answer is not counted again"
     assert writer.account().written == 0
     assert writer.submit({"provider": "p"}) is False
@@ -267,8 +283,7 @@ def test_close_while_the_sink_is_down_knows_that_nothing_was_written(make, sink)
         time.sleep(0.001)
     writer.close(0.05)
     assert dict(writer.account().dropped_by) == {"deadline": 3}
-    writer._thread.join(5)
-    assert not writer._thread.is_alive()
+    assert has_ended(writer)
 
 
 def test_losses_are_logged_once_a_burst_without_values(make, sink, caplog):

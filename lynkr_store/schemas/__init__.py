@@ -4,12 +4,13 @@ Inputs forbid unknown names; outputs ignore them. Everything is frozen all the w
 """
 
 from lynkr_store.schemas.base import epoch_ms, utc
-from lynkr_store.schemas.events import TEXT_FIELDS, RoutingEvent
+from lynkr_store.schemas.events import LONG_FIELDS, TEXT_FIELDS, RoutingEvent, mend_text
 from lynkr_store.schemas.reports import Health, MaintenanceReport
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.stats import ProviderStats, RoutingAccuracy, RoutingStats
 
 __all__ = [
+    "LONG_FIELDS",
     "TEXT_FIELDS",
     "Cursor",
     "Health",
@@ -22,5 +23,6 @@ __all__ = [
     "RoutingRowBrief",
     "RoutingStats",
     "epoch_ms",
+    "mend_text",
     "utc",
 ]

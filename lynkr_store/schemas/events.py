@@ -26,7 +26,8 @@ TEXT_FIELDS: Final = ("request_text", "response_text")
 NAME_MAX_CHARS: Final = 512
 """Characters kept of every other text that is no JSON: PostgreSQL's indexes hold 2,704 bytes."""
 
-_LONG_FIELDS: Final = frozenset({*TEXT_FIELDS, "candidates", "cache_decision", "attributes"})
+LONG_FIELDS: Final = (*TEXT_FIELDS, "candidates", "cache_decision", "attributes")
+"""The fields of free text: those two, and JSON of any content."""
 
 
 def mend_text(text: str) -> tuple[str, str | None]:
@@ -222,7 +223,7 @@ def _mend(name: str, value: object, causes: list[str]) -> object:
         value, cause = mend_text(value)
         if cause:
             causes.append(cause)
-        if len(value) > NAME_MAX_CHARS and name not in _LONG_FIELDS:
+        if len(value) > NAME_MAX_CHARS and name not in LONG_FIELDS:
             causes.append("cut")
             value = value[:NAME_MAX_CHARS]
     elif isinstance(value, float) and not math.isfinite(value):

@@ -31,6 +31,8 @@ class Health(FrozenOutput):
     dropped_by: FrozenMap[int]
     mended_by: FrozenMap[int]
     """Cause to number of values changed on the way in, or unreadable on the way out."""
+    faults_by: FrozenMap[int]
+    """Kind of fault to number of tries to write a batch, or to use the spool, that it ended."""
     backend: Backend
     revision: str | None
     """The schema's revision at the last probe; None before one, or when there is none."""

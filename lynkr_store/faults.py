@@ -1,0 +1,101 @@
+"""What a database's error means: a row's own fault, the database's, or not yet clear.
+
+Judged by SQLSTATE, SQLite's result code and exception types, never by a message's text.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Final
+
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+
+from lynkr_store.exceptions import StoreUnavailable
+
+
+class Fault(Enum):
+    """Whose fault an error is."""
+
+    ROW = "row"
+    """The row's: the database would take others."""
+    DATABASE = "database"
+    """The database's, the connection's, the disk's: the same row may be taken later."""
+    UNCLEAR = "unclear"
+    """Either: a table that is missing looks like a trigger that chokes on one row."""
+
+
+# SQLSTATE classes: data exceptions, constraints, program limits (an index entry too long), and
+# what a foreign trigger raises.
+_ROW_STATES: Final = ("22", "23", "54", "P0")
+# Connection, authorisation, catalogue name, transaction state, resources, locks, operators, system.
+_DATABASE_STATES: Final = ("08", "25", "28", "3D", "40", "53", "55", "57", "58")
+
+# https://sqlite.org/rescode.html
+_ROW_CODES: Final = frozenset(
+    {
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_TOOBIG,
+        sqlite3.SQLITE_RANGE,
+    }
+)
+_PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
+
+
+def fault_of(error: Exception) -> Fault:
+    """Say whose fault it is that rows could not be inserted."""
+    if not isinstance(error, DBAPIError):
+        # a value that its column's type refuses, or something that no driver should raise
+        return Fault.ROW if isinstance(error, StatementError) else Fault.UNCLEAR
+    if error.connection_invalidated:
+        return Fault.DATABASE
+    driver: Any = error.driver_exception
+    if hasattr(driver, "sqlstate"):  # psycopg
+        return _of_state(driver.sqlstate)
+    return _of_code(getattr(driver, "sqlite_errorcode", None))
+
+
+def _of_state(state: str | None) -> Fault:
+    if state is None:  # the driver's own, of the connection
+        return Fault.DATABASE
+    if state.startswith(_ROW_STATES):
+        return Fault.ROW
+    return Fault.DATABASE if state.startswith(_DATABASE_STATES) else Fault.UNCLEAR
+
+
+def _of_code(code: int | None) -> Fault:
+    if code is None or code & _PRIMARY in _ROW_CODES:  # None: the driver's own, in binding a value
+        return Fault.ROW
+    return Fault.UNCLEAR if code & _PRIMARY == sqlite3.SQLITE_ERROR else Fault.DATABASE
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Give the database's own faults the library's words.
+
+    Raises:
+        StoreUnavailable: With the first line of the driver's words where they cannot repeat a
+            row. A connection's fault is chained; another is not, for what the driver says of it
+            at length may carry a row's values.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        error.hide_parameters = True  # an engine of the host's may show them
+        line, safe = _words(error)
+        raise StoreUnavailable(f"the database failed: {line}") from error if safe else None
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
+
+
+def _words(error: DBAPIError) -> tuple[str, bool]:
+    """What may be said of the error, and whether the error itself may be shown."""
+    driver: Any = error.driver_exception
+    line = str(error.orig).partition("\n")[0]
+    diagnosis = getattr(driver, "diag", None)
+    if diagnosis is None or not driver.sqlstate:
+        return line, True
+    if diagnosis.context or diagnosis.message_detail:  # a trigger's words, a COPY's line, a row
+        return f"{type(driver).__name__} ({driver.sqlstate})", False
+    return line, driver.sqlstate.startswith(_DATABASE_STATES)

@@ -1,0 +1,370 @@
+"""A local file where batches wait while the database is away.
+
+An SQLite file of JSON, held by one process at a time: SQLite's own exclusive lock says so, and the
+system releases it when the process dies. A second process with the same path uses a sibling,
+``spool.db.2``; a file that nobody holds belongs to whoever opens it next, with what is in it. So
+no batch is ever replayed by two processes, and none waits for a process that is gone.
+"""
+
+import glob
+import json
+import os
+import sqlite3
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lynkr_store.exceptions import SpoolError
+from lynkr_store.ingest import Row
+
+_APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
+_PAGE_BYTES: Final = 4_096
+_MOST_FILES: Final = 1_000  # processes that share a path
+_OVERHEAD: Final = 1.05  # of pages over what they carry, about
+
+_PRAGMAS: Final = (
+    f"page_size = {_PAGE_BYTES}",
+    "auto_vacuum = INCREMENTAL",  # an outage's space is given back when it is over
+    "locking_mode = EXCLUSIVE",
+    "journal_mode = TRUNCATE",  # one file; in WAL mode a second would grow beside it
+    "synchronous = FULL",  # it is the last place
+    "secure_delete = ON",  # what people wrote does not stay behind
+)
+_TABLE: Final = """
+    CREATE TABLE IF NOT EXISTS batches (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        batch_id TEXT NOT NULL UNIQUE,
+        row_count INTEGER NOT NULL,
+        attempted_at INTEGER,
+        checksum INTEGER NOT NULL,
+        payload BLOB NOT NULL
+    )
+"""
+
+
+class SpoolDamaged(SpoolError):
+    """A batch, or a whole file, cannot be read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A batch in a spool.
+
+    Attributes:
+        rows: How many it has.
+        attempted_at: When the database was first asked to store it without an answer, in epoch
+            milliseconds; None when it never was, or always answered.
+    """
+
+    file: "_File"
+    seq: int
+    batch_id: str
+    rows: int
+    attempted_at: int | None
+
+
+class Spool:
+    """The spool of one store. Safe to share by threads.
+
+    Args:
+        path: The file; siblings stand beside it.
+        max_bytes: Size up to which this process fills its own file.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._lock = threading.RLock()
+        self._own: _File | None = None
+        self._left: list[_File] = []
+        self._entries: deque[Entry] = deque()
+        self.set_aside: list[Path] = []
+        """Damaged files, under their new names."""
+        self.found_rows = 0
+        """Rows found, so far, in files that other processes left."""
+
+    def open(self) -> None:
+        """Take a file, and every other that a process which is gone has left. Harmless twice.
+
+        Raises:
+            SpoolError: No file can be opened; a later call tries again.
+        """
+        with self._lock:
+            self._take_own()
+            held = {self._own, *self._left}
+            for path in self._siblings():
+                if all(file is None or file.path != path for file in held):
+                    file = self._claim(path)
+                    if file:
+                        self._left.append(file)
+                        self._find(file)
+
+    def first(self) -> Entry | None:
+        """The batch to be replayed next, the oldest of the own file first."""
+        try:
+            return self._entries[0]
+        except IndexError:
+            return None
+
+    def enter(self, batch_id: str, rows: Sequence[Row], attempted_at: int | None) -> Entry:
+        """Put a batch at the end, durably.
+
+        Raises:
+            SpoolError: It does not fit, or the file cannot be written.
+        """
+        payload = _encoded(rows)
+        with self._lock, _explained(self._path):
+            own = self._take_own()
+            if own.used_bytes() + len(payload) * _OVERHEAD > self._max_bytes:
+                raise SpoolError("the spool is full: see spool_max_bytes")
+            seq = own.insert(batch_id, len(rows), attempted_at, payload)
+            entry = Entry(own, seq, batch_id, len(rows), attempted_at)
+            self._entries.append(entry)
+            return entry
+
+    def load(self, entry: Entry) -> list[Row]:
+        """The rows of a batch.
+
+        Raises:
+            SpoolDamaged: They cannot be read.
+        """
+        with self._lock:
+            try:
+                return _decoded(*entry.file.payload(entry.seq))
+            except (sqlite3.Error, ValueError, TypeError, LookupError):
+                raise SpoolDamaged(f"{entry.file.path}: a batch cannot be read") from None
+
+    def mark_attempt(self, entry: Entry, now_ms: int) -> None:
+        """Write down, before the database is asked, that an answer may be missed.
+
+        Raises:
+            SpoolError: The file cannot be written.
+        """
+        if entry.attempted_at is None:
+            with self._lock, _explained(self._path):
+                entry.file.mark(entry.seq, now_ms)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a batch; the space of the last one is given back.
+
+        Raises:
+            SpoolError: The file cannot be written. The batch is not replayed by this process, and
+                another finds it in the ledger.
+        """
+        with self._lock:
+            with suppress(ValueError):
+                self._entries.remove(entry)
+            with _explained(self._path):
+                entry.file.delete(entry.seq)
+                if not any(other.file is entry.file for other in self._entries):
+                    entry.file.shrink()
+                    if entry.file is not self._own:
+                        self._left.remove(entry.file)
+                        entry.file.close()
+
+    def abandon(self, entry: Entry) -> tuple[int, Path]:
+        """Set the file of a damaged batch aside; what can be read of the others moves on.
+
+        Returns:
+            Rows that were lost, and where the damaged file is now.
+        """
+        with self._lock:
+            damaged = entry.file
+            entries = [other for other in self._entries if other.file is damaged]
+            kept = [(other, rows) for other in entries if (rows := self._readable(other))]
+            self._entries = deque(other for other in self._entries if other.file is not damaged)
+            damaged.close()
+            aside = _set_aside(damaged.path)
+            self.set_aside.append(aside)
+            if damaged is self._own:
+                self._own = None
+            else:
+                self._left.remove(damaged)
+            lost = sum(other.rows for other in entries)
+            for other, rows in kept:
+                with suppress(SpoolError):
+                    self.enter(other.batch_id, rows, other.attempted_at)
+                    lost -= other.rows
+            return lost, aside
+
+    def close(self) -> None:
+        """Release the files; what is in them stays for the next process."""
+        with self._lock:
+            for file in (self._own, *self._left):
+                if file:
+                    file.close()
+            self._entries.clear()
+            self._own, self._left = None, []
+
+    def hold(self) -> None:
+        """Let no transaction be under way until `release`: the process is about to fork."""
+        self._lock.acquire()
+
+    def release(self) -> None:
+        """End what `hold` began."""
+        self._lock.release()
+
+    def _take_own(self) -> "_File":
+        if self._own is None:
+            self._own = next((file for path in self._names() if (file := self._claim(path))), None)
+            if self._own is None:
+                raise SpoolError(f"spool_path: too many processes share {self._path}")
+            self._find(self._own)
+        return self._own
+
+    def _find(self, file: "_File") -> None:
+        found = [Entry(file, *values) for values in file.found]
+        self.found_rows += sum(entry.rows for entry in found)  # counted before they can be taken
+        self._entries.extend(found)
+
+    def _names(self) -> Iterator[Path]:
+        yield self._path
+        for number in range(2, _MOST_FILES):
+            yield self._path.with_name(f"{self._path.name}.{number}")
+
+    def _siblings(self) -> list[Path]:
+        beside = self._path.parent.glob(f"{glob.escape(self._path.name)}.*")
+        return [self._path, *sorted(path for path in beside if path.suffix[1:].isdigit())]
+
+    def _claim(self, path: Path) -> "_File | None":
+        """Hold a file, making it if need be; None when another process does.
+
+        Raises:
+            SpoolError: It is another program's database, or cannot be opened.
+        """
+        with _explained(path):
+            try:
+                return _File.held(path)
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                self.set_aside.append(_set_aside(path))
+                return _File.held(path)
+
+    def _readable(self, entry: Entry) -> list[Row] | None:
+        try:
+            return self.load(entry)
+        except SpoolDamaged:
+            return None
+
+
+class _File:
+    """One SQLite file, locked."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self.found: list[tuple[int, str, int, int | None]] = connection.execute(
+            "SELECT seq, batch_id, row_count, attempted_at FROM batches ORDER BY seq"
+        ).fetchall()
+
+    @classmethod
+    def held(cls, path: Path) -> "_File | None":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it will hold what people wrote
+        connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+            connection.execute("BEGIN EXCLUSIVE")
+            empty = _pragma(connection, "page_count") == 0
+            if not empty and _pragma(connection, "application_id") != _APPLICATION_ID:
+                raise SpoolError(f"spool_path: {path} is another program's; give another path")  # noqa: TRY301
+            if empty:
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(_TABLE)
+            connection.execute("COMMIT")
+            return cls(path, connection)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, sqlite3.OperationalError) and _code(error) == sqlite3.SQLITE_BUSY:
+                return None
+            raise
+
+    def insert(self, batch_id: str, rows: int, attempted_at: int | None, payload: bytes) -> int:
+        cursor = self._connection.execute(
+            "INSERT INTO batches (batch_id, row_count, attempted_at, checksum, payload)"
+            " VALUES (?, ?, ?, ?, ?)",
+            (batch_id, rows, attempted_at, zlib.crc32(payload), payload),
+        )
+        assert cursor.lastrowid is not None  # noqa: S101 - of an INSERT
+        return cursor.lastrowid
+
+    def payload(self, seq: int) -> tuple[int, bytes]:
+        checksum, payload = self._connection.execute(
+            "SELECT checksum, payload FROM batches WHERE seq = ?", (seq,)
+        ).fetchone()
+        return checksum, payload
+
+    def mark(self, seq: int, now_ms: int) -> None:
+        self._connection.execute("UPDATE batches SET attempted_at = ? WHERE seq = ?", (now_ms, seq))
+
+    def delete(self, seq: int) -> None:
+        self._connection.execute("DELETE FROM batches WHERE seq = ?", (seq,))
+
+    def shrink(self) -> None:
+        self._connection.execute("PRAGMA incremental_vacuum").fetchall()
+
+    def used_bytes(self) -> int:
+        pages, free = (_pragma(self._connection, n) for n in ("page_count", "freelist_count"))
+        return (pages - free) * _PAGE_BYTES
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    value: int = connection.execute(f"PRAGMA {name}").fetchone()[0]
+    return value
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The family of SQLite's result code; 0 for the driver's own errors."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return _code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:  # SQLite's words name no value
+        kind = SpoolDamaged if _is_damage(error) else SpoolError
+        raise kind(f"spool_path: {path}: {error}") from None
+    except OSError as error:
+        raise SpoolError(f"spool_path: {path}: {error.strerror}") from None
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a damaged file a name that nobody opens; its journal goes with it."""
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    for number in range(_MOST_FILES):
+        aside = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
+        if not aside.exists():
+            break
+    path.rename(aside)
+    journal = path.with_name(f"{path.name}-journal")
+    if journal.exists():
+        journal.rename(aside.with_name(f"{aside.name}-journal"))
+    return aside
+
+
+def _encoded(rows: Sequence[Row]) -> bytes:
+    table: dict[str, Any] = {"columns": list(rows[0]), "rows": [list(r.values()) for r in rows]}
+    return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _decoded(checksum: int, payload: bytes) -> list[Row]:
+    if zlib.crc32(payload) != checksum:
+        raise ValueError("another content than was written")
+    table = json.loads(payload)
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
