@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-postgresql check format build clean
+.PHONY: help demo test test-slow test-postgresql bench check format build clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test-slow: $(VENV)/dev.stamp ## the tests that take longer
 
 test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k postgres
+
+bench: $(VENV)/dev.stamp ## what recording costs, against the bare drivers, in one run
+	$(BIN)/python benchmarks/ingest.py
 
 check: $(VENV)/dev.stamp ## formatting, lint, types, directions of imports
 	$(BIN)/ruff format --check .

@@ -273,10 +273,12 @@ class _File:
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}").fetchall()
             connection.execute("BEGIN EXCLUSIVE")
-            empty = _pragma(connection, "page_count") == 0
-            if not empty and _pragma(connection, "application_id") != _APPLICATION_ID:
-                raise SpoolError(f"spool_path: {path} is another program's; give another path")  # noqa: TRY301
-            if empty:
+            objects = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+            if objects and _pragma(connection, "application_id") != _APPLICATION_ID:
+                raise SpoolError(  # noqa: TRY301
+                    f"spool_path: {path} is another program's database; give another path"
+                )
+            if not objects:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(_TABLE)
             connection.execute("COMMIT")
@@ -309,7 +311,8 @@ class _File:
         self._connection.execute("DELETE FROM batches WHERE seq = ?", (seq,))
 
     def shrink(self) -> None:
-        self._connection.execute("PRAGMA incremental_vacuum").fetchall()
+        # execute() takes one step, which is one page
+        self._connection.executescript("PRAGMA incremental_vacuum")
 
     def used_bytes(self) -> int:
         pages, free = (_pragma(self._connection, n) for n in ("page_count", "freelist_count"))
