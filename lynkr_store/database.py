@@ -95,6 +95,10 @@ class Database(Forkable):
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
+        if self.backend is Backend.POSTGRESQL:
+            # whatever a host's engine is set to: a batch is one transaction, and its second try
+            # must see what the first committed meanwhile
+            self.writing = self.writing.execution_options(isolation_level="READ COMMITTED")
 
     def _begin(self) -> None:
         self._opened = False

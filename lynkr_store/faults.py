@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Final
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    NotSupportedError,
+    ProgrammingError,
+    SQLAlchemyError,
+    StatementError,
+)
 
 from lynkr_store.exceptions import StoreUnavailable
 
@@ -52,13 +59,17 @@ def fault_of(error: Exception) -> Fault:
         return Fault.DATABASE
     driver: Any = error.driver_exception
     if hasattr(driver, "sqlstate"):  # psycopg
-        return _of_state(driver.sqlstate)
+        return _of_state(driver.sqlstate) if driver.sqlstate else _of_kind(error)
     return _of_code(getattr(driver, "sqlite_errorcode", None))
 
 
-def _of_state(state: str | None) -> Fault:
-    if state is None:  # the driver's own, of the connection
-        return Fault.DATABASE
+def _of_kind(error: DBAPIError) -> Fault:
+    """Psycopg's own faults: of a value that it cannot send, or of the connection."""
+    own = isinstance(error, DataError | ProgrammingError | NotSupportedError)
+    return Fault.ROW if own else Fault.DATABASE
+
+
+def _of_state(state: str) -> Fault:
     if state.startswith(_ROW_STATES):
         return Fault.ROW
     return Fault.DATABASE if state.startswith(_DATABASE_STATES) else Fault.UNCLEAR

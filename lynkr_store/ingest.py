@@ -53,9 +53,14 @@ def row_of(
     Raises:
         ValidationError: The record is not one; the error names the field, and no value.
     """
-    event = record if isinstance(record, RoutingEvent) else RoutingEvent.model_validate(record)
-    row = dict(event)
-    mended = event.mended
+    earlier: tuple[str, ...] = ()
+    if isinstance(record, RoutingEvent):
+        # checked again: model_copy(update=…) and model_construct() check nothing
+        earlier = record.mended
+        record = {k: v for k, v in vars(record).items() if k in RoutingEvent.model_fields}
+    event = RoutingEvent.model_validate(record)
+    row = vars(event).copy()
+    mended = earlier + event.mended
     if row["request_id"] is None:
         row["request_id"] = str(uuid.uuid4())
     if row["timestamp"] is None:

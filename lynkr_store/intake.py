@@ -109,19 +109,19 @@ class Intake:
             record[_STAMP] = self._clock()
         except Exception:  # noqa: BLE001 - the record's own methods; it will be rejected
             record, units = {_EVENT: None, _STAMP: 0}, 1
+        record[_UNITS] = units
         if units > self._max_units:
             return self._refuse("queue_full")
-        record[_UNITS] = units
         try:
             self._free_rows.pop()
         except IndexError:
             return self._refuse("queue_full")
-        taken, take = 0, self._free_units.pop
+        wanted, take = repeat(None, units), self._free_units.pop
         try:
-            for taken in range(units):  # noqa: B007 - how far it came
+            for _ in wanted:
                 take()
         except IndexError:
-            self._free_units.extend(repeat(None, taken))
+            self.release(units - length_hint(wanted) - 1)
             self._free_rows.append(None)
             return self._refuse("queue_full")
         self._queue.append(record)

@@ -105,7 +105,7 @@ class Store(Core):
         return self._database.engine
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until everything recorded before this call is written, rejected or dropped.
+        """Wait until all recorded before this call is written, rejected, dropped or spooled.
 
         Returns:
             False when ``timeout_s`` seconds were not enough.
@@ -116,9 +116,11 @@ class Store(Core):
         return self._do_flush(timeout_s)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Flush within ``timeout_s`` seconds and stop; what is left is dropped and counted.
+        """Flush within ``timeout_s`` seconds and stop; what is left is spooled, or counted.
 
-        May be called again. `record` then returns False, reads raise `StoreClosed`.
+        Without a spool it is dropped. The second half of the time is the spool's, and half a
+        second more where that is not enough. May be called again. `record` then returns False,
+        reads raise `StoreClosed`.
 
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.

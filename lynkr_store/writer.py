@@ -430,7 +430,7 @@ class Writer(Forkable):
         try:
             for batch in batches:
                 self._enter(self._spool, batch)
-        except SpoolError as error:
+        except Exception as error:  # noqa: BLE001 - this thread must go on, the batch stays in hand
             self._spool_rests_until = time.monotonic() + _SPOOL_AGAIN_S
             self._note_fault(error)
         finally:
