@@ -62,7 +62,7 @@ class Core:
             interval_s=settings.flush_interval_s,
             spool=_spool_maker(settings) if settings.spool_path and not read_only else None,
             spool_after_s=settings.spool_after_s,
-            forget_after_ms=LEDGER_DAYS * _DAY_MS,
+            forget_after_ms=(LEDGER_DAYS - 1) * _DAY_MS,  # a day for clocks that are set
         )
         self._closed = False
         if read_only:

@@ -43,6 +43,9 @@ from lynkr_store.settings import StoreSettings
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
+_OPEN_WAIT_S: Final = 1.0
+"""How long a writer waits for a thread that is opening the database. That may be one that a signal
+handler interrupted to close the store, which waits for the writer. Both may open it."""
 _PROBE_FINISH_S: Final = 0.5
 _PROBE_LATE_S: Final = 2.0  # a look that takes longer counts as a database away
 _PROBE_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
@@ -115,7 +118,7 @@ class Database(Forkable):
         """Whether one connection is the whole database."""
         return is_memory(self.engine.url)
 
-    def open(self) -> None:
+    def open(self, *, patience_s: float = -1) -> None:
         """Make sure once that the schema is this release's; create, adopt or upgrade it if so set.
 
         Raises:
@@ -126,12 +129,16 @@ class Database(Forkable):
         """
         if self._opened:
             return
-        with self._lock:
+        held = self._lock.acquire(timeout=patience_s)
+        try:
             if not self._opened:
                 with translated():
                     self._check_schema()
                 self._file = self._identity()
                 self._opened = self._opened_once = True
+        finally:
+            if held:
+                self._lock.release()
 
     def _check_schema(self) -> None:
         if self.read_only and self.backend is Backend.SQLITE:
@@ -155,7 +162,7 @@ class Database(Forkable):
         with self._gate:
             if self._file and self._identity() != self._file:
                 self._lose_file()
-            self.open()
+            self.open(patience_s=_OPEN_WAIT_S)
             with translated():
                 try:
                     return self._store(batch_id, rows)
@@ -201,20 +208,16 @@ class Database(Forkable):
 
     def _lose_file(self) -> None:
         """The file is gone from its path, and with it what is written there: start anew."""
-        self._begin_pool()
+        self.engine.dispose()  # a host's too: it closes idle connections, and makes new ones
         self._opened = self._opened_once = False
         self._file = None
-
-    def _begin_pool(self) -> None:
-        if self._owned:
-            self.engine.dispose()
 
     def before_fork(self) -> None:
         """Let a batch end, and close the connections: SQLite's do not survive in two processes."""
         if self.backend is Backend.SQLITE:
             self._forking = self._gate.acquire(timeout=_FORK_WAIT_S)
             if not self.in_memory:
-                self._begin_pool()
+                self.engine.dispose()  # a host's too: it makes new connections when asked
 
     def after_fork_in_parent(self) -> None:
         """Go on."""

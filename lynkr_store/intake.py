@@ -86,6 +86,7 @@ class Intake:
         self._refused: deque[str] = deque()
         self._refused_by: Counter[str] = Counter()
         self._count_lock = threading.RLock()  # a signal handler may come back to it
+        self._counting = False
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -170,8 +171,14 @@ class Intake:
         return False
 
     def _count(self) -> None:
-        for _ in range(len(self._refused)):
-            self._refused_by[self._refused.popleft()] += 1
+        if self._counting:
+            return  # a signal handler came back in the middle
+        self._counting = True
+        try:
+            while self._refused:
+                self._refused_by[self._refused.popleft()] += 1
+        finally:
+            self._counting = False
 
 
 def unpacked(queued: dict[str, Any]) -> tuple[Any, int]:

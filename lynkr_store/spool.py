@@ -31,7 +31,6 @@ _OVERHEAD: Final = 1.05  # of pages over what they carry, about
 _PRAGMAS: Final = (
     f"page_size = {_PAGE_BYTES}",
     "auto_vacuum = INCREMENTAL",  # an outage's space is given back when it is over
-    "locking_mode = EXCLUSIVE",
     "journal_mode = TRUNCATE",  # one file; in WAL mode a second would grow beside it
     "synchronous = FULL",  # it is the last place
     "secure_delete = ON",  # what people wrote does not stay behind
@@ -88,6 +87,9 @@ class Spool:
         """Damaged files, under their new names."""
         self.found_rows = 0
         """Rows found, so far, in files that other processes left."""
+        self.lost_rows = 0
+        """Rows lost, so far, with damaged files, or with one that somebody removed."""
+        self._shunned: set[Path] = set()
 
     def open(self) -> None:
         """Take a file, and every other that a process which is gone has left. Harmless twice.
@@ -121,6 +123,9 @@ class Spool:
         payload = _encoded(rows)
         with self._lock, _explained(self._path):
             own = self._take_own()
+            if own.is_gone:
+                self._replace(own)
+                own = self._take_own()
             if own.used_bytes() + len(payload) * _OVERHEAD > self._max_bytes:
                 raise SpoolError("the spool is full: see spool_max_bytes")
             seq = own.insert(batch_id, len(rows), attempted_at, payload)
@@ -158,6 +163,8 @@ class Spool:
                 another finds it in the ledger.
         """
         with self._lock:
+            # it may have moved to another file since it was taken
+            entry = next((e for e in self._entries if e.batch_id == entry.batch_id), entry)
             with suppress(ValueError):
                 self._entries.remove(entry)
             with _explained(self._path):
@@ -168,30 +175,37 @@ class Spool:
                         self._left.remove(entry.file)
                         entry.file.close()
 
-    def abandon(self, entry: Entry) -> tuple[int, Path]:
-        """Set the file of a damaged batch aside; what can be read of the others moves on.
-
-        Returns:
-            Rows that were lost, and where the damaged file is now.
-        """
+    def abandon(self, entry: Entry) -> None:
+        """Set the file of a damaged batch aside; what can be read of the others moves on."""
         with self._lock:
-            damaged = entry.file
-            entries = [other for other in self._entries if other.file is damaged]
-            kept = [(other, rows) for other in entries if (rows := self._readable(other))]
-            self._entries = deque(other for other in self._entries if other.file is not damaged)
-            damaged.close()
-            aside = _set_aside(damaged.path)
-            self.set_aside.append(aside)
-            if damaged is self._own:
-                self._own = None
-            else:
-                self._left.remove(damaged)
-            lost = sum(other.rows for other in entries)
-            for other, rows in kept:
-                with suppress(SpoolError):
-                    self.enter(other.batch_id, rows, other.attempted_at)
-                    lost -= other.rows
-            return lost, aside
+            self._replace(entry.file, aside=True)
+
+    def _replace(self, old: "_File", *, aside: bool = False) -> None:
+        """Move what can be read of a file to another, and count what cannot as lost."""
+        entries = [entry for entry in self._entries if entry.file is old]
+        kept = [(entry, rows) for entry in entries if (rows := self._readable(entry))]
+        self._entries = deque(entry for entry in self._entries if entry.file is not old)
+        old.close()
+        if aside:
+            self._set_aside(old.path)
+        if old is self._own:
+            self._own = None
+        else:
+            self._left.remove(old)
+        lost = sum(entry.rows for entry in entries)
+        for entry, rows in kept:
+            with suppress(SpoolError):
+                self.enter(entry.batch_id, rows, entry.attempted_at)
+                lost -= entry.rows
+        self.lost_rows += lost
+
+    def _set_aside(self, path: Path) -> None:
+        """Give a damaged file another name; where that cannot be, keep away from it."""
+        try:
+            self.set_aside.append(_renamed(path))
+        except OSError:
+            self.set_aside.append(path)
+            self._shunned.add(path)
 
     def close(self) -> None:
         """Release the files; what is in them stays for the next process."""
@@ -238,14 +252,16 @@ class Spool:
         Raises:
             SpoolError: It is another program's database, or cannot be opened.
         """
+        if path in self._shunned:
+            return None
         with _explained(path):
             try:
                 return _File.held(path)
             except sqlite3.DatabaseError as error:
                 if not _is_damage(error):
                     raise
-                self.set_aside.append(_set_aside(path))
-                return _File.held(path)
+                self._set_aside(path)
+                return None if path in self._shunned else _File.held(path)
 
     def _readable(self, entry: Entry) -> list[Row] | None:
         try:
@@ -260,6 +276,7 @@ class _File:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
+        self._identity = _identity(path)
         self.found: list[tuple[int, str, int, int | None]] = connection.execute(
             "SELECT seq, batch_id, row_count, attempted_at FROM batches ORDER BY seq"
         ).fetchall()
@@ -267,17 +284,21 @@ class _File:
     @classmethod
     def held(cls, path: Path) -> "_File | None":
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # it will hold what people wrote
+        # It will hold what people wrote. One that is there is not opened but by SQLite: closing it
+        # would drop every lock that this process has on it (POSIX, fcntl).
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
-            for pragma in _PRAGMAS:
-                connection.execute(f"PRAGMA {pragma}").fetchall()
-            connection.execute("BEGIN EXCLUSIVE")
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             objects = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
             if objects and _pragma(connection, "application_id") != _APPLICATION_ID:
                 raise SpoolError(  # noqa: TRY301
                     f"spool_path: {path} is another program's database; give another path"
                 )
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+            connection.execute("BEGIN EXCLUSIVE")
             if not objects:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(_TABLE)
@@ -288,6 +309,11 @@ class _File:
             if isinstance(error, sqlite3.OperationalError) and _code(error) == sqlite3.SQLITE_BUSY:
                 return None
             raise
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the file was removed, by a cleaner of temporary files say."""
+        return _identity(self.path) != self._identity
 
     def insert(self, batch_id: str, rows: int, attempted_at: int | None, payload: bytes) -> int:
         cursor = self._connection.execute(
@@ -322,6 +348,14 @@ class _File:
         self._connection.close()
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     value: int = connection.execute(f"PRAGMA {name}").fetchone()[0]
     return value
@@ -347,7 +381,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise SpoolError(f"spool_path: {path}: {error.strerror}") from None
 
 
-def _set_aside(path: Path) -> Path:
+def _renamed(path: Path) -> Path:
     """Give a damaged file a name that nobody opens; its journal goes with it."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     for number in range(_MOST_FILES):

@@ -4,12 +4,16 @@ What they answer is written once, in `lynkr_store.repository`; what they do, in 
 """
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
 
+from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
 from lynkr_store.core import Core
 from lynkr_store.engine import (
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_FORK_WAIT_S: Final = 5.0  # for a read under way
 _PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
 
 
@@ -398,10 +403,31 @@ class _Connections(Forkable):
     """Those of the reads, which a child must not share."""
 
     def __init__(self, engine: "AsyncEngine") -> None:
-        self._engine = engine
+        self._engine = engine.sync_engine
+        self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()
+        if self._engine.dialect.name == Backend.SQLITE:
+            event.listen(self._engine, "connect", self._note)
+
+    def _note(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG002
+        self._drivers.add(connection.driver_connection)
+
+    def before_fork(self) -> None:
+        """End SQLite's connections, which do not survive in two processes.
+
+        Aiosqlite's are closed in threads of their own, here without an event loop.
+        """
+        if not self._drivers:
+            return
+        drivers = [driver for driver in self._drivers if hasattr(driver, "stop")]
+        for driver in drivers:
+            driver.stop()
+        for driver in drivers:
+            driver._thread.join(_FORK_WAIT_S)  # noqa: SLF001 - it has no public way to wait
+        self._drivers.clear()
+        self._engine.dispose(close=False)
 
     def after_fork_in_child(self) -> None:
-        forget_connections(self._engine.sync_engine)
+        forget_connections(self._engine)
 
 
 def _shareable_url(engine: "AsyncEngine") -> str:

@@ -91,6 +91,8 @@ class _Batch:
     """Its place in the spool, where it has one."""
     began: float = 0.0
     """When the sink was first given it, on the monotonic clock."""
+    asked_ms: int | None = None
+    """When that was, by the store's clock."""
     asking: bool = False
     """The sink has it now."""
     failed: bool = False
@@ -173,6 +175,8 @@ class Writer(Forkable):
         self._over = False  # nothing more will be written
         self._threads: dict[str, threading.Thread] = {}
         self._found_rows = 0  # of the spool's, as far as they are in the account
+        self._lost_rows = 0
+        self._asides_said = 0
         self._faults_said: set[str] = set()
         self._lost_said: Counter[str] = Counter()
         self._lost_said_at = -_LOG_EVERY_S
@@ -184,12 +188,13 @@ class Writer(Forkable):
                 if name in self._threads or self._over:
                     continue
                 thread = threading.Thread(target=body, name=f"lynkr-store-{name}", daemon=True)
+                self._threads[name] = thread  # before: a signal handler may look for it
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads: the next record tries again
+                    del self._threads[name]
                     self._intake.wake_at = 1
                     return
-                self._threads[name] = thread
         on_exit_of_worker(self, _closing(self))
 
     def flush(self, timeout_s: float) -> bool:
@@ -223,6 +228,8 @@ class Writer(Forkable):
             threading.Thread(target=self.close, args=(timeout_s,)).start()
             return
         with self._lock:
+            if len(self._intake):
+                self.start()  # again, if it could not be
             running = bool(self._threads)
             if not running:
                 self._give_up()
@@ -237,7 +244,8 @@ class Writer(Forkable):
             self._give_up()
             threads = set(self._threads.values()) - {threading.current_thread()}
         for thread in threads:
-            thread.join(_TICK_S if stuck else None)
+            if thread.ident is not None:
+                thread.join(_TICK_S if stuck else None)
         if self._spool:
             self._spool.close()
         self._report_losses(now=True)
@@ -296,12 +304,14 @@ class Writer(Forkable):
                 self._bell.get_nowait()
 
     def _note_found(self) -> None:
-        """Take what the spool found of other processes' into the account."""
+        """Take what the spool found of other processes', and lost, into the account."""
         if self._spool:
-            fresh = self._spool.found_rows - self._found_rows
-            self._found_rows += fresh
-            self._account.recovered += fresh
-            self._account.spooled += fresh
+            account, found, lost = self._account, self._spool.found_rows, self._spool.lost_rows
+            account.recovered += found - self._found_rows
+            account.spooled += found - self._found_rows - (lost - self._lost_rows)
+            if lost > self._lost_rows:
+                account.dropped_by["spool_damaged"] += lost - self._lost_rows
+            self._found_rows, self._lost_rows = found, lost
 
     def _note_fault(self, error: BaseException) -> None:
         # another library's words may repeat the row
@@ -455,7 +465,7 @@ class Writer(Forkable):
     def _enter(self, spool: Spool, batch: _Batch) -> None:
         entry = None
         if batch.rows and not batch.settled:
-            attempted_at = self._clock() if batch.asking or batch.unsure else None
+            attempted_at = batch.asked_ms if batch.asking or batch.unsure else None
             entry = spool.enter(batch.id, batch.rows, attempted_at)
         with self._lock:
             if self._next is batch:
@@ -480,10 +490,15 @@ class Writer(Forkable):
             self._spool.open()
         except SpoolError as error:
             self._note_fault(error)
-        for path in self._spool.set_aside:
-            _log.warning("a damaged spool was set aside: %s", path)
+        self._report_aside()
         with self._lock:
             self._changed.notify_all()
+
+    def _report_aside(self) -> None:
+        assert self._spool  # noqa: S101 - who asks has one
+        for path in self._spool.set_aside[self._asides_said :]:
+            _log.warning("a damaged spool was set aside: %s", path)
+            self._asides_said += 1
 
     def _report_losses(self, *, now: bool = False) -> None:
         """Log what was lost since the last line, at most one line a minute."""
@@ -502,7 +517,12 @@ class Writer(Forkable):
 
     def _deliver_all(self) -> None:
         while (work := self._next_work()) is not None:
-            batch = self._loaded(work) if isinstance(work, Entry) else work
+            try:
+                batch = self._loaded(work) if isinstance(work, Entry) else work
+            except Exception as error:  # noqa: BLE001 - this thread must go on
+                self._note_fault(error)
+                self._rest(_SPOOL_AGAIN_S)
+                continue
             if batch and self._deliver(batch):
                 self._settle(batch)
 
@@ -533,7 +553,9 @@ class Writer(Forkable):
         try:
             rows = self._spool.load(entry)
         except SpoolDamaged as error:
-            self._abandon(self._spool, entry, error)
+            self._note_fault(error)
+            self._spool.abandon(entry)
+            self._report_aside()
             return None
         now = self._clock()
         if entry.attempted_at is not None and now - entry.attempted_at >= self._forget_after_ms:
@@ -549,14 +571,6 @@ class Writer(Forkable):
         except SpoolError as error:
             self._note_fault(error)
         return batch
-
-    def _abandon(self, spool: Spool, entry: Entry, error: SpoolError) -> None:
-        self._note_fault(error)
-        lost, aside = spool.abandon(entry)
-        _log.warning("a damaged spool was set aside, %d records lost: %s", lost, aside)
-        with self._lock:
-            self._account.spooled -= lost
-            self._account.dropped_by["spool_damaged"] += lost
 
     def _drop_spooled(self, entry: Entry, cause: str) -> None:
         assert self._spool  # noqa: S101 - the entry is from it
@@ -587,6 +601,8 @@ class Writer(Forkable):
         with self._lock:
             if self._over:
                 raise _GivenUp
+            if batch.asked_ms is None:
+                batch.asked_ms = self._clock()
             batch.asking = True
         try:
             batch.refused = self._sink.write(batch.id, batch.rows)
