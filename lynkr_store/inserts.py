@@ -46,7 +46,7 @@ def insert_once(
     """
     ensure_begun(connection)
     entry = queries.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
-    if not connection.execute(entry).rowcount:
+    if connection.execute(entry).first() is None:
         return connection.execute(queries.batch_rows(batch_id)).scalar_one(), Counter()
     refused = insert_isolating(connection, rows)
     stored = len(rows) - refused.total()
@@ -81,6 +81,8 @@ def insert_isolating(
     Raises:
         Exception: A fault that is no row's.
     """
+    if not rows:
+        return Counter()
     try:
         insert_all(connection, rows)
     except Exception as error:

@@ -102,11 +102,11 @@ class Intake:
         if self.closed:
             return self._refuse("closed")
         try:
-            if type(record) is dict:
-                units = _sized(record) // self._unit + 1
+            if type(record) is not dict:
+                record, values = _of_event(record)
             else:
-                units = _sized(vars(record)) // self._unit + 1
-                record = {_EVENT: record}
+                values = record
+            units = _sized(values) // self._unit + 1
             record[_STAMP] = self._clock()
         except Exception:  # noqa: BLE001 - the record's own methods; it will be rejected
             record, units = {_EVENT: None, _STAMP: 0}, 1
@@ -197,11 +197,24 @@ def unpacked(queued: dict[str, Any]) -> tuple[Any, int]:
     return queued, stamp_ms
 
 
+def _of_event(event: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is queued of an event, and its fields.
+
+    An event that was checked holds no container; one that was not is the caller's all the same.
+    """
+    values = vars(event)
+    if all(isinstance(values.get(name), str | None) for name in LONG_FIELDS):
+        return {_EVENT: event}, values
+    copy = {name: value for name, value in values.items() if name in type(event).model_fields}
+    return copy, copy
+
+
 def _sized(values: dict[str, Any]) -> int:
     """About how many bytes a record holds. Containers where they may stand are put away.
 
     The lengths of all values are added up by one C function, numbers counting 0: a loop over two
-    dozen fields would take longer than all the rest of a call.
+    dozen fields would take longer than all the rest of a call. So a value that no field may hold
+    counts by its length alone; it is not copied, and its record will be rejected.
     """
     size = _RECORD_BYTES + _FIELD_BYTES * len(values) + sum(map(length_hint, values.values()))
     for name in LONG_FIELDS:

@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.types import NullType
 
 from lynkr_store.backend import Backend
@@ -62,17 +63,21 @@ def insert_rows() -> Insert:
     return insert(TELEMETRY)
 
 
-def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) -> Insert:
-    """Enter a batch in the ledger; no row is affected where it is there already.
+def enter_batch(
+    backend: Backend, batch_id: str, row_count: int, now_ms: int
+) -> ReturningInsert[*tuple[Any, ...]]:
+    """Enter a batch in the ledger and return its id; no row where it is there already.
 
     An entry that another transaction has not yet committed is waited for.
     """
     values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
     match backend:
         case Backend.SQLITE:
-            return sqlite_insert(LEDGER).values(values).on_conflict_do_nothing()
+            into_sqlite = sqlite_insert(LEDGER).values(values)
+            return into_sqlite.on_conflict_do_nothing().returning(LEDGER.c.batch_id)
         case Backend.POSTGRESQL:
-            return postgresql_insert(LEDGER).values(values).on_conflict_do_nothing()
+            into_postgresql = postgresql_insert(LEDGER).values(values)
+            return into_postgresql.on_conflict_do_nothing().returning(LEDGER.c.batch_id)
         case _:
             assert_never(backend)
 
