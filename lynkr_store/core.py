@@ -1,5 +1,6 @@
 """What both stores are made of: settings, one database, one writer, one cache, one account."""
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -108,10 +109,10 @@ class Core:
         """
         if event is None:
             return self._writer.submit(fields)
-        if isinstance(event, RoutingEvent) and not fields:
-            return self._writer.submit(event)
+        record: dict[str, Any] | RoutingEvent | None
         try:
-            record: dict[str, Any] | None = {**dict(event), **fields}
+            alone = isinstance(event, RoutingEvent) and not fields
+            record = event if alone else {**dict(event), **fields}  # type: ignore[assignment]
         except Exception:  # noqa: BLE001 - whatever was passed; it is rejected as unreadable
             record = None
         return self._writer.submit(record)
@@ -202,6 +203,10 @@ class Core:
 
 
 def _close(writer: Writer, probe: Probe, timeout_s: float) -> None:
+    if writer.is_this_thread:
+        # the collector found a forgotten store in here; this thread must not wait for itself
+        threading.Thread(target=_close, args=(writer, probe, timeout_s)).start()
+        return
     writer.close(timeout_s)
     probe.finish()
     probe.database.dispose()

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from sqlalchemy.schema import CreateView
 
 from lynkr_store import migrate, queries
 from lynkr_store.backend import Backend
+from lynkr_store.courtesy import again_s, pause_s
 from lynkr_store.engine import (
     backend_of,
     check_host_engine,
@@ -25,6 +27,7 @@ from lynkr_store.engine import (
     is_memory,
     parse_url,
     writing,
+    writing_at_once,
 )
 from lynkr_store.exceptions import (
     BadArgument,
@@ -32,16 +35,18 @@ from lynkr_store.exceptions import (
     SchemaBehind,
     StoreUnavailable,
 )
-from lynkr_store.faults import Fault, fault_of, translated
+from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.ingest import Row
 from lynkr_store.inserts import expire_ledger, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import TELEMETRY, Base
 from lynkr_store.repository import epoch_ms_now
-from lynkr_store.schemas import Reading
+from lynkr_store.schemas import LONG_FIELDS, Reading
 from lynkr_store.settings import StoreSettings
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
+_NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
+_BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 _FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
 _OPEN_WAIT_S: Final = 1.0
 """How long a writer waits for a thread that is opening the database. That may be one that a signal
@@ -98,6 +103,7 @@ class Database(Forkable):
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
+        self._shared_file = self.backend is Backend.SQLITE and not self.in_memory
         if self.backend is Backend.POSTGRESQL:
             # whatever a host's engine is set to: a batch is one transaction, and its second try
             # must see what the first committed meanwhile
@@ -110,8 +116,10 @@ class Database(Forkable):
         self._gate = threading.Lock()  # held while a batch is written
         self._forking = False
         self._file: tuple[int, int] | None = None
+        self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
         self._tried: tuple[str, Counter[str]] = ("", Counter())
+        self._known_good: Row | None = None  # a row that was taken, without its texts
 
     @property
     def in_memory(self) -> bool:
@@ -173,26 +181,57 @@ class Database(Forkable):
                     raise
 
     def _store(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
-        now = self._clock()
-        with self.writing.connect() as connection, connection.begin() as transaction:
-            stored, refused = insert_once(connection, batch_id, rows, now)
-            missing = len(rows) - stored - refused.total()
-            if missing:  # an earlier try was committed without them
-                known, causes = self._tried
-                same = known == batch_id and causes.total() == missing
-                refused = causes if same else Counter(refused_earlier=missing)
-            self._tried = batch_id, refused
-            self._batches += 1
-            if self._batches % _EXPIRE_EVERY == 0:
-                expire_ledger(connection, now)
+        with self._begun() as connection:
+            refused = self._insert(connection, batch_id, rows)
             try:
-                transaction.commit()
+                connection.commit()
             except DBAPIError as error:
                 if not error.connection_invalidated:
                     raise
                 raise OutcomeUnknown("the connection was lost while a commit was under way") from (
                     error
                 )
+        return refused
+
+    @contextmanager
+    def _begun(self) -> Iterator[Connection]:
+        """A connection in a transaction, on SQLite in one that has the write lock."""
+        if not self._shared_file:
+            with self.writing.connect() as connection, connection.begin():
+                yield connection
+            return
+        deadline = time.monotonic() + _BUSY_S
+        with writing_at_once(self.engine).connect() as connection:
+            while True:
+                time.sleep(pause_s(time.time(), self._hold_s))
+                try:
+                    connection.begin()
+                except OperationalError as error:
+                    if not is_busy(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(again_s())
+                else:
+                    break
+            began = time.monotonic()
+            yield connection
+            self._hold_s = time.monotonic() - began
+
+    def _insert(
+        self, connection: Connection, batch_id: str, rows: Sequence[Row]
+    ) -> Mapping[str, int]:
+        now = self._clock()
+        stored, refused = insert_once(connection, batch_id, rows, now, known_good=self._known_good)
+        missing = len(rows) - stored - refused.total()
+        if missing:  # an earlier try was committed without them
+            known, causes = self._tried
+            same = known == batch_id and causes.total() == missing
+            refused = causes if same else Counter(refused_earlier=missing)
+        self._tried = batch_id, refused
+        if not refused:
+            self._known_good = {**rows[-1], **_NO_TEXTS}
+        self._batches += 1
+        if self._batches % _EXPIRE_EVERY == 0:
+            expire_ledger(connection, now)
         return refused
 
     def _identity(self) -> tuple[int, int] | None:

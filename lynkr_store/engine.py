@@ -22,9 +22,11 @@ from lynkr_store.exceptions import (
 )
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
+_AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
 
+_BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
 _CONNECTION_PRAGMAS: Final = (
-    ("busy_timeout", 3_000),  # ms; the gateway writes the same file and waits as long
+    ("busy_timeout", _BUSY_MS),
     ("synchronous", "NORMAL"),  # with WAL: no corruption on a power cut, the last commits may go
     ("cache_size", -16_384),  # KiB, so 16 MB
     ("temp_store", "MEMORY"),  # sorting never writes prompt texts to another file
@@ -294,6 +296,11 @@ def writing(engine: _E) -> _E:
     return engine.execution_options(**{_BEGIN: "IMMEDIATE"})
 
 
+def writing_at_once(engine: _E) -> _E:
+    """As `writing`, but BEGIN fails where another has the lock; see `lynkr_store.courtesy`."""
+    return engine.execution_options(**{_BEGIN: "IMMEDIATE", _AT_ONCE: True})
+
+
 def ensure_begun(connection: Connection) -> None:
     """Begin an SQLite transaction before a SAVEPOINT, on a host's engine too.
 
@@ -392,5 +399,11 @@ def _is_ours(cursor: Any) -> bool:
 
 
 def _on_begin(connection: Connection) -> None:
-    mode = connection.get_execution_options().get(_BEGIN, "DEFERRED")
-    connection.exec_driver_sql(f"BEGIN {mode}")
+    options = connection.get_execution_options()
+    if options.get(_AT_ONCE):
+        connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    try:
+        connection.exec_driver_sql(f"BEGIN {options.get(_BEGIN, 'DEFERRED')}")
+    finally:
+        if options.get(_AT_ONCE):
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_MS}")

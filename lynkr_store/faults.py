@@ -81,6 +81,12 @@ def _of_code(code: int | None) -> Fault:
     return Fault.UNCLEAR if code & _PRIMARY == sqlite3.SQLITE_ERROR else Fault.DATABASE
 
 
+def is_busy(error: DBAPIError) -> bool:
+    """Whether another writer has SQLite's lock."""
+    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
+    return code & _PRIMARY == sqlite3.SQLITE_BUSY
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Give the database's own faults the library's words.

@@ -12,6 +12,7 @@ from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of, ensure_begun
 from lynkr_store.faults import Fault, fault_of
 from lynkr_store.ingest import Row
+from lynkr_store.models import TELEMETRY
 
 LEDGER_DAYS: Final = 30
 """Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost
@@ -20,11 +21,23 @@ longer ago, is not tried again: whether it is stored can no longer be told."""
 _DAY_MS: Final = 86_400_000
 _EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 
-_PLAIN_ROW: Final = {"request_id": "", "timestamp": INSTANT_MIN_MS, "provider": ""}
+_SAMPLES: Final = 16  # rows of a batch that are tried alone, before the fault is the database's
+
+_PLAIN_ROW: Final[Row] = {
+    **{column.name: None for column in TELEMETRY.c if column.name != "id"},
+    "request_id": "",
+    "timestamp": INSTANT_MIN_MS,
+    "provider": "",
+}
 
 
 def insert_once(
-    connection: Connection, batch_id: str, rows: Sequence[Row], now_ms: int
+    connection: Connection,
+    batch_id: str,
+    rows: Sequence[Row],
+    now_ms: int,
+    *,
+    known_good: Row | None = None,
 ) -> tuple[int, Counter[str]]:
     """Insert a batch, unless an earlier try under the same id was committed.
 
@@ -36,6 +49,7 @@ def insert_once(
         batch_id: The same for every try.
         rows: One mapping each, of every column but ``id``.
         now_ms: The present, for the ledger.
+        known_good: See `insert_isolating`.
 
     Returns:
         How many rows are stored, by this try or an earlier one; and, of this try, cause to number
@@ -48,7 +62,7 @@ def insert_once(
     entry = queries.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
     if connection.execute(entry).first() is None:
         return connection.execute(queries.batch_rows(batch_id)).scalar_one(), Counter()
-    refused = insert_isolating(connection, rows)
+    refused = insert_isolating(connection, rows, known_good=known_good)
     stored = len(rows) - refused.total()
     if refused:
         connection.execute(queries.correct_batch(batch_id, stored))
@@ -62,18 +76,18 @@ def expire_ledger(connection: Connection, now_ms: int) -> None:
 
 
 def insert_isolating(
-    connection: Connection, rows: Sequence[Row], *, sound: bool = False
+    connection: Connection, rows: Sequence[Row], *, known_good: Row | None = None
 ) -> Counter[str]:
     """Insert rows in order; a row that the database refuses costs that row alone.
 
     All go in one SAVEPOINT; where one is refused, each half is tried again, down to the row.
-    Where it is not clear whose fault it was, a plain row is tried: if the table does not take that
-    either, the fault is not the rows'.
+    Where it is not clear whose fault it was, others are tried and taken back: a plain row, one that
+    was stored before, some of the batch. If the table takes none, the fault is not the rows'.
 
     Args:
         connection: In a transaction that may be the caller's; never committed here.
         rows: One mapping each, of every column but ``id``.
-        sound: The table was found to take a plain row.
+        known_good: A row that the table took before.
 
     Returns:
         Cause to number of rows refused.
@@ -87,19 +101,31 @@ def insert_isolating(
         insert_all(connection, rows)
     except Exception as error:
         fault = fault_of(error)
-        if fault is Fault.DATABASE:
+        if fault is Fault.UNCLEAR:
+            samples = rows[:: max(1, len(rows) // _SAMPLES)]
+            fault = _whose(
+                connection, [_PLAIN_ROW, *([known_good] if known_good else []), *samples]
+            )
+        if fault is not Fault.ROW:
             raise
-        if fault is Fault.UNCLEAR and not sound:
-            if not _takes_a_plain_row(connection):
-                raise
-            sound = True
-        if len(rows) == 1:
-            return Counter({"constraint" if isinstance(error, IntegrityError) else "data": 1})
-        middle = len(rows) // 2
-        return insert_isolating(connection, rows[:middle], sound=sound) + insert_isolating(
-            connection, rows[middle:], sound=sound
-        )
+        return _halved(connection, rows, error)
     return Counter()
+
+
+def _halved(connection: Connection, rows: Sequence[Row], error: Exception) -> Counter[str]:
+    """Insert what the table takes of rows that it refused together."""
+    if len(rows) == 1:
+        return Counter({"constraint" if isinstance(error, IntegrityError) else "data": 1})
+    middle = len(rows) // 2
+    refused: Counter[str] = Counter()
+    for half in (rows[:middle], rows[middle:]):
+        try:
+            insert_all(connection, half)
+        except Exception as fault:
+            if fault_of(fault) is Fault.DATABASE:
+                raise
+            refused += _halved(connection, half, fault)
+    return refused
 
 
 def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
@@ -113,11 +139,17 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
         connection.execute(queries.insert_rows(), rows)
 
 
-def _takes_a_plain_row(connection: Connection) -> bool:
-    try:
-        with connection.begin_nested() as savepoint:
-            connection.execute(queries.insert_rows(), _PLAIN_ROW)
-            savepoint.rollback()
-    except Exception:  # noqa: BLE001 - the first error is the one to tell
-        return False
-    return True
+def _whose(connection: Connection, rows: Sequence[Row]) -> Fault:
+    """A row's fault where the table works: it takes another row, or refuses one by its rules."""
+    for row in rows:
+        try:
+            with connection.begin_nested() as savepoint:
+                connection.execute(queries.insert_rows(), row)
+                savepoint.rollback()
+        except Exception as error:  # noqa: BLE001 - the caller has the one to tell
+            fault = fault_of(error)
+            if fault is not Fault.UNCLEAR:
+                return fault
+        else:
+            return Fault.ROW
+    return Fault.DATABASE

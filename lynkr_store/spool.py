@@ -18,13 +18,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lynkr_store.exceptions import SpoolError
 from lynkr_store.ingest import Row
 
 _APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
 _PAGE_BYTES: Final = 4_096
+_DAMAGE_CODES: Final = (
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_ERROR,  # a schema that lacks what this module made
+    0,  # the driver's own, of text that is none
+)
 _MOST_FILES: Final = 1_000  # processes that share a path
 _OVERHEAD: Final = 1.05  # of pages over what they carry, about
 
@@ -90,6 +96,7 @@ class Spool:
         self.lost_rows = 0
         """Rows lost, so far, with damaged files, or with one that somebody removed."""
         self._shunned: set[Path] = set()
+        self._closed = False
 
     def open(self) -> None:
         """Take a file, and every other that a process which is gone has left. Harmless twice.
@@ -126,12 +133,24 @@ class Spool:
             if own.is_gone:
                 self._replace(own)
                 own = self._take_own()
-            if own.used_bytes() + len(payload) * _OVERHEAD > self._max_bytes:
-                raise SpoolError("the spool is full: see spool_max_bytes")
-            seq = own.insert(batch_id, len(rows), attempted_at, payload)
+            try:
+                seq = self._inserted(own, batch_id, len(rows), attempted_at, payload)
+            except (sqlite3.Error, UnicodeError) as error:
+                if not _is_damage(error):
+                    raise
+                self._replace(own, aside=True)
+                own = self._take_own()
+                seq = self._inserted(own, batch_id, len(rows), attempted_at, payload)
             entry = Entry(own, seq, batch_id, len(rows), attempted_at)
             self._entries.append(entry)
             return entry
+
+    def _inserted(
+        self, own: "_File", batch_id: str, rows: int, attempted_at: int | None, payload: bytes
+    ) -> int:
+        if own.used_bytes() + len(payload) * _OVERHEAD > self._max_bytes:
+            raise SpoolError("the spool is full: see spool_max_bytes")
+        return own.insert(batch_id, rows, attempted_at, payload)
 
     def load(self, entry: Entry) -> list[Row]:
         """The rows of a batch.
@@ -215,6 +234,7 @@ class Spool:
                     file.close()
             self._entries.clear()
             self._own, self._left = None, []
+            self._closed = True
 
     def hold(self) -> None:
         """Let no transaction be under way until `release`: the process is about to fork."""
@@ -225,6 +245,8 @@ class Spool:
         self._lock.release()
 
     def _take_own(self) -> "_File":
+        if self._closed:
+            raise SpoolError("the spool was closed")
         if self._own is None:
             self._own = next((file for path in self._names() if (file := self._claim(path))), None)
             if self._own is None:
@@ -257,7 +279,7 @@ class Spool:
         with _explained(path):
             try:
                 return _File.held(path)
-            except sqlite3.DatabaseError as error:
+            except (sqlite3.Error, UnicodeError) as error:
                 if not _is_damage(error):
                     raise
                 self._set_aside(path)
@@ -366,15 +388,20 @@ def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
-    return _code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+def _is_damage(error: Exception) -> bool:
+    """Whether the file is to blame: what it says of itself makes no sense, or is no text."""
+    if isinstance(error, UnicodeError):
+        return True
+    if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.ProgrammingError):
+        return False  # a connection that was closed, say
+    return _code(error) in _DAMAGE_CODES
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:  # SQLite's words name no value
+    except (sqlite3.Error, UnicodeError) as error:  # SQLite's words name no value
         kind = SpoolDamaged if _is_damage(error) else SpoolError
         raise kind(f"spool_path: {path}: {error}") from None
     except OSError as error:
@@ -396,7 +423,8 @@ def _renamed(path: Path) -> Path:
 
 
 def _encoded(rows: Sequence[Row]) -> bytes:
-    table: dict[str, Any] = {"columns": list(rows[0]), "rows": [list(r.values()) for r in rows]}
+    columns = list(rows[0])
+    table = {"columns": columns, "rows": [[row[name] for name in columns] for row in rows]}
     return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
 
 

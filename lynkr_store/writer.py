@@ -223,10 +223,6 @@ class Writer(Forkable):
         """
         timeout_s = _checked(timeout_s)
         self._intake.closed = True
-        if threading.current_thread() in self._threads.values():
-            # the collector found a forgotten store in here; this thread must not wait for itself
-            threading.Thread(target=self.close, args=(timeout_s,)).start()
-            return
         with self._lock:
             if len(self._intake):
                 self.start()  # again, if it could not be
@@ -249,6 +245,11 @@ class Writer(Forkable):
         if self._spool:
             self._spool.close()
         self._report_losses(now=True)
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller runs in one of the writer's threads."""
+        return threading.current_thread() in self._threads.values()
 
     def account(self) -> Account:
         """One consistent copy of the account."""
@@ -488,7 +489,7 @@ class Writer(Forkable):
             return
         try:
             self._spool.open()
-        except SpoolError as error:
+        except Exception as error:  # noqa: BLE001 - this thread must go on; enter() tries again
             self._note_fault(error)
         self._report_aside()
         with self._lock:
