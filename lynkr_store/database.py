@@ -104,6 +104,9 @@ class Database(Forkable):
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
         self._shared_file = self.backend is Backend.SQLITE and not self.in_memory
+        path = self.engine.url.database
+        named = self._shared_file and path and not path.startswith("file:")
+        self._path = Path(path) if named and path else None
         if self.backend is Backend.POSTGRESQL:
             # whatever a host's engine is set to: a batch is one transaction, and its second try
             # must see what the first committed meanwhile
@@ -140,9 +143,13 @@ class Database(Forkable):
         held = self._lock.acquire(timeout=patience_s)
         try:
             if not self._opened:
+                before = self._identity()
                 with translated():
                     self._check_schema()
                 self._file = self._identity()
+                if self._path and (self._file is None or before not in (None, self._file)):
+                    self._lose_file()
+                    raise StoreUnavailable("the file was removed or replaced while it was opened")
                 self._opened = self._opened_once = True
         finally:
             if held:
@@ -152,7 +159,7 @@ class Database(Forkable):
         if self.read_only and self.backend is Backend.SQLITE:
             return  # its view has what is missing
         try:
-            with self.engine.connect() as connection:
+            with self._connected(self.engine) as connection:
                 migrate.require_head(connection)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
@@ -170,9 +177,9 @@ class Database(Forkable):
         with self._gate:
             if self._file and self._identity() != self._file:
                 self._lose_file()
-            self.open(patience_s=_OPEN_WAIT_S)
             with translated():
                 try:
+                    self.open(patience_s=_OPEN_WAIT_S)
                     return self._store(batch_id, rows)
                 except DBAPIError as error:
                     if fault_of(error) is Fault.UNCLEAR:
@@ -191,17 +198,19 @@ class Database(Forkable):
                 raise OutcomeUnknown("the connection was lost while a commit was under way") from (
                     error
                 )
+        if self._path and self._identity() != self._file:
+            raise StoreUnavailable("the file was removed or replaced while a batch was written")
         return refused
 
     @contextmanager
     def _begun(self) -> Iterator[Connection]:
         """A connection in a transaction, on SQLite in one that has the write lock."""
         if not self._shared_file:
-            with self.writing.connect() as connection, connection.begin():
+            with self._connected(self.writing) as connection, connection.begin():
                 yield connection
             return
         deadline = time.monotonic() + _BUSY_S
-        with writing_at_once(self.engine).connect() as connection:
+        with self._connected(writing_at_once(self.engine)) as connection:
             while True:
                 time.sleep(pause_s(time.time(), self._hold_s))
                 try:
@@ -215,6 +224,21 @@ class Database(Forkable):
             began = time.monotonic()
             yield connection
             self._hold_s = time.monotonic() - began
+
+    @contextmanager
+    def _connected(self, engine: Engine) -> Iterator[Connection]:
+        """A connection that is not used again after a fault.
+
+        It keeps what it was made with, which may be the reason: a file's mode, a session's
+        settings.
+        """
+        with engine.connect() as connection:
+            try:
+                yield connection
+            except Exception as error:
+                if not self.in_memory and not (isinstance(error, DBAPIError) and is_busy(error)):
+                    connection.invalidate()
+                raise
 
     def _insert(
         self, connection: Connection, batch_id: str, rows: Sequence[Row]
@@ -236,12 +260,11 @@ class Database(Forkable):
 
     def _identity(self) -> tuple[int, int] | None:
         """Which file a path names: that of an SQLite database can be removed, or replaced."""
-        path = self.engine.url.database
-        if self.backend is not Backend.SQLITE or self.in_memory or not path:
-            return None
         try:
-            found = Path(path).stat()
+            found = self._path and self._path.stat()
         except OSError:
+            return None
+        if not found:
             return None
         return found.st_dev, found.st_ino
 
