@@ -173,6 +173,7 @@ class Writer(Forkable):
         self._hurry_to = 0  # flushes wait for this many
         self._prepared_all = False
         self._over = False  # nothing more will be written
+        self._started = False
         self._threads: dict[str, threading.Thread] = {}
         self._found_rows = 0  # of the spool's, as far as they are in the account
         self._lost_rows = 0
@@ -187,15 +188,23 @@ class Writer(Forkable):
             for name, body in (("deliver", self._deliver_all), ("prepare", self._prepare_all)):
                 if name in self._threads or self._over:
                     continue
-                thread = threading.Thread(target=body, name=f"lynkr-store-{name}", daemon=True)
-                self._threads[name] = thread  # before: a signal handler may look for it
+                thread = threading.Thread(
+                    target=self._run, args=(name, body), name=f"lynkr-store-{name}", daemon=True
+                )
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads: the next record tries again
-                    del self._threads[name]
                     self._intake.wake_at = 1
                     return
+                self._started = True
         on_exit_of_worker(self, _closing(self))
+
+    def _run(self, name: str, body: Callable[[], None]) -> None:
+        with self._lock:
+            if name in self._threads:
+                return  # a signal handler came between and started another
+            self._threads[name] = threading.current_thread()
+        body()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything submitted before is written, rejected, dropped or spooled.
@@ -226,7 +235,7 @@ class Writer(Forkable):
         with self._lock:
             if len(self._intake):
                 self.start()  # again, if it could not be
-            running = bool(self._threads)
+            running = self._started
             if not running:
                 self._give_up()
         if running and self._spool:
@@ -240,8 +249,7 @@ class Writer(Forkable):
             self._give_up()
             threads = set(self._threads.values()) - {threading.current_thread()}
         for thread in threads:
-            if thread.ident is not None:
-                thread.join(_TICK_S if stuck else None)
+            thread.join(_TICK_S if stuck else None)
         if self._spool:
             self._spool.close()
         self._report_losses(now=True)
