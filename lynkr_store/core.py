@@ -123,9 +123,9 @@ class Core:
     def _do_close(self, timeout_s: float) -> None:
         self._closed = True
         self._finalizer.detach()
-        if self._sigterm:
-            self._sigterm.remove()
         _close(self._writer, self._probe, timeout_s)
+        if self._sigterm:  # only now: the signal may come meanwhile
+            self._sigterm.remove()
 
     def _do_read(self, body: Callable[[RoutingRepository], _T]) -> _T:
         self._open()

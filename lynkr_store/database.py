@@ -38,7 +38,7 @@ from lynkr_store.exceptions import (
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.ingest import Row
 from lynkr_store.inserts import expire_ledger, insert_once
-from lynkr_store.lifecycle import Forkable
+from lynkr_store.lifecycle import Forkable, without_sigterm
 from lynkr_store.models import TELEMETRY, Base
 from lynkr_store.repository import epoch_ms_now
 from lynkr_store.schemas import LONG_FIELDS, Reading
@@ -379,7 +379,8 @@ class Probe(Forkable):
             if self._under_way is None or not self._under_way.is_alive():
                 thread = threading.Thread(target=self._run, name="lynkr-store-probe", daemon=True)
                 try:
-                    thread.start()
+                    with without_sigterm():
+                        thread.start()
                 except RuntimeError:  # no more threads
                     return
                 self._under_way, self._began = thread, time.monotonic()

@@ -47,6 +47,7 @@ _ROW_CODES: Final = frozenset(
         sqlite3.SQLITE_RANGE,
     }
 )
+_SAFE_WORDS: Final = ("no such table: ", "no such column: ")  # names of the schema follow
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
 
@@ -110,6 +111,14 @@ def _words(error: DBAPIError) -> tuple[str, bool]:
     """What may be said of the error, and whether the error itself may be shown."""
     driver: Any = error.driver_exception
     line = str(error.orig).partition("\n")[0]
+    code = getattr(driver, "sqlite_errorcode", None)
+    if code is not None:  # in SQLITE_ERROR a function that a trigger calls may speak
+        safe = _of_code(code) is Fault.DATABASE or line.startswith(_SAFE_WORDS)
+        return (
+            (line, True)
+            if safe
+            else (f"{type(driver).__name__} ({driver.sqlite_errorname})", False)
+        )
     diagnosis = getattr(driver, "diag", None)
     if diagnosis is None or not driver.sqlstate:
         return line, True

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from lynkr_store import queries
+from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of, ensure_begun
 from lynkr_store.faults import Fault, fault_of
@@ -100,7 +102,7 @@ def insert_isolating(
     try:
         insert_all(connection, rows)
     except Exception as error:
-        fault = fault_of(error)
+        fault = _fault(connection, error)
         if fault is Fault.UNCLEAR:
             samples = rows[:: max(1, len(rows) // _SAMPLES)]
             fault = _whose(
@@ -122,7 +124,7 @@ def _halved(connection: Connection, rows: Sequence[Row], error: Exception) -> Co
         try:
             insert_all(connection, half)
         except Exception as fault:
-            if fault_of(fault) is Fault.DATABASE:
+            if _fault(connection, fault) is Fault.DATABASE:
                 raise
             refused += _halved(connection, half, fault)
     return refused
@@ -135,21 +137,42 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
         Exception: Whatever the driver raised.
     """
     ensure_begun(connection)
-    with connection.begin_nested():
+    savepoint = connection.begin_nested()
+    try:
         connection.execute(queries.insert_rows(), rows)
+    except BaseException:
+        with suppress(Exception):  # the first error is the one to tell
+            savepoint.rollback()
+        raise
+    savepoint.commit()
+
+
+def _fault(connection: Connection, error: Exception) -> Fault:
+    """Whose fault it is; the database's, where SQLite ended the transaction by itself.
+
+    It does on a full disk, say: there is no savepoint to go back to then, and what followed would
+    be outside any transaction. See https://sqlite.org/lang_transaction.html, section 3.
+    """
+    if backend_of(connection) is Backend.SQLITE and not connection.invalidated:
+        driver: Any = connection.connection.driver_connection
+        if not driver.in_transaction:
+            return Fault.DATABASE
+    return fault_of(error)
 
 
 def _whose(connection: Connection, rows: Sequence[Row]) -> Fault:
     """A row's fault where the table works: it takes another row, or refuses one by its rules."""
     for row in rows:
+        savepoint = connection.begin_nested()
         try:
-            with connection.begin_nested() as savepoint:
-                connection.execute(queries.insert_rows(), row)
-                savepoint.rollback()
+            connection.execute(queries.insert_rows(), row)
         except Exception as error:  # noqa: BLE001 - the caller has the one to tell
-            fault = fault_of(error)
+            with suppress(Exception):
+                savepoint.rollback()
+            fault = _fault(connection, error)
             if fault is not Fault.UNCLEAR:
                 return fault
         else:
+            savepoint.rollback()
             return Fault.ROW
     return Fault.DATABASE

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import FrameType
 from typing import Any, Final
@@ -74,6 +74,22 @@ def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
     process: Any = sys.modules.get("multiprocessing.process")
     if multiprocessing and process and process.parent_process() is not None:
         multiprocessing.Finalize(owner, end, exitpriority=_MULTIPROCESSING_PRIORITY)
+
+
+@contextlib.contextmanager
+def without_sigterm() -> Iterator[None]:
+    """Have SIGTERM wait, while a thread is started.
+
+    A handler that closes a store would meet `threading`'s own lock, held by what it interrupted,
+    and the threads that it waits for need that lock to end.
+    """
+    mask = getattr(signal, "pthread_sigmask", None)
+    before = mask and mask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        if mask:
+            mask(signal.SIG_SETMASK, before)
 
 
 class SigtermHandler:

@@ -368,8 +368,9 @@ class AsyncStore(Core):
 
     async def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
         """See `Store.add_many`."""
-        if self._engine is None:
+        if self._database.backend is Backend.SQLITE:  # aiosqlite's own log would show the values
             return await asyncio.to_thread(self._do_add_many, records)
+        assert self._engine  # noqa: S101 - of every other backend
         return await self._run(writing(self._engine), lambda r: r.add_many(records))
 
     async def cleanup(self, older_than: timedelta = timedelta(days=30)) -> int:

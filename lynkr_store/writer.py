@@ -34,7 +34,7 @@ from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
 from lynkr_store.ingest import Row, TextPolicy, cause_of, row_of
 from lynkr_store.intake import Intake, unpacked
-from lynkr_store.lifecycle import Forkable, on_exit_of_worker
+from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
 
 _BATCH_BYTES: Final = 8 * 2**20
@@ -174,6 +174,7 @@ class Writer(Forkable):
         self._prepared_all = False
         self._over = False  # nothing more will be written
         self._started = False
+        self._ended: set[str] = set()
         self._threads: dict[str, threading.Thread] = {}
         self._found_rows = 0  # of the spool's, as far as they are in the account
         self._lost_rows = 0
@@ -192,7 +193,8 @@ class Writer(Forkable):
                     target=self._run, args=(name, body), name=f"lynkr-store-{name}", daemon=True
                 )
                 try:
-                    thread.start()
+                    with without_sigterm():
+                        thread.start()
                 except RuntimeError:  # no more threads: the next record tries again
                     self._intake.wake_at = 1
                     return
@@ -204,7 +206,12 @@ class Writer(Forkable):
             if name in self._threads:
                 return  # a signal handler came between and started another
             self._threads[name] = threading.current_thread()
-        body()
+        try:
+            body()
+        finally:
+            with self._lock:
+                self._ended.add(name)
+                self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything submitted before is written, rejected, dropped or spooled.
@@ -247,9 +254,10 @@ class Writer(Forkable):
         with self._lock:
             stuck = self._delivery is not None and self._delivery.asking
             self._give_up()
-            threads = set(self._threads.values()) - {threading.current_thread()}
-        for thread in threads:
-            thread.join(_TICK_S if stuck else None)
+            # not by join(): whoever a signal handler interrupted here may hold the lock
+            self._changed.wait_for(
+                lambda: self._ended >= self._threads.keys(), _TICK_S if stuck else _GRACE_S
+            )
         if self._spool:
             self._spool.close()
         self._report_losses(now=True)
