@@ -51,7 +51,7 @@ _FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's b
 _OPEN_WAIT_S: Final = 1.0
 """How long a writer waits for a thread that is opening the database. That may be one that a signal
 handler interrupted to close the store, which waits for the writer. Both may open it."""
-_PROBE_FINISH_S: Final = 0.5
+_PROBE_FINISH_S: Final = 0.2
 _PROBE_LATE_S: Final = 2.0  # a look that takes longer counts as a database away
 _PROBE_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
 
@@ -119,6 +119,7 @@ class Database(Forkable):
         self._gate = threading.Lock()  # held while a batch is written
         self._forking = False
         self._file: tuple[int, int] | None = None
+        self._disposed = False
         self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
         self._tried: tuple[str, Counter[str]] = ("", Counter())
@@ -159,7 +160,7 @@ class Database(Forkable):
         if self.read_only and self.backend is Backend.SQLITE:
             return  # its view has what is missing
         try:
-            with self._connected(self.engine) as connection:
+            with self.connected(self.engine) as connection:
                 migrate.require_head(connection)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
@@ -206,11 +207,11 @@ class Database(Forkable):
     def _begun(self) -> Iterator[Connection]:
         """A connection in a transaction, on SQLite in one that has the write lock."""
         if not self._shared_file:
-            with self._connected(self.writing) as connection, connection.begin():
+            with self.connected(self.writing) as connection, connection.begin():
                 yield connection
             return
         deadline = time.monotonic() + _BUSY_S
-        with self._connected(writing_at_once(self.engine)) as connection:
+        with self.connected(writing_at_once(self.engine)) as connection:
             while True:
                 time.sleep(pause_s(time.time(), self._hold_s))
                 try:
@@ -226,11 +227,11 @@ class Database(Forkable):
             self._hold_s = time.monotonic() - began
 
     @contextmanager
-    def _connected(self, engine: Engine) -> Iterator[Connection]:
-        """A connection that is not used again after a fault.
+    def connected(self, engine: Engine) -> Iterator[Connection]:
+        """A connection that is not used again after a fault, nor after `dispose`.
 
-        It keeps what it was made with, which may be the reason: a file's mode, a session's
-        settings.
+        It keeps what it was made with, which may be the fault's reason: a file's mode, a session's
+        settings. And the pool that it would go back to may be gone when it is answered at last.
         """
         with engine.connect() as connection:
             try:
@@ -239,6 +240,9 @@ class Database(Forkable):
                 if not self.in_memory and not (isinstance(error, DBAPIError) and is_busy(error)):
                     connection.invalidate()
                 raise
+            finally:
+                if self._disposed:
+                    connection.invalidate()
 
     def _insert(
         self, connection: Connection, batch_id: str, rows: Sequence[Row]
@@ -294,6 +298,7 @@ class Database(Forkable):
 
     def dispose(self) -> None:
         """Close the engine's connections, unless it is the host's."""
+        self._disposed = self._owned
         if self._owned:
             self.engine.dispose()
 
@@ -425,7 +430,7 @@ def _look(database: Database) -> Look:
         path = Path(engine.url.database)
         if not path.exists() and "uri" not in engine.url.query:
             raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
-    with engine.connect() as connection:
+    with database.connected(engine) as connection:
         revision = migrate.current(connection)
         there = inspect(connection).has_table(TELEMETRY.name)
         oldest = connection.scalar(queries.oldest_timestamp()) if there else None

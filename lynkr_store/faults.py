@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy.exc import (
     DataError,
     DBAPIError,
+    IntegrityError,
     NotSupportedError,
     ProgrammingError,
     SQLAlchemyError,
@@ -35,6 +36,7 @@ class Fault(Enum):
 # SQLSTATE classes: data exceptions, constraints, program limits (an index entry too long), and
 # what a foreign trigger raises.
 _ROW_STATES: Final = ("22", "23", "54", "P0")
+_RULE_STATES: Final = ("23", "44", "P0")
 # Connection, authorisation, catalogue name, transaction state, resources, locks, operators, system.
 _DATABASE_STATES: Final = ("08", "25", "28", "3D", "40", "53", "55", "57", "58")
 
@@ -80,6 +82,18 @@ def _of_code(code: int | None) -> Fault:
     if code is None or code & _PRIMARY in _ROW_CODES:  # None: the driver's own, in binding a value
         return Fault.ROW
     return Fault.UNCLEAR if code & _PRIMARY == sqlite3.SQLITE_ERROR else Fault.DATABASE
+
+
+def refusal(error: Exception) -> str:
+    """One word for why a row was refused, the same on every backend.
+
+    ``constraint``: a rule of the table, a trigger or a view; ``data``: the value itself.
+    """
+    driver: Any = error.driver_exception if isinstance(error, DBAPIError) else None
+    by_rule = isinstance(error, IntegrityError) or (
+        getattr(driver, "sqlstate", None) or ""
+    ).startswith(_RULE_STATES)
+    return "constraint" if by_rule else "data"
 
 
 def is_busy(error: DBAPIError) -> bool:

@@ -6,13 +6,12 @@ from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
 
 from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of, ensure_begun
-from lynkr_store.faults import Fault, fault_of
+from lynkr_store.faults import Fault, fault_of, refusal
 from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
 
@@ -117,7 +116,7 @@ def insert_isolating(
 def _halved(connection: Connection, rows: Sequence[Row], error: Exception) -> Counter[str]:
     """Insert what the table takes of rows that it refused together."""
     if len(rows) == 1:
-        return Counter({"constraint" if isinstance(error, IntegrityError) else "data": 1})
+        return Counter({refusal(error): 1})
     middle = len(rows) // 2
     refused: Counter[str] = Counter()
     for half in (rows[:middle], rows[middle:]):

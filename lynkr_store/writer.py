@@ -383,6 +383,9 @@ class Writer(Forkable):
         self._open_spool()
         while (batch := self._next_batch()) is not None:
             self._place(batch)
+        while self._spool and not self._over and (held := self._delivery) and not held.entry:
+            self._relieve()  # close() may run out of time for the batch in delivery
+            self._listen(_TICK_S)
         with self._lock:
             self._prepared_all = True
             self._changed.notify_all()

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Any, Final, Self
 
@@ -26,7 +27,8 @@ TEXT_FIELDS: Final = ("request_text", "response_text")
 NAME_MAX_CHARS: Final = 512
 """Characters kept of every other text that is no JSON: PostgreSQL's indexes hold 2,704 bytes."""
 
-LONG_FIELDS: Final = (*TEXT_FIELDS, "candidates", "cache_decision", "attributes")
+_JSON_FIELDS: Final = ("candidates", "cache_decision", "attributes")
+LONG_FIELDS: Final = (*TEXT_FIELDS, *_JSON_FIELDS)
 """The fields of free text: those two, and JSON of any content."""
 
 
@@ -67,26 +69,37 @@ _NO_JSON: Final = "give JSON text, or an object or list that JSON can express"
 
 def _json_text(value: object) -> object:
     """Keep JSON text as it is; write objects and lists as JSON, as the gateway does."""
-    if value is None or isinstance(value, str):
-        return value
+    return value if value is None or isinstance(value, str) else _as_json(value, [])
+
+
+def _as_json(value: object, causes: list[str]) -> str:
+    """The value as JSON text; a cause is added for each kind of part that was mended.
+
+    Raises:
+        ValueError: It has a part that JSON cannot express.
+    """
     if not isinstance(value, Mapping | list | tuple):
         raise ValueError(_NO_JSON)
     try:
-        text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(_finite(value, causes), ensure_ascii=False, separators=(",", ":"))
     except (TypeError, RecursionError):
         raise ValueError(_NO_JSON) from None
-    return mend_text(text)[0]
+    text, cause = mend_text(text)
+    if cause:
+        causes.append(cause)
+    return text
 
 
-def _finite(value: object) -> object:
+def _finite(value: object, causes: list[str]) -> object:
     """The same value with None for NaN and infinities, which JSON has no form for."""
     match value:
-        case float():
-            return value if math.isfinite(value) else None
+        case float() if not math.isfinite(value):
+            causes.append("not_finite")
+            return None
         case Mapping():
-            return {key: _finite(item) for key, item in value.items()}
+            return {key: _finite(item, causes) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(item) for item in value]
+            return [_finite(item, causes) for item in value]
         case _:
             return value
 
@@ -229,4 +242,7 @@ def _mend(name: str, value: object, causes: list[str]) -> object:
     elif isinstance(value, float) and not math.isfinite(value):
         causes.append("not_finite")
         return None
+    elif name in _JSON_FIELDS and isinstance(value, Mapping | list | tuple):
+        with suppress(ValueError):  # its validator says what is wrong
+            return _as_json(value, causes)
     return value
