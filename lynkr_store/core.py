@@ -12,13 +12,14 @@ from sqlalchemy.orm import Session
 
 from lynkr_store import maintenance, migrate
 from lynkr_store.cache import TTLCache
-from lynkr_store.database import Database, Probe
+from lynkr_store.database import Database
 from lynkr_store.exceptions import BadArgument, StoreClosed
 from lynkr_store.faults import translated
 from lynkr_store.filters import checked_age
 from lynkr_store.ingest import TextPolicy
 from lynkr_store.inserts import LEDGER_DAYS
 from lynkr_store.lifecycle import SigtermHandler, on_fork
+from lynkr_store.probe import Probe
 from lynkr_store.repository import RoutingRepository, epoch_ms_now
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings

@@ -1,20 +1,18 @@
-"""One database: its engine, opened on first use; where batches go; how it is looked at."""
+"""One database: its engine, opened on first use; where batches go."""
 
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final
 
-from sqlalchemy import Connection, Engine, MetaData, func, inspect, null, select
+from sqlalchemy import Connection, Engine, MetaData, inspect, null, select
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import migrate, queries
+from lynkr_store import migrate
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import again_s, pause_s
 from lynkr_store.engine import (
@@ -38,22 +36,19 @@ from lynkr_store.exceptions import (
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.ingest import Row
 from lynkr_store.inserts import expire_ledger, insert_once
-from lynkr_store.lifecycle import Forkable, without_sigterm
-from lynkr_store.models import TELEMETRY, Base
+from lynkr_store.lifecycle import Forkable
+from lynkr_store.models import TELEMETRY
 from lynkr_store.repository import epoch_ms_now
-from lynkr_store.schemas import LONG_FIELDS, Reading
+from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.settings import StoreSettings
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
-_FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
+FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
 _OPEN_WAIT_S: Final = 1.0
 """How long a writer waits for a thread that is opening the database. That may be one that a signal
 handler interrupted to close the store, which waits for the writer. Both may open it."""
-_PROBE_FINISH_S: Final = 0.2
-_PROBE_LATE_S: Final = 2.0  # a look that takes longer counts as a database away
-_PROBE_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
 
 
 class Database(Forkable):
@@ -281,7 +276,7 @@ class Database(Forkable):
     def before_fork(self) -> None:
         """Let a batch end, and close the connections: SQLite's do not survive in two processes."""
         if self.backend is Backend.SQLITE:
-            self._forking = self._gate.acquire(timeout=_FORK_WAIT_S)
+            self._forking = self._gate.acquire(timeout=FORK_WAIT_S)
             if not self.in_memory:
                 self.engine.dispose()  # a host's too: it makes new connections when asked
 
@@ -331,127 +326,3 @@ def _view(there: set[str]) -> CreateView:
         for column in TELEMETRY.c
     )
     return CreateView(select(*columns), TELEMETRY.name, temporary=True)
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one look at the database showed."""
-
-    revision: str | None
-    database_bytes: int
-    reclaimable_bytes: int | None
-    oldest: datetime | None
-
-
-@dataclass(frozen=True)
-class Looked:
-    """The last look: when it ended, on the monotonic clock, and what it showed or why it failed.
-
-    A look that failed keeps what an earlier one showed.
-    """
-
-    at: float
-    look: Look | None
-    error: str | None
-
-
-class Probe(Forkable):
-    """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lock = threading.RLock()  # a signal handler that closes the store may come back
-        self._gate = threading.Lock()  # held during a look
-        self._forking = False
-        self._under_way: threading.Thread | None = None
-        self._began = 0.0
-        self.last: Looked | None = None
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the last look ended well, and none since is still waiting for an answer."""
-        with self._lock:
-            waiting = self._under_way is not None and self._under_way.is_alive()
-            late = waiting and time.monotonic() - self._began > _PROBE_LATE_S
-        return self.last is not None and self.last.error is None and not late
-
-    def refresh(self) -> None:
-        """Look now; return when it is done, or after 40 ms with what the last look showed."""
-        with self._lock:
-            if self._under_way is None or not self._under_way.is_alive():
-                thread = threading.Thread(target=self._run, name="lynkr-store-probe", daemon=True)
-                try:
-                    with without_sigterm():
-                        thread.start()
-                except RuntimeError:  # no more threads
-                    return
-                self._under_way, self._began = thread, time.monotonic()
-            thread = self._under_way
-        thread.join(_PROBE_WAIT_S)
-
-    def finish(self) -> None:
-        """Wait a moment for a look under way, whose connection would outlive its pool."""
-        with self._lock:
-            thread = self._under_way
-        if thread is not None:
-            thread.join(_PROBE_FINISH_S)
-
-    def before_fork(self) -> None:
-        """Let a look at an SQLite file end."""
-        if self.database.backend is Backend.SQLITE:
-            self._forking = self._gate.acquire(timeout=_FORK_WAIT_S)
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-        if self._forking:
-            self._forking = False
-            self._gate.release()
-
-    def after_fork_in_child(self) -> None:
-        """Start anew."""
-        self._begin()
-
-    def _run(self) -> None:
-        look, error = self.last.look if self.last else None, None
-        try:
-            with self._gate, translated():
-                look = _look(self.database)
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
-            error = f"{type(fault).__name__}: {fault}"
-        self.last = Looked(time.monotonic(), look, error)
-
-
-def _look(database: Database) -> Look:
-    engine = database.engine
-    if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
-        path = Path(engine.url.database)
-        if not path.exists() and "uri" not in engine.url.query:
-            raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
-    with database.connected(engine) as connection:
-        revision = migrate.current(connection)
-        there = inspect(connection).has_table(TELEMETRY.name)
-        oldest = connection.scalar(queries.oldest_timestamp()) if there else None
-        size, free = _sizes(connection)
-    return Look(revision, size, free, Reading().instant(oldest))
-
-
-def _sizes(connection: Connection) -> tuple[int, int | None]:
-    backend = backend_of(connection)
-    match backend:
-        case Backend.SQLITE:
-            page, pages, free = (
-                int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
-                for name in ("page_size", "page_count", "freelist_count")
-            )
-            return page * pages, page * free
-        case Backend.POSTGRESQL:
-            sizes = (
-                func.coalesce(func.pg_total_relation_size(func.to_regclass(table)), 0)
-                for table in Base.metadata.tables
-            )
-            return sum(connection.execute(select(*sizes)).one()), None
-        case _:
-            assert_never(backend)

@@ -1,0 +1,148 @@
+"""Looks at a database for `health`, from a thread of its own, so that nobody waits for it."""
+
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final, assert_never
+
+from sqlalchemy import Connection, func, inspect, select
+
+from lynkr_store import migrate, queries
+from lynkr_store.backend import Backend
+from lynkr_store.database import FORK_WAIT_S, Database
+from lynkr_store.engine import backend_of
+from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.faults import translated
+from lynkr_store.lifecycle import Forkable, without_sigterm
+from lynkr_store.models import TELEMETRY, Base
+from lynkr_store.schemas import Reading
+
+_FINISH_S: Final = 0.2
+_LATE_S: Final = 2.0  # a look that takes longer counts as a database away
+_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the database showed."""
+
+    revision: str | None
+    database_bytes: int
+    reclaimable_bytes: int | None
+    oldest: datetime | None
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The last look: when it ended, on the monotonic clock, and what it showed or why it failed.
+
+    A look that failed keeps what an earlier one showed.
+    """
+
+    at: float
+    look: Look | None
+    error: str | None
+
+
+class Probe(Forkable):
+    """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()  # a signal handler that closes the store may come back
+        self._gate = threading.Lock()  # held during a look
+        self._forking = False
+        self._under_way: threading.Thread | None = None
+        self._began = 0.0
+        self.last: Looked | None = None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the last look ended well, and none since is still waiting for an answer."""
+        with self._lock:
+            waiting = self._under_way is not None and self._under_way.is_alive()
+            late = waiting and time.monotonic() - self._began > _LATE_S
+        return self.last is not None and self.last.error is None and not late
+
+    def refresh(self) -> None:
+        """Look now; return when it is done, or after 40 ms with what the last look showed."""
+        with self._lock:
+            if self._under_way is None or not self._under_way.is_alive():
+                thread = threading.Thread(target=self._run, name="lynkr-store-probe", daemon=True)
+                try:
+                    with without_sigterm():
+                        thread.start()
+                except RuntimeError:  # no more threads
+                    return
+                self._under_way, self._began = thread, time.monotonic()
+            thread = self._under_way
+        thread.join(_WAIT_S)
+
+    def finish(self) -> None:
+        """Wait a moment for a look under way, whose connection would outlive its pool."""
+        with self._lock:
+            thread = self._under_way
+        if thread is not None:
+            thread.join(_FINISH_S)
+
+    def before_fork(self) -> None:
+        """Let a look at an SQLite file end."""
+        if self.database.backend is Backend.SQLITE:
+            self._forking = self._gate.acquire(timeout=FORK_WAIT_S)
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._forking:
+            self._forking = False
+            self._gate.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start anew."""
+        self._begin()
+
+    def _run(self) -> None:
+        look, error = self.last.look if self.last else None, None
+        try:
+            with self._gate, translated():
+                look = _look(self.database)
+        except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
+            error = f"{type(fault).__name__}: {fault}"
+        self.last = Looked(time.monotonic(), look, error)
+
+
+def _look(database: Database) -> Look:
+    engine = database.engine
+    if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
+        path = Path(engine.url.database)
+        if not path.exists() and "uri" not in engine.url.query:
+            raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
+    with database.connected(engine) as connection:
+        revision = migrate.current(connection)
+        there = inspect(connection).has_table(TELEMETRY.name)
+        oldest = connection.scalar(queries.oldest_timestamp()) if there else None
+        size, free = _sizes(connection)
+    return Look(revision, size, free, Reading().instant(oldest))
+
+
+def _sizes(connection: Connection) -> tuple[int, int | None]:
+    backend = backend_of(connection)
+    match backend:
+        case Backend.SQLITE:
+            page, pages, free = (
+                int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+                for name in ("page_size", "page_count", "freelist_count")
+            )
+            return page * pages, page * free
+        case Backend.POSTGRESQL:
+            sizes = (
+                func.coalesce(func.pg_total_relation_size(func.to_regclass(table)), 0)
+                for table in Base.metadata.tables
+            )
+            return sum(connection.execute(select(*sizes)).one()), None
+        case _:
+            assert_never(backend)
