@@ -22,6 +22,7 @@ longer ago, is not tried again: whether it is stored can no longer be told."""
 _DAY_MS: Final = 86_400_000
 _EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 
+_SINGLY: Final = 128  # rows that are tried one by one: halving on costs more where many are refused
 _SAMPLES: Final = 16  # rows of a batch that are tried alone, before the fault is the database's
 
 _PLAIN_ROW: Final[Row] = {
@@ -117,15 +118,16 @@ def _halved(connection: Connection, rows: Sequence[Row], error: Exception) -> Co
     """Insert what the table takes of rows that it refused together."""
     if len(rows) == 1:
         return Counter({refusal(error): 1})
-    middle = len(rows) // 2
+    size = len(rows) // 2 if len(rows) > _SINGLY else 1
     refused: Counter[str] = Counter()
-    for half in (rows[:middle], rows[middle:]):
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
         try:
-            insert_all(connection, half)
+            insert_all(connection, part)
         except Exception as fault:
             if _fault(connection, fault) is Fault.DATABASE:
                 raise
-            refused += _halved(connection, half, fault)
+            refused += _halved(connection, part, fault)
     return refused
 
 

@@ -28,6 +28,7 @@ _UNREADABLE: Final = object()  # a record whose own methods fail; it is rejected
 
 _NO_REFERENCES: Final = 2  # marshal's format without them: half the time, and no endless ones
 
+_COUNT_WAIT_S: Final = 0.1
 _REFUSED_UNCOUNTED: Final = 1_000
 _LARGE_BYTES: Final = 65_536  # few records of that size fill a queue before a batch is full
 _NEVER: Final = 2**62
@@ -156,10 +157,14 @@ class Intake:
         return 2 * rows >= self._max_rows or 2 * units <= self._max_units
 
     def refused(self) -> Counter[str]:
-        """Cause to number of records that were not taken."""
-        with self._count_lock:
-            self._count()
-            return Counter(self._refused_by)
+        """Cause to number of records that were not taken, but for some that come next time."""
+        # whom a signal handler interrupted may hold the lock, and wait for the caller
+        if self._count_lock.acquire(timeout=_COUNT_WAIT_S):
+            try:
+                self._count()
+            finally:
+                self._count_lock.release()
+        return Counter(self._refused_by)
 
     def _refuse(self, cause: str) -> bool:
         self._refused.append(cause)
