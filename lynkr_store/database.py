@@ -35,7 +35,7 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.ingest import Row
-from lynkr_store.inserts import expire_ledger, insert_once
+from lynkr_store.inserts import PART_ROWS, enter_parts, expire_ledger, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import TELEMETRY
 from lynkr_store.repository import epoch_ms_now
@@ -44,6 +44,8 @@ from lynkr_store.settings import StoreSettings
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
+_MARGIN: Final = 1.5  # by which a batch may take longer than the last ones
+_MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
 _OPEN_WAIT_S: Final = 1.0
@@ -117,7 +119,8 @@ class Database(Forkable):
         self._disposed = False
         self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
-        self._tried: tuple[str, Counter[str]] = ("", Counter())
+        self._batch = ""  # the last one, and what was refused of it and its parts
+        self._tried: dict[str, Counter[str]] = {}
         self._known_good: Row | None = None  # a row that was taken, without its texts
 
     @property
@@ -169,23 +172,46 @@ class Database(Forkable):
             raise
 
     def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
-        """Store a batch in one transaction, once; see `lynkr_store.writer.Sink`."""
+        """Store a batch once; see `lynkr_store.writer.Sink`.
+
+        In one transaction, or, where a row of many is refused, in one for each part.
+        """
         with self._gate:
             if self._file and self._identity() != self._file:
                 self._lose_file()
             with translated():
                 try:
                     self.open(patience_s=_OPEN_WAIT_S)
-                    return self._store(batch_id, rows)
+                    return self._whole_or_parts(batch_id, rows)
                 except DBAPIError as error:
                     if fault_of(error) is Fault.UNCLEAR:
                         # the schema may have been changed: look again, to name the remedy
                         self._opened = False
                     raise
 
-    def _store(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
+    def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
+        if batch_id != self._batch:
+            self._batch = batch_id
+            self._tried.clear()
+        refused = self._store(batch_id, rows)
+        if refused is None:
+            refused = Counter()
+            for at in range(0, len(rows), PART_ROWS):
+                part = rows[at : at + PART_ROWS]
+                refused += self._store(f"{batch_id}.{at}", part, of=batch_id) or Counter()
+        return refused
+
+    def _store(
+        self, batch_id: str, rows: Sequence[Row], *, of: str | None = None
+    ) -> Counter[str] | None:
+        """Store a batch, or a part of one, in one transaction; None where it must go in parts."""
         with self._begun() as connection:
+            if of:
+                enter_parts(connection, of, self._clock())
             refused = self._insert(connection, batch_id, rows)
+            if refused is None:
+                connection.rollback()
+                return None
             try:
                 connection.commit()
             except DBAPIError as error:
@@ -208,7 +234,7 @@ class Database(Forkable):
         deadline = time.monotonic() + _BUSY_S
         with self.connected(writing_at_once(self.engine)) as connection:
             while True:
-                time.sleep(pause_s(time.time(), self._hold_s))
+                time.sleep(pause_s(time.time(), _MARGIN * self._hold_s))
                 try:
                     connection.begin()
                 except OperationalError as error:
@@ -219,7 +245,8 @@ class Database(Forkable):
                     break
             began = time.monotonic()
             yield connection
-            self._hold_s = time.monotonic() - began
+            # a long one is remembered for some batches: what comes is like what came
+            self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
 
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:
@@ -241,15 +268,17 @@ class Database(Forkable):
 
     def _insert(
         self, connection: Connection, batch_id: str, rows: Sequence[Row]
-    ) -> Mapping[str, int]:
+    ) -> Counter[str] | None:
         now = self._clock()
-        stored, refused = insert_once(connection, batch_id, rows, now, known_good=self._known_good)
+        done = insert_once(connection, batch_id, rows, now, known_good=self._known_good)
+        if done is None:
+            return None
+        stored, refused = done
         missing = len(rows) - stored - refused.total()
         if missing:  # an earlier try was committed without them
-            known, causes = self._tried
-            same = known == batch_id and causes.total() == missing
-            refused = causes if same else Counter(refused_earlier=missing)
-        self._tried = batch_id, refused
+            causes = self._tried.get(batch_id, Counter())
+            refused = causes if causes.total() == missing else Counter(refused_earlier=missing)
+        self._tried[batch_id] = refused
         if not refused:
             self._known_good = {**rows[-1], **_NO_TEXTS}
         self._batches += 1

@@ -22,7 +22,10 @@ longer ago, is not tried again: whether it is stored can no longer be told."""
 _DAY_MS: Final = 86_400_000
 _EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 
-_SINGLY: Final = 128  # rows that are tried one by one: halving on costs more where many are refused
+PART_ROWS: Final = 100
+"""Rows of a batch that are sorted out in one transaction when some are refused. Each then goes
+alone, which takes half a second in 1,000, with SQLite's lock held."""
+
 _SAMPLES: Final = 16  # rows of a batch that are tried alone, before the fault is the database's
 
 _PLAIN_ROW: Final[Row] = {
@@ -40,7 +43,7 @@ def insert_once(
     now_ms: int,
     *,
     known_good: Row | None = None,
-) -> tuple[int, Counter[str]]:
+) -> tuple[int, Counter[str]] | None:
     """Insert a batch, unless an earlier try under the same id was committed.
 
     The ledger's row comes first: its key makes a second try wait for a first that is still under
@@ -55,7 +58,8 @@ def insert_once(
 
     Returns:
         How many rows are stored, by this try or an earlier one; and, of this try, cause to number
-        of rows refused.
+        of rows refused. None where a row of more than `PART_ROWS` was refused, now or by an
+        earlier try: roll back, and insert the batch in parts, each once.
 
     Raises:
         Exception: A fault that is no row's.
@@ -63,12 +67,22 @@ def insert_once(
     ensure_begun(connection)
     entry = queries.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
     if connection.execute(entry).first() is None:
-        return connection.execute(queries.batch_rows(batch_id)).scalar_one(), Counter()
+        stored: int = connection.execute(queries.batch_rows(batch_id)).scalar_one()
+        return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
+    if len(rows) > PART_ROWS:
+        refusing = _insert_or_refuse(connection, rows, known_good)
+        return (len(rows), Counter()) if refusing is None else None
     refused = insert_isolating(connection, rows, known_good=known_good)
     stored = len(rows) - refused.total()
     if refused:
         connection.execute(queries.correct_batch(batch_id, stored))
     return stored, refused
+
+
+def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
+    """Note that a batch is inserted in parts: as one of which no row is stored under its own id."""
+    ensure_begun(connection)
+    connection.execute(queries.enter_batch(backend_of(connection), batch_id, 0, now_ms))
 
 
 def expire_ledger(connection: Connection, now_ms: int) -> None:
@@ -82,9 +96,9 @@ def insert_isolating(
 ) -> Counter[str]:
     """Insert rows in order; a row that the database refuses costs that row alone.
 
-    All go in one SAVEPOINT; where one is refused, each half is tried again, down to the row.
-    Where it is not clear whose fault it was, others are tried and taken back: a plain row, one that
-    was stored before, some of the batch. If the table takes none, the fault is not the rows'.
+    All go in one SAVEPOINT; where one is refused, each goes alone. Where it is not clear whose
+    fault it was, others are tried and taken back: a plain row, one that was stored before, some of
+    the batch. If the table takes none, the fault is not the rows'.
 
     Args:
         connection: In a transaction that may be the caller's; never committed here.
@@ -97,38 +111,39 @@ def insert_isolating(
     Raises:
         Exception: A fault that is no row's.
     """
-    if not rows:
+    error = _insert_or_refuse(connection, rows, known_good)
+    if error is None:
         return Counter()
+    if len(rows) == 1:
+        return Counter({refusal(error): 1})
+    refused: Counter[str] = Counter()
+    for row in rows:
+        try:
+            insert_all(connection, [row])
+        except Exception as fault:
+            if _fault(connection, fault) is Fault.DATABASE:
+                raise
+            refused[refusal(fault)] += 1
+    return refused
+
+
+def _insert_or_refuse(
+    connection: Connection, rows: Sequence[Row], known_good: Row | None
+) -> Exception | None:
+    """Insert all rows, or none; return the error if it is a row's fault, else raise it."""
+    if not rows:
+        return None
     try:
         insert_all(connection, rows)
     except Exception as error:
         fault = _fault(connection, error)
         if fault is Fault.UNCLEAR:
             samples = rows[:: max(1, len(rows) // _SAMPLES)]
-            fault = _whose(
-                connection, [_PLAIN_ROW, *([known_good] if known_good else []), *samples]
-            )
+            fault = _whose(connection, [_PLAIN_ROW, known_good or _PLAIN_ROW, *samples])
         if fault is not Fault.ROW:
             raise
-        return _halved(connection, rows, error)
-    return Counter()
-
-
-def _halved(connection: Connection, rows: Sequence[Row], error: Exception) -> Counter[str]:
-    """Insert what the table takes of rows that it refused together."""
-    if len(rows) == 1:
-        return Counter({refusal(error): 1})
-    size = len(rows) // 2 if len(rows) > _SINGLY else 1
-    refused: Counter[str] = Counter()
-    for at in range(0, len(rows), size):
-        part = rows[at : at + size]
-        try:
-            insert_all(connection, part)
-        except Exception as fault:
-            if _fault(connection, fault) is Fault.DATABASE:
-                raise
-            refused += _halved(connection, part, fault)
-    return refused
+        return error
+    return None
 
 
 def insert_all(connection: Connection, rows: Sequence[Row]) -> None:

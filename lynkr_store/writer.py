@@ -41,10 +41,6 @@ _BATCH_BYTES: Final = 8 * 2**20
 """Bytes of records in one batch at most: a transaction of about 0.1 s on SQLite, where a gateway
 that writes the same file waits for it, whatever its texts."""
 
-_CAREFUL_ROWS: Final = 100
-"""Rows in a batch after one of which more than a hundredth were refused: finding those out row by
-row takes half a second in 1,000, with SQLite's lock held."""
-
 CLOSE_S: Final = 5.0
 """Seconds that a close takes at most, where nothing else is said."""
 
@@ -172,7 +168,6 @@ class Writer(Forkable):
         self._spooling = False  # the next batch is on its way there
         self._delivery: _Batch | None = None
         self._next: _Batch | None = None
-        self._careful = False  # many rows of the last batch were refused
         self._taken = 0  # records ever taken from the queue, and how many of them are settled or
         self._settled = 0  # spooled: in order, so a flush waits for a number
         self._hurry_to = 0  # flushes wait for this many
@@ -361,7 +356,6 @@ class Writer(Forkable):
                 account.in_hand -= count
                 self._free(batch)
             batch.settled = True
-            self._careful = sum(batch.refused.values()) > count // _CAREFUL_ROWS
             account.written += count - sum(batch.refused.values())
             account.rejected_by.update(batch.refused)
             recovered = bool(self._faults_said) and bool(batch.rows)
@@ -427,8 +421,7 @@ class Writer(Forkable):
 
     def _taken_batch(self) -> _Batch:
         with self._lock:
-            size = min(self._batch_rows, _CAREFUL_ROWS) if self._careful else self._batch_rows
-            records, units = self._intake.take(size, _BATCH_BYTES)
+            records, units = self._intake.take(self._batch_rows, _BATCH_BYTES)
             self._taken += len(records)
             self._account.in_hand += len(records)
             upto = self._taken
