@@ -1,0 +1,1 @@
+"""Processes killed, servers away, answers lost: what the writer makes of it."""
