@@ -171,6 +171,8 @@ class Core:
         at, error = account.last_error_at, account.last_error
         if looked and looked.error and (at is None or looked.at > at):
             at, error = looked.at, looked.error
+        if late_s := self._probe.late_s:
+            at, error = now, f"StoreUnavailable: no answer for {late_s:.0f} s"
         return Health(
             submitted=account.submitted,
             recovered=account.recovered,

@@ -62,12 +62,17 @@ class Probe(Forkable):
         self.last: Looked | None = None
 
     @property
-    def reachable(self) -> bool:
-        """Whether the last look ended well, and none since is still waiting for an answer."""
+    def late_s(self) -> float | None:
+        """Seconds for which a look has waited for an answer, where that is too long."""
         with self._lock:
             waiting = self._under_way is not None and self._under_way.is_alive()
-            late = waiting and time.monotonic() - self._began > _LATE_S
-        return self.last is not None and self.last.error is None and not late
+            waited = time.monotonic() - self._began
+        return waited if waiting and waited > _LATE_S else None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the last look ended well, and none since is still waiting for an answer."""
+        return self.last is not None and self.last.error is None and self.late_s is None
 
     def refresh(self) -> None:
         """Look now; return when it is done, or after 40 ms with what the last look showed."""
