@@ -114,7 +114,7 @@ class Database(Forkable):
         self._opened_once = False
         self._lock = threading.Lock()
         self._gate = threading.Lock()  # held while a batch is written
-        self._forking = False
+        self._forking: list[threading.Lock] = []
         self._file: tuple[int, int] | None = None
         self._disposed = False
         self._hold_s = 0.0  # how long the last batch held the lock
@@ -122,6 +122,11 @@ class Database(Forkable):
         self._batch = ""  # the last one, and what was refused of it and its parts
         self._tried: dict[str, Counter[str]] = {}
         self._known_good: Row | None = None  # a row that was taken, without its texts
+
+    @property
+    def was_opened(self) -> bool:
+        """Whether it was reached before, so that the engine is set up."""
+        return self._opened_once
 
     @property
     def in_memory(self) -> bool:
@@ -303,17 +308,21 @@ class Database(Forkable):
         self._file = None
 
     def before_fork(self) -> None:
-        """Let a batch end, and close the connections: SQLite's do not survive in two processes."""
-        if self.backend is Backend.SQLITE:
-            self._forking = self._gate.acquire(timeout=FORK_WAIT_S)
-            if not self.in_memory:
-                self.engine.dispose()  # a host's too: it makes new connections when asked
+        """Let a batch end, and close the connections: SQLite's do not survive in two processes.
+
+        An engine's first connection, of any backend, sets it up; a child must not inherit that
+        half-done.
+        """
+        if self.backend is Backend.SQLITE or not self._opened_once:
+            locks = (self._gate, self._lock)
+            self._forking = [lock for lock in locks if lock.acquire(timeout=FORK_WAIT_S)]
+        if self._shared_file:
+            self.engine.dispose()  # a host's too: it makes new connections when asked
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        if self._forking:
-            self._forking = False
-            self._gate.release()
+        while self._forking:
+            self._forking.pop().release()
 
     def after_fork_in_child(self) -> None:
         """Start anew, with connections of this process's own."""

@@ -96,8 +96,8 @@ class Probe(Forkable):
             thread.join(_FINISH_S)
 
     def before_fork(self) -> None:
-        """Let a look at an SQLite file end."""
-        if self.database.backend is Backend.SQLITE:
+        """Let a look at an SQLite file end, and the very first at any database."""
+        if self.database.backend is Backend.SQLITE or not self.database.was_opened:
             self._forking = self._gate.acquire(timeout=FORK_WAIT_S)
 
     def after_fork_in_parent(self) -> None:

@@ -1,0 +1,388 @@
+"""Forks, ends of workers and SIGTERM, without a store."""
+
+import gc
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from lynkr_store import BadArgument
+from lynkr_store.lifecycle import SigtermHandler, on_exit_of_worker
+
+
+def run(code, *, expect=0, folder=None):
+    """Run a program of its own; multiprocessing's children need it to be a file."""
+    source = textwrap.dedent(code)
+    if folder is None:
+        arguments = ["-c", source]
+    else:
+        (folder / "program.py").write_text(source)
+        arguments = [str(folder / "program.py")]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == expect, (done.returncode, done.stderr)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.fixture
+def sigterm():
+    """Put SIGTERM's handler back; a child of the suite's own would be told as well."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+# -- forks -------------------------------------------------------------------------------------
+
+
+FORKS = """
+    import gc
+    import os
+    from lynkr_store.lifecycle import Forkable, on_fork
+
+    class Part(Forkable):
+        def __init__(self, name):
+            self.name = name
+
+        def _say(self, what):
+            os.write(1, f"{what}:{self.name} ".encode())
+
+        def before_fork(self):
+            self._say("before")
+
+        def after_fork_in_parent(self):
+            self._say("parent")
+
+        def after_fork_in_child(self):
+            self._say("child")
+
+    def fork():
+        pid = os.fork()
+        if not pid:
+            os.write(1, b"| ")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        os.write(1, b"/ ")
+"""
+
+
+def said(code):
+    return run(textwrap.dedent(FORKS) + textwrap.dedent(code))
+
+
+def test_each_part_is_told_once_on_each_side_of_a_fork():
+    words = said("""
+        part = Part("a")
+        on_fork(part)
+        on_fork(part)
+        fork()
+        fork()
+    """)
+    assert sorted(words) == sorted(["before:a", "parent:a", "child:a", "|", "/"] * 2)
+    assert words.index("before:a") == 0
+
+
+def test_a_part_that_is_gone_is_told_nothing():
+    words = said("""
+        part, other = Part("a"), Part("b")
+        on_fork(part)
+        on_fork(other)
+        del part
+        gc.collect()
+        fork()
+    """)
+    assert {word.partition(":")[2] for word in words} == {"b", ""}
+
+
+def test_all_parts_are_ready_before_the_fork_and_told_in_reverse_in_the_parent():
+    words = said("""
+        parts = [Part(name) for name in "abc"]
+        for part in parts:
+            on_fork(part)
+        fork()
+    """)
+    told = {when: [w[-1] for w in words if w.startswith(when)] for when in ("before", "parent")}
+    assert sorted(told["before"]) == ["a", "b", "c"]
+    assert told["parent"] == told["before"][::-1]
+    assert [w[:6] for w in words[:3]] == ["before"] * 3
+
+
+def test_a_part_made_in_the_child_is_the_childs_alone():
+    words = said("""
+        on_fork(Part("gone"))
+        pid = os.fork()
+        if not pid:
+            part = Part("child's")
+            on_fork(part)
+            fork()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        fork()
+    """)
+    assert words.count("before:child's") == 1
+    assert words.count("child:child's") == 1
+
+
+def test_a_default_part_needs_to_do_nothing():
+    assert said("""
+        part = Forkable()
+        on_fork(part)
+        fork()
+    """) == ["|", "/"]
+
+
+# -- the end of a worker -----------------------------------------------------------------------
+
+
+WORKERS = """
+    import gc
+    import multiprocessing
+    import os
+    import sys
+    import weakref
+    from lynkr_store.lifecycle import on_exit_of_worker
+
+    class Owner:
+        pass
+
+    def end():
+        os.write(1, b"ended ")
+
+    def work(forget=False, code=None):
+        global owner
+        owner = Owner()
+        on_exit_of_worker(owner, end)
+        if forget:
+            owner = None
+            gc.collect()
+            os.write(1, b"forgotten ")
+        if code is not None:
+            sys.exit(code)
+
+    if __name__ == "__main__":
+        method, *arguments = {arguments}
+        context = multiprocessing.get_context(method)
+        process = context.Process(target=work, args=arguments)
+        process.start()
+        process.join()
+        print(process.exitcode)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_calls_it_once_when_it_ends(method, tmp_path):
+    code = textwrap.dedent(WORKERS).replace("{arguments}", repr([method]))
+    assert run(code, folder=tmp_path) == ["ended", "0"]
+
+
+def test_a_worker_that_exits_calls_it(tmp_path):
+    code = textwrap.dedent(WORKERS).replace("{arguments}", repr(["fork", False, 3]))
+    assert run(code, folder=tmp_path) == ["ended", "3"]
+
+
+def test_an_owner_that_is_gone_ended_itself_at_once(tmp_path):
+    code = textwrap.dedent(WORKERS).replace("{arguments}", repr(["fork", True]))
+    words = run(code, folder=tmp_path)
+    assert words.count("ended") == 1
+    assert words.index("ended") < words.index("forgotten")
+
+
+def test_it_comes_before_multiprocessing_closes_what_it_has(tmp_path):
+    code = """
+        import multiprocessing
+        import multiprocessing.util
+        import os
+        from lynkr_store.lifecycle import on_exit_of_worker
+
+        class Owner:
+            pass
+
+        def work(owner=Owner()):
+            multiprocessing.util.Finalize(
+                None, os.write, args=(1, b"others "), exitpriority=10
+            )
+            on_exit_of_worker(owner, lambda: os.write(1, b"ours "))
+
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("fork").Process(target=work)
+            process.start()
+            process.join()
+    """
+    assert run(code, folder=tmp_path) == ["ours", "others"]
+
+
+def test_another_process_is_left_to_atexit():
+    assert run("""
+        import os, sys
+        from lynkr_store.lifecycle import on_exit_of_worker
+
+        on_exit_of_worker(on_exit_of_worker, lambda: os.write(1, b"ended "))
+        print("multiprocessing.util" in sys.modules)
+        import multiprocessing.util
+        on_exit_of_worker(on_exit_of_worker, lambda: os.write(1, b"ended "))
+    """) == ["False"]
+
+
+def test_nothing_is_registered_in_this_process():
+    class Owner:
+        pass
+
+    calls, owner = [], Owner()
+    on_exit_of_worker(owner, lambda: calls.append(1))
+    del owner
+    gc.collect()
+    assert calls == []
+
+
+# -- SIGTERM -----------------------------------------------------------------------------------
+
+
+def test_it_ends_and_then_the_handler_runs_that_was_there_before(sigterm):
+    order = []
+    signal.signal(signal.SIGTERM, lambda number, frame: order.append((number, frame is not None)))
+    SigtermHandler(lambda: order.append("ended"))
+    signal.raise_signal(signal.SIGTERM)
+    assert order == ["ended", (signal.SIGTERM, True)]
+
+
+def test_a_second_signal_does_not_end_twice(sigterm):
+    order = []
+
+    def end():
+        order.append("ending")
+        signal.raise_signal(signal.SIGTERM)
+        order.append("ended")
+
+    signal.signal(signal.SIGTERM, lambda *_: order.append("previous"))
+    SigtermHandler(end)
+    signal.raise_signal(signal.SIGTERM)
+    assert order == ["ending", "previous", "ended", "previous"]
+
+
+def test_without_one_before_the_process_dies_of_the_signal():
+    assert run(
+        """
+        import os, signal
+        from lynkr_store.lifecycle import SigtermHandler
+
+        SigtermHandler(lambda: os.write(1, b"ended"))
+        signal.raise_signal(signal.SIGTERM)
+        os.write(1, b"never")
+        """,
+        expect=-signal.SIGTERM,
+    ) == ["ended"]
+
+
+def test_where_it_was_ignored_the_process_lives_on(sigterm):
+    ended = []
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    SigtermHandler(lambda: ended.append(1))
+    signal.raise_signal(signal.SIGTERM)
+    assert ended == [1]
+
+
+def test_two_handlers_both_end_the_newer_first(sigterm):
+    order = []
+    signal.signal(signal.SIGTERM, lambda *_: order.append("host"))
+    SigtermHandler(lambda: order.append("first"))
+    SigtermHandler(lambda: order.append("second"))
+    signal.raise_signal(signal.SIGTERM)
+    assert order == ["second", "first", "host"]
+
+
+def test_a_host_that_comes_later_calls_it_as_its_previous_one(sigterm):
+    order = []
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    SigtermHandler(lambda: order.append("ended"))
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def host(number, frame):
+        order.append("host")
+        previous(number, frame)
+
+    signal.signal(signal.SIGTERM, host)
+    signal.raise_signal(signal.SIGTERM)
+    assert order == ["host", "ended"]
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL, lambda *_: None])
+def test_removed_it_leaves_the_handler_that_was_there_before(sigterm, before):
+    signal.signal(signal.SIGTERM, before)
+    handler = SigtermHandler(lambda: None)
+    assert signal.getsignal(signal.SIGTERM) != before
+    handler.remove()
+    assert signal.getsignal(signal.SIGTERM) == before
+    handler.remove()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_removed_behind_a_newer_one_it_stays_in_the_chain(sigterm):
+    order = []
+    signal.signal(signal.SIGTERM, lambda *_: order.append("host"))
+    first = SigtermHandler(lambda: order.append("first"))
+    second = SigtermHandler(lambda: order.append("second"))
+    first.remove()
+    signal.raise_signal(signal.SIGTERM)
+    assert order == ["second", "first", "host"]
+    second.remove()
+    first.remove()
+    order.clear()
+    signal.raise_signal(signal.SIGTERM)
+    assert order == ["host"]
+
+
+def test_removed_in_another_thread_it_only_chains(sigterm):
+    order = []
+    signal.signal(signal.SIGTERM, lambda *_: order.append("host"))
+    handler = SigtermHandler(lambda: order.append("ended"))
+    thread = threading.Thread(target=handler.remove)
+    thread.start()
+    thread.join(60)
+    signal.raise_signal(signal.SIGTERM)
+    assert order[-1] == "host"
+
+
+def test_another_thread_is_told_the_remedy(sigterm):
+    before, told = signal.getsignal(signal.SIGTERM), []
+
+    def make():
+        try:
+            SigtermHandler(lambda: None)
+        except BadArgument as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join(60)
+    assert told == [
+        "handle_sigterm: open the store in the main thread, where signals are handled",
+    ]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_child_ends_for_itself():
+    words = run("""
+        import os, signal
+        from lynkr_store.lifecycle import SigtermHandler
+
+        SigtermHandler(lambda: os.write(1, f"ended:{os.getpid()} ".encode()))
+        pid = os.fork()
+        if not pid:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        print(pid, os.waitstatus_to_exitcode(status), os.getpid())
+    """)
+    ended, child, status, parent = words
+    assert ended == f"ended:{child}"
+    assert int(status) == -signal.SIGTERM
+    assert parent != child
