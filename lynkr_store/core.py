@@ -66,6 +66,9 @@ class Core:
             spool_after_s=settings.spool_after_s,
             forget_after_ms=(LEDGER_DAYS - 1) * _DAY_MS,  # a day for clocks that are set
         )
+        # read the revisions now: Python's lock of imports, held by a thread that a signal handler
+        # interrupted in its first health(), would keep the writer from opening the database
+        migrate.head()
         self._closed = False
         if read_only:
             self._writer.close(0)

@@ -566,7 +566,7 @@ def test_damage_anywhere_is_survived(make, path, moment):
 def test_random_damage_is_survived(make, path):
     filled(make)
     sound = path.read_bytes()
-    for seed in range(150):
+    for seed in range(60):
         random = Random(seed)
         content = bytearray(sound)
         for _ in range(random.choice([1, 3, 30])):

@@ -142,6 +142,7 @@ def test_an_outage_loses_nothing_and_memory_stays_bounded(proxy, database, url, 
     assert_whole(url, end["recorded"])
 
 
+@pytest.mark.slow
 @each_way
 @short_and_long
 def test_what_an_outage_left_in_the_spool_is_written_when_it_is_over(
