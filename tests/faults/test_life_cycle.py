@@ -410,9 +410,15 @@ MOMENT = """
 """
 
 
+# The fork is made by the thread that writes, in a hook: it waits for none of its own locks. On
+# PostgreSQL an engine's first connection sets the dialect up, and others wait for that; so a fork
+# in the middle of it can only be made here, and leaves the child with half a dialect.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sync", "host"])
-@pytest.mark.parametrize("start", ["warm", "cold"])
+@pytest.mark.parametrize(
+    ("backend", "start"),
+    [("sqlite-file", "warm"), ("sqlite-file", "cold"), *((name, "warm") for name in POSTGRES[-1:])],
+)
 def test_forks_at_every_moment_of_a_batch(program, new_url, kind, backend, start):
     for moment in range(1, 100):
         url = new_url(backend, at_head=True)
