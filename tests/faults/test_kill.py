@@ -113,7 +113,7 @@ def test_what_a_flush_confirmed_survives_a_kill_at_any_moment(place, backend, st
         place, backend, capsys, spool=None, how="missing", rounds="++", step=step
     )
     if step == 1:
-        # two threads reach their moments in another order each time, so one of the two may be missed
+        # two threads reach their moments in another order each time: one side may be missed
         for name in ("DefaultDialect.do_commit", "Writer._settle", "Intake.take"):
             assert {f"before {name}", f"after {name}"} & labels
         assert {"begin", "before_cursor_execute", "after_cursor_execute", "checkin"} <= labels
