@@ -58,7 +58,8 @@ class Database(Forkable):
 
     Args:
         settings: The store's options.
-        engine: The host's own Engine, which is used and never disposed.
+        engine: The host's own Engine, which is used and left open. Before a fork, and when an
+            SQLite file was removed, its idle connections are closed.
         clock: The present in epoch milliseconds, for the ledger.
         read_only: Alter nothing; a gateway's file is read as it is.
 

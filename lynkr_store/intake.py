@@ -1,9 +1,9 @@
-"""The call site of the writer: takes a record in two microseconds, waits for nobody, counts all.
+"""The call site of the writer: takes a record in a few microseconds, waits for nobody.
 
 No lock stands in the way in. Threads that take turns at a lock hand each other the interpreter
-with it, and a call that took two microseconds then takes hundreds. Each step here is instead one
-operation of a `collections.deque`, which is atomic: a place in the queue is a token taken from a
-deque of them, so rows and bytes have exact bounds without a shared counter.
+with it, and a call that took microseconds then takes hundreds of them. Each step here is instead
+one operation of a `collections.deque`, which is atomic: a place in the queue is a token taken from
+a deque of them, so rows and bytes have exact bounds without a shared counter.
 """
 
 import threading

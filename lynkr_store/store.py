@@ -16,6 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
 from lynkr_store.core import Core
+from lynkr_store.database import FORK_WAIT_S
 from lynkr_store.engine import (
     create_store_async_engine,
     forget_connections,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_FORK_WAIT_S: Final = 5.0  # for a read under way
 _PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
 
 
@@ -423,7 +423,7 @@ class _Connections(Forkable):
         for driver in drivers:
             driver.stop()
         for driver in drivers:
-            driver._thread.join(_FORK_WAIT_S)  # noqa: SLF001 - it has no public way to wait
+            driver._thread.join(FORK_WAIT_S)  # noqa: SLF001 - it has no public way to wait
         self._drivers.clear()
         self._engine.dispose(close=False)
 

@@ -16,7 +16,7 @@ from lynkr_store import (
     Window,
 )
 from tests.factories import EventFactory, RecordFactory
-from tests.support.stores import looked
+from tests.support.stores import adds_up, looked
 
 NOW = 1_750_000_000_000
 ALL = Window(since=0)
@@ -28,12 +28,6 @@ def filled(open_store, *records, **options):
         assert store.record(record)
     assert store.flush(30)
     return store
-
-
-def identity(health):
-    return health.submitted + health.recovered == (
-        health.written + health.rejected + health.dropped + health.spooled + health.pending
-    )
 
 
 def test_a_recorded_request_comes_back_as_it_was(open_store):
@@ -286,7 +280,7 @@ def test_bad_records_cost_only_themselves_and_are_counted(open_store):
     health = store.health()
     assert dict(health.rejected_by) == dict.fromkeys(bad, 1)
     assert (health.written, health.rejected, health.pending) == (5, 5, 0)
-    assert identity(health)
+    assert adds_up(health)
     assert len(store.query()) == 5
 
 
@@ -420,7 +414,7 @@ def test_many_threads_record_at_once(open_store):
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        assert identity(store.health())
+        assert adds_up(store.health())
     assert store.flush(30)
     assert store.health().written == 800
     assert len(store.query(limit=1000)) == 800
@@ -442,7 +436,7 @@ def test_a_closed_store_drops_and_counts_and_refuses_reads(open_store):
     assert store.record(provider="p") is False
     health = store.health()
     assert (health.written, health.pending, dict(health.dropped_by)) == (1, 0, {"closed": 1})
-    assert identity(health)
+    assert adds_up(health)
     with pytest.raises(StoreClosed, match="open a new one"):
         store.query()
     with pytest.raises(StoreClosed):

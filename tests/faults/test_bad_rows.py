@@ -12,22 +12,10 @@ from sqlalchemy import text
 from lynkr_store import RoutingEvent, Store, StoreSettings, writing
 from tests.conftest import BACKENDS, ON_DISK, POSTGRES
 from tests.factories import EventFactory
+from tests.support.stores import adds_up, eventually
 
 AT = 1_750_000_000_000
 THREADS = 8
-
-
-def adds_up(health):
-    return health.submitted + health.recovered == (
-        health.written + health.rejected + health.dropped + health.spooled + health.pending
-    )
-
-
-def eventually(holds, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -23,21 +22,9 @@ from lynkr_store import Store, StoreSettings, create_store_engine, migrate, writ
 from lynkr_store.models import INDEXES
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.postgres import PgServer, available_servers
+from tests.support.stores import adds_up, eventually
 
 MIB = 2**20
-
-
-def adds_up(health):
-    return health.submitted + health.recovered == (
-        health.written + health.rejected + health.dropped + health.spooled + health.pending
-    )
-
-
-def eventually(holds, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import sqlite3
 import threading
-import time
 import traceback
 
 import pytest
@@ -27,7 +26,7 @@ from lynkr_store import (
 from lynkr_store.engine import parse_url
 from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
-from tests.support.stores import looked
+from tests.support.stores import adds_up, eventually, looked
 
 AT = 1_750_000_000_000
 MARK = "Zq7Secret"
@@ -57,19 +56,6 @@ def secret(**fields):
     """A record with the mark in every text and name."""
     record = {name: f"{MARK} {name}" for name in (*NAMES, *LONG_FIELDS)}
     return {**record, "timestamp": AT, "latency_ms": 5.0, **fields}
-
-
-def adds_up(health):
-    return health.submitted + health.recovered == (
-        health.written + health.rejected + health.dropped + health.spooled + health.pending
-    )
-
-
-def eventually(holds, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """A schema that changes under a running store: records wait, are reported once, and are written."""
 
 import logging
-import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -11,21 +10,9 @@ from sqlalchemy import text
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate, writing
 from lynkr_store.models import LEDGER, TELEMETRY
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
+from tests.support.stores import adds_up, eventually
 
 pytestmark = pytest.mark.usefixtures("_quick_retries")
-
-
-def adds_up(health):
-    return health.submitted + health.recovered == (
-        health.written + health.rejected + health.dropped + health.spooled + health.pending
-    )
-
-
-def eventually(holds, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 @pytest.fixture

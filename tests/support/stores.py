@@ -3,9 +3,25 @@
 import asyncio
 import inspect
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from lynkr_store import AsyncStore, Health
+
+
+def adds_up(health: Health) -> bool:
+    """Whether every record is in exactly one place."""
+    return health.submitted + health.recovered == (
+        health.written + health.rejected + health.dropped + health.spooled + health.pending
+    )
+
+
+def eventually(holds: Callable[[], object], timeout_s: float = 60) -> None:
+    """Wait until something holds, however busy the machine."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
 
 
 def looked(store: Any) -> Health:
