@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from pydantic import ValidationError
 from tenacity import (
@@ -33,7 +33,7 @@ from tenacity import (
 from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
 from lynkr_store.ingest import Row, TextPolicy, cause_of, row_of
-from lynkr_store.intake import Intake, unpacked
+from lynkr_store.intake import Intake, Queued, unpacked
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
 
@@ -701,7 +701,7 @@ def _checked(timeout_s: float) -> float:
 
 
 def _checked_rows(
-    records: Sequence[dict[str, Any]], policy: TextPolicy
+    records: Sequence[Queued], policy: TextPolicy
 ) -> tuple[list[Row], Counter[str], Counter[str]]:
     """The rows of those records that are some; causes of the others, and of what was mended."""
     rows: list[Row] = []

@@ -1,11 +1,15 @@
 """The call site of the writer: exact bounds, exact counts, and records that fight back."""
 
+import enum
 import threading
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lynkr_store import RoutingEvent
 from lynkr_store.intake import Intake, unpacked
@@ -48,6 +52,10 @@ def in_threads(count, body):
         thread.join(60)
     assert not failures
     assert not any(thread.is_alive() for thread in threads)
+
+
+def providers(taken):
+    return [unpacked(queued)[0]["provider"] for queued in taken.records]
 
 
 def everything(intake):
@@ -371,12 +379,12 @@ def test_what_is_taken_is_the_oldest_and_within_both_limits():
     for n in range(10):
         intake.submit({"provider": str(n), "request_text": "x" * UNIT if n >= 5 else ""})
     taken = intake.take(3, 2**62)
-    assert [r["provider"] for r in taken.records] == ["0", "1", "2"]
+    assert providers(taken) == ["0", "1", "2"]
     taken = intake.take(100, 4 * UNIT)
-    assert [r["provider"] for r in taken.records] == ["3", "4", "5"]
+    assert providers(taken) == ["3", "4", "5"]
     assert taken.units == 4
     taken = intake.take(100, 0)
-    assert [r["provider"] for r in taken.records] == ["6"], "one at least"
+    assert providers(taken) == ["6"], "one at least"
     assert intake.take(0, 2**62) == ([], 0)
     assert len(everything(intake).records) == 3
     assert everything(intake) == ([], 0)
@@ -421,3 +429,128 @@ def test_a_signal_handler_may_ask_in_the_middle_of_a_count():
     intake.closed = True
     assert intake.submit({"provider": "p"}) is False
     assert intake.refused() == {"closed": 1_016}
+
+
+class Short(deque):
+    """A queue for which memory runs out after some parts of a record."""
+
+    parts = 0
+
+    def extend(self, items):
+        super().extend(tuple(items)[: self.parts])
+        raise MemoryError
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 3])
+@pytest.mark.parametrize("where", ["first", "between", "last", "alone"])
+def test_memory_that_runs_out_costs_the_record_alone(parts, where):
+    intake = intake_of(rows=10, units=10)
+    whole = deque()
+
+    def run_out():
+        intake._queue = Short(whole)
+        intake._queue.parts = parts
+        assert intake.submit({"provider": "torn", "request_text": "torn"}) is False
+        whole.clear()
+        whole.extend(intake._queue)
+
+    def submit(provider):
+        intake._queue = whole
+        assert intake.submit({"provider": provider, "response_text": f"of {provider}"}) is True
+
+    for step in {
+        "first": (run_out, "a", "b"),
+        "between": ("a", run_out, run_out, "b"),
+        "last": ("a", "b", run_out),
+        "alone": (run_out,),
+    }[where]:
+        submit(step) if isinstance(step, str) else step()
+    intake._queue = whole
+    taken = everything(intake)
+    kept = [unpacked(queued)[0] for queued in taken.records]
+    assert [record["provider"] for record in kept] == ([] if where == "alone" else ["a", "b"])
+    assert all(record["response_text"] == f"of {record['provider']}" for record in kept)
+    assert all("request_text" not in record for record in kept)
+    assert intake.refused()["queue_full"] == (2 if where == "between" else 1)
+    assert len(intake) == 0
+    intake.release(taken.units)
+    assert sum(intake.submit({"provider": "p"}) for _ in range(20)) == 10, "every place is free"
+
+
+class Tier(enum.StrEnum):
+    SIMPLE = "SIMPLE"
+
+
+class Name(str):
+    __slots__ = ()
+
+
+_PARTS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | st.text(st.characters(categories=["Cs", "L"]))
+    | st.binary()
+    | st.uuids()
+    | st.datetimes()
+    | st.datetimes(timezones=st.timezones() | st.just(timezone(timedelta(seconds=-12_345))))
+    | st.dates()
+    | st.decimals()
+    | st.sampled_from([Tier.SIMPLE, Name("n")]),
+    lambda part: st.lists(part) | st.dictionaries(st.text(), part) | st.tuples(part, part),
+    max_leaves=12,
+)
+
+
+def alike(one, other):
+    """Equal, of the same types throughout; a tuple may have become a list."""
+    if isinstance(one, list | tuple):
+        return type(other) is list and len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(alike, one.values(), other.values()))
+    if isinstance(one, datetime):  # an instant: the zone is an offset now
+        same_day = one.replace(tzinfo=None) == other.replace(tzinfo=None)
+        return same_day and one.utcoffset() == other.utcoffset()
+    return type(one) is type(other) and repr(one) == repr(other)
+
+
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(["provider", "tier", "latency_ms", "timestamp", "attributes", "nonsense"]),
+        _PARTS,
+    ),
+    texts=st.lists(_PARTS, min_size=2, max_size=2),
+)
+def test_a_record_comes_out_as_it_went_in(fields, texts):
+    intake = intake_of(units=100_000)
+    record = {**fields, "request_text": texts[0], "response_text": texts[1]}
+    assert intake.submit(dict(record))
+    [queued] = everything(intake).records
+    unpacked_record, stamp_ms = unpacked(queued)
+    assert stamp_ms == NOW or record.get("timestamp") is not None
+    wanted = {name: value for name, value in record.items() if value is not None}
+    assert alike(
+        dict(sorted(wanted.items())),
+        dict(sorted((k, v) for k, v in unpacked_record.items() if v is not None)),
+    )
+
+
+def test_an_instant_of_another_zone_stays_that_instant():
+    intake = intake_of()
+    instant = datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=timezone(timedelta(hours=1)))
+    intake.submit({"provider": "p", "timestamp": instant})
+    intake.submit({"provider": "p", "timestamp": instant.astimezone(UTC).replace(tzinfo=None)})
+    [aware], [naive] = ([unpacked(q)[0]["timestamp"]] for q in everything(intake).records)
+    assert aware == instant
+    assert naive.tzinfo is None, "it will be rejected as naive, not taken for UTC"
+
+
+@pytest.mark.parametrize("name", ["request_text", "response_text", "provider", "nonsense"])
+def test_a_container_where_none_may_stand_counts_what_it_holds(name):
+    intake = intake_of(units=100)
+    messages = [{"role": "user", "content": "x" * 10 * UNIT} for _ in range(20)]
+    assert not intake.submit({"provider": "p", name: messages})
+    assert not intake.submit({"provider": "p", name: tuple(messages)})
+    assert intake.submit({"provider": "p", name: messages[:1]})
