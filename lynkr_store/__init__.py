@@ -18,6 +18,7 @@ from lynkr_store.exceptions import (
     StoreClosed,
     StoreUnavailable,
     UnsupportedDatabase,
+    UpgradeTimeout,
 )
 from lynkr_store.filters import RoutingFilter, Window
 from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
@@ -35,6 +36,7 @@ from lynkr_store.schemas import (
 )
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store import AsyncStore, Store
+from lynkr_store.version import __version__
 
 __all__ = [
     "AdoptionRefused",
@@ -67,7 +69,9 @@ __all__ = [
     "StoreSettings",
     "StoreUnavailable",
     "UnsupportedDatabase",
+    "UpgradeTimeout",
     "Window",
+    "__version__",
     "create_store_engine",
     "writing",
 ]

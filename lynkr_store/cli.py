@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lynkr_store import migrate, render
+from lynkr_store import migrate, render, revisions
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.faults import translated
@@ -100,7 +100,7 @@ def upgrade(
     with disposing(create_store_engine(target)) as engine, translated():
         migrate.upgrade(engine, revision)
         with engine.connect() as connection:
-            print(f"at revision {migrate.current(connection)}")
+            print(f"at revision {revisions.current(connection)}")
             missing = migrate.missing_indexes(connection)
     if missing:
         print(f"left to 'lynkr-store maintain': {', '.join(missing)}")
@@ -122,7 +122,7 @@ def downgrade(
     with disposing(create_store_engine(target)) as engine, translated():
         migrate.downgrade(engine, revision, drop_data=drop_data)
         with engine.connect() as connection:
-            print(f"at revision {migrate.current(connection) or 'base'}")
+            print(f"at revision {revisions.current(connection) or 'base'}")
 
 
 @app.command()
@@ -133,26 +133,26 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         translated(),
         store.engine.connect() as connection,
     ):
-        revision = migrate.current(connection)
-        drift = migrate.drift(connection) if revision == migrate.head() else []
+        revision = revisions.current(connection)
+        drift = migrate.drift(connection) if revision == revisions.head() else []
         missing = migrate.missing_indexes(connection)
-    good = revision == migrate.head() and not drift
+    good = revision == revisions.head() and not drift
     if as_json:
         _print_json(
             {
                 "ok": good,
                 "revision": revision,
-                "head": migrate.head(),
+                "head": revisions.head(),
                 "drift": drift,
                 "missing_indexes": missing,
             }
         )
     else:
-        print(f"revision {revision}, this release's is {migrate.head()}")
+        print(f"revision {revision}, this release's is {revisions.head()}")
         for difference in drift:
             print(f"differs: {difference}")
-        if revision != migrate.head():
-            print(f"run {migrate.UPGRADE_COMMAND}")
+        if revision != revisions.head():
+            print(f"run {revisions.UPGRADE_COMMAND}")
         if missing:
             print(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
     if not good:

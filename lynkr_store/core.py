@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import maintenance, migrate
+from lynkr_store import maintenance, revisions
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
 from lynkr_store.exceptions import BadArgument, StoreClosed
@@ -68,7 +68,7 @@ class Core:
         )
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
         # interrupted in its first health(), would keep the writer from opening the database
-        migrate.head()
+        revisions.head()
         self._closed = False
         if read_only:
             self._writer.close(0)
@@ -190,7 +190,7 @@ class Core:
             faults_by=account.faults_by,
             backend=self._database.backend,
             revision=look and look.revision,
-            head=migrate.head(),
+            head=revisions.head(),
             reachable=self._probe.reachable,
             probe_age_s=looked and now - looked.at,
             last_error=error,

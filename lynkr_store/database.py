@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, MetaData, inspect, null, select
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import migrate
+from lynkr_store import migrate, revisions
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import again_s, pause_s
 from lynkr_store.engine import (
@@ -165,7 +165,7 @@ class Database(Forkable):
             return  # its view has what is missing
         try:
             with self.connected(self.engine) as connection:
-                migrate.require_head(connection)
+                revisions.require_head(connection)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # what was taken back while it was in use, somebody took back
@@ -349,7 +349,7 @@ def _reading(url: str) -> tuple[Engine, tuple[str, ...]]:
             if not inspector.has_table(TELEMETRY.name):
                 raise SchemaBehind(
                     f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
-                    f"{migrate.UPGRADE_COMMAND} to make one"
+                    f"{revisions.UPGRADE_COMMAND} to make one"
                 )
             there = {column["name"] for column in inspector.get_columns(TELEMETRY.name)}
         missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)

@@ -24,6 +24,10 @@ class StoreUnavailable(LynkrStoreError):
     """The database cannot be reached or refuses to work; try again when it is back."""
 
 
+class UpgradeTimeout(StoreUnavailable):
+    """A migration could not begin in time: another one ran, or somebody kept a table locked."""
+
+
 class OutcomeUnknown(StoreUnavailable):
     """The connection was lost while a commit was under way: its rows may be stored or not."""
 

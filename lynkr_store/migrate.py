@@ -1,57 +1,28 @@
-"""Brings a database's schema to this release's revision, and says where it stands.
+"""Brings a database's schema to a revision, in one transaction that none runs beside."""
 
-The revisions are Alembic's and lie in ``migrations/``; a wheel carries them as
-``lynkr_store/_migrations``.
-"""
-
+import threading
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from functools import partial
 from typing import Any, Final, TextIO
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.schema import SchemaItem
 
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.engine import writing
-from lynkr_store.exceptions import BadArgument, SchemaAhead, SchemaBehind
+from lynkr_store.exceptions import BadArgument, SchemaAhead, UpgradeTimeout
+from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.models import INDEXES, Base
+from lynkr_store.revisions import config, head, note_applied, standing
 
-UPGRADE_COMMAND: Final = "lynkr-store upgrade"
-
-
-def _directory() -> Path:
-    package = Path(__file__).parent
-    shipped = package / "_migrations"
-    return shipped if shipped.is_dir() else package.parent / "migrations"
-
-
-def _config(**attributes: object) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_directory()).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes.update(attributes)
-    return config
-
-
-@cache
-def _script() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
-
-
-def head() -> str:
-    """The revision that this release works with."""
-    revision = _script().get_current_head()
-    assert revision is not None, "the installation lacks its revisions"  # noqa: S101
-    return revision
+_alembic: Final = threading.Lock()  # ``alembic.op`` and ``alembic.context`` are the process's
+_ALEMBIC_WAIT_S: Final = 10.0
 
 
 def options() -> dict[str, Any]:
@@ -64,6 +35,7 @@ def options() -> dict[str, Any]:
         "include_name": _is_ours,
         "include_object": _matters,
         "compare_type": True,
+        "on_version_apply": note_applied,
     }
 
 
@@ -88,37 +60,6 @@ def _matters(
     return not reflected and not (kind == "index" and name in {index.name for index in INDEXES})
 
 
-def current(connection: Connection) -> str | None:
-    """The database's revision, or None where no revision of ours was applied."""
-    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-    return context.get_current_revision()
-
-
-def require_head(connection: Connection) -> str:
-    """Return the database's revision if it is this release's.
-
-    Raises:
-        SchemaBehind: It is older, or there is none.
-        SchemaAhead: This release does not know it.
-    """
-    revision = current(connection)
-    if revision == head():
-        return revision
-    _require_known(connection)
-    stands = f"is at revision {revision}" if revision else "has no revision"
-    raise SchemaBehind(f"the schema {stands}, this release needs {head()}: run {UPGRADE_COMMAND}")
-
-
-def _require_known(connection: Connection) -> None:
-    revision = current(connection)
-    connection.rollback()  # what follows begins a transaction of its own
-    if revision is not None and revision not in {s.revision for s in _script().walk_revisions()}:
-        raise SchemaAhead(
-            f"the schema's revision {revision} is newer than this release (head {head()}): "
-            "install a newer lynkr-store"
-        )
-
-
 @contextmanager
 def _explained() -> Iterator[None]:
     """Give Alembic's complaints of wrong use the library's form."""
@@ -128,42 +69,74 @@ def _explained() -> Iterator[None]:
         raise BadArgument(f"revision: {error}; there are base to {head()}, and head") from None
 
 
-def upgrade(engine: Engine, revision: str = "head") -> None:
+def upgrade(engine: Engine, revision: str = "head", *, wait_s: float = WAIT_S) -> None:
     """Create, adopt or upgrade the schema, in one transaction.
+
+    A schema that a newer release made stays as it is, if this release can work with it.
 
     Args:
         engine: The store's engine or the host's; it is not disposed.
         revision: The revision to reach.
+        wait_s: Seconds to wait for another migration, or for who holds a lock.
 
     Raises:
         AdoptionRefused: The tables that are there are not the gateway's; nothing was changed.
-        SchemaAhead: A newer release made the schema.
+        SchemaAhead: A newer release made the schema, and this one cannot work with it.
+        UpgradeTimeout: It could not begin in time; nothing was changed.
         BadArgument: There is no such revision.
     """
-    with writing(engine).connect() as connection, _explained():
-        _require_known(connection)
-        command.upgrade(_config(connection=connection), revision)
+
+    def body(connection: Connection) -> None:
+        if not standing(connection).ahead:
+            _run(command.upgrade, config(connection=connection), revision)
+
+    exclusively(engine, body, wait_s)
 
 
-def downgrade(engine: Engine, revision: str, *, drop_data: bool = False) -> None:
+def downgrade(
+    engine: Engine, revision: str, *, drop_data: bool = False, wait_s: float = WAIT_S
+) -> None:
     """Take revisions back, in one transaction.
 
     Args:
         engine: The store's engine or the host's; it is not disposed.
         revision: The revision to return to; ``base`` for none.
         drop_data: Drop tables that have rows.
+        wait_s: Seconds to wait for another migration, or for who holds a lock.
 
     Raises:
         DowngradeRefused: Rows would be lost without ``drop_data``, or what the gateway had made
             before the database was adopted; nothing was changed.
         SchemaAhead: A newer release made the schema.
+        UpgradeTimeout: It could not begin in time; nothing was changed.
         BadArgument: There is no such revision.
     """
-    with writing(engine).connect() as connection, _explained():
-        _require_known(connection)
-        config = _config(connection=connection)
-        config.cmd_opts = Namespace(x=["drop-data=yes"] if drop_data else [])
-        command.downgrade(config, revision)
+
+    def body(connection: Connection) -> None:
+        stands = standing(connection)
+        if stands.ahead:
+            raise SchemaAhead(
+                f"the schema's revision {stands.revision} is newer than this release (head "
+                f"{head()}): downgrade it with the release that made it"
+            )
+        options = Namespace(x=["drop-data=yes"] if drop_data else [])
+        _run(command.downgrade, config(connection=connection), revision, options)
+
+    exclusively(engine, body, wait_s)
+
+
+def _run(
+    what: Callable[..., None], to: Config, revision: str, options: Namespace | None = None
+) -> None:
+    """Run a command of Alembic's, one at a time in this process."""
+    if not _alembic.acquire(timeout=_ALEMBIC_WAIT_S):
+        raise UpgradeTimeout("nothing was changed: this process is migrating another database")
+    try:
+        with _explained():
+            to.cmd_opts = options
+            what(to, revision)
+    finally:
+        _alembic.release()
 
 
 def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool = False) -> None:
@@ -178,11 +151,10 @@ def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool =
     Raises:
         BadArgument: There are no such revisions.
     """
-    config = _config()
-    config.output_buffer = output
-    config.cmd_opts = Namespace(x=[f"url={url}"])
-    with _explained():
-        (command.downgrade if down else command.upgrade)(config, revisions, sql=True)
+    to = config()
+    to.output_buffer = output
+    what = partial(command.downgrade if down else command.upgrade, sql=True)
+    _run(what, to, revisions, Namespace(x=[f"url={url}"]))
 
 
 def drift(connection: Connection) -> list[str]:

@@ -137,9 +137,25 @@ class IngestBatch(Base):
     )
 
 
+class RevisionNote(Base):
+    """What a release that applied a revision has to say to older ones."""
+
+    __tablename__ = "lynkr_store_revisions"
+
+    revision: Mapped[Words] = mapped_column(primary_key=True)
+    rolling: Mapped[Count]
+    """1: a release that does not know the revision can go on reading and writing."""
+    release: Mapped[Words]
+    """The release that applied it, and knows it."""
+
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+
 TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
 
 LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
+
+NOTES: Final = Base.metadata.tables[RevisionNote.__tablename__]
 
 INDEXES: Final = tuple(index for table in Base.metadata.sorted_tables for index in table.indexes)
 """Every index the store uses: revisions build them on empty tables, ``maintain()`` on tables with

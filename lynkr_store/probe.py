@@ -9,7 +9,7 @@ from typing import Final, assert_never
 
 from sqlalchemy import Connection, func, inspect, select
 
-from lynkr_store import migrate, queries
+from lynkr_store import queries, revisions
 from lynkr_store.backend import Backend
 from lynkr_store.database import FORK_WAIT_S, Database
 from lynkr_store.engine import backend_of
@@ -127,7 +127,7 @@ def _look(database: Database) -> Look:
         if not path.exists() and "uri" not in engine.url.query:
             raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
     with database.connected(engine) as connection:
-        revision = migrate.current(connection)
+        revision = revisions.current(connection)
         there = inspect(connection).has_table(TELEMETRY.name)
         oldest = connection.scalar(queries.oldest_timestamp()) if there else None
         size, free = _sizes(connection)

@@ -6,11 +6,13 @@ library itself runs the upgrade.
 
 import os
 
-from alembic import context
+from alembic import command, context
 from sqlalchemy import Connection
 
 from lynkr_store import migrate
-from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url, writing
+from lynkr_store.engine import create_store_engine, disposing, parse_url
+from lynkr_store.exclusive import exclusively
+from lynkr_store.revisions import standing
 
 config = context.config
 
@@ -29,10 +31,16 @@ def _write_script() -> None:
         context.run_migrations()
 
 
+def _is_upgrade() -> bool:
+    asked = getattr(config.cmd_opts, "cmd", None)
+    return asked is not None and asked[0] is command.upgrade
+
+
 def _migrate(connection: Connection) -> None:
+    if standing(connection).ahead and _is_upgrade():
+        return  # in a rolling deploy the older replica finds a newer one's work, and goes on
     context.configure(connection=connection, **migrate.options())
     with context.begin_transaction():
-        ensure_begun(connection)
         context.run_migrations()
 
 
@@ -41,5 +49,5 @@ if context.is_offline_mode():
 elif (connection := config.attributes.get("connection")) is not None:
     _migrate(connection)
 else:
-    with disposing(create_store_engine(_url())) as engine, writing(engine).connect() as connection:
-        _migrate(connection)
+    with disposing(create_store_engine(_url())) as engine:
+        exclusively(engine, _migrate)

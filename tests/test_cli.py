@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from lynkr_store import Store, cli
+from lynkr_store import Store, cli, revisions
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 from tests.support.recorded import DATA, gateway_file, insert_rows, needs_data
@@ -92,10 +92,10 @@ def test_query_lists_pages_and_filters(url):
 def test_health_check_and_maintain(url):
     health = json.loads(done("health", "--url", url, "--json"))
     assert health["reachable"] is True
-    assert health["revision"] == "0006"
+    assert health["revision"] == revisions.head()
     assert "oldest_timestamp" in done("health", "--url", url)
     assert json.loads(done("check", "--url", url, "--json"))["ok"] is True
-    assert "revision 0006" in done("check", "--url", url)
+    assert f"revision {revisions.head()}" in done("check", "--url", url)
     assert json.loads(done("maintain", "--url", url, "--json")) == {
         "indexes_built": [],
         "rows_deleted": 0,
@@ -120,7 +120,7 @@ def test_upgrade_and_downgrade(empty_url):
     behind = run("check", "--url", empty_url)
     assert behind.returncode == 1
     assert "lynkr-store upgrade" in behind.stdout
-    assert "at revision 0006" in done("upgrade", "--url", empty_url)
+    assert f"at revision {revisions.head()}" in done("upgrade", "--url", empty_url)
     assert "at revision base" in done("downgrade", "base", "--url", empty_url)
     done("upgrade", "--url", empty_url)
     if empty_url.startswith("sqlite"):
@@ -142,7 +142,7 @@ def test_scripts_need_no_database(url):
 def test_the_url_comes_from_the_environment(tmp_path):
     url = f"sqlite:///{tmp_path}/a.db"
     done("upgrade", LYNKR_STORE_URL=url)
-    assert "revision 0006" in done("check", LYNKR_STORE_URL=url)
+    assert f"revision {revisions.head()}" in done("check", LYNKR_STORE_URL=url)
     assert (tmp_path / "a.db").exists()
 
 

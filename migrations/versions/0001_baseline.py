@@ -18,6 +18,7 @@ revision = "0001"
 down_revision = None
 branch_labels = None
 depends_on = None
+rolling = True
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _real: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")

@@ -15,6 +15,7 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
+rolling = True
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _real: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")

@@ -17,6 +17,7 @@ revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
+rolling = True
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")

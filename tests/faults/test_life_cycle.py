@@ -1069,7 +1069,7 @@ def test_sigterm_while_the_main_thread_opens_the_database_loses_nothing(program,
     url = new_url("sqlite-file")
     lines = program(
         """
-        from lynkr_store import migrate
+        from lynkr_store import migrate, revisions
 
         def host(number, frame):
             h = checked(store)
@@ -1077,11 +1077,11 @@ def test_sigterm_while_the_main_thread_opens_the_database_loses_nothing(program,
             os._exit(0)
 
         def look(connection):
-            migrate.require_head = real
+            revisions.require_head = real
             record(store, "r", 50)
             signal.raise_signal(signal.SIGTERM)
 
-        real, migrate.require_head = migrate.require_head, look
+        real, revisions.require_head = revisions.require_head, look
         signal.signal(signal.SIGTERM, host)
         store = opened("sync", sys.argv[1], handle_sigterm=True)
         store.get_stats()

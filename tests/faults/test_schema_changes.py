@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import text
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate, writing
+from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions, writing
 from lynkr_store.models import LEDGER, TELEMETRY
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
 from tests.support.stores import adds_up, eventually
@@ -116,7 +116,7 @@ def get_ahead(engine):
 
 
 def come_back(engine):
-    execute(engine, f"UPDATE lynkr_store_alembic_version SET version_num = '{migrate.head()}'")
+    execute(engine, f"UPDATE lynkr_store_alembic_version SET version_num = '{revisions.head()}'")
     rename_back(engine)
 
 
@@ -126,7 +126,7 @@ def forget_the_version(engine):
 
 
 def note_the_version(engine):
-    execute(engine, f"INSERT INTO lynkr_store_alembic_version VALUES ('{migrate.head()}')")
+    execute(engine, f"INSERT INTO lynkr_store_alembic_version VALUES ('{revisions.head()}')")
     rename_back(engine)
 
 
@@ -151,21 +151,21 @@ CHANGES = {
         back=upgrade,
         keeps=True,
         error="SchemaBehind: the schema is at revision 0004, this release needs "
-        f"{migrate.head()}: run lynkr-store upgrade",
+        f"{revisions.head()}: run lynkr-store upgrade",
     ),
     "the version is forgotten": SimpleNamespace(
         away=forget_the_version,
         back=note_the_version,
         keeps=True,
         error="SchemaBehind: the schema has no revision, this release needs "
-        f"{migrate.head()}: run lynkr-store upgrade",
+        f"{revisions.head()}: run lynkr-store upgrade",
     ),
     "the schema gets ahead": SimpleNamespace(
         away=get_ahead,
         back=come_back,
         keeps=True,
         error="SchemaAhead: the schema's revision 9999 is newer than this release (head "
-        f"{migrate.head()}): install a newer lynkr-store",
+        f"{revisions.head()}): install a newer lynkr-store",
     ),
 }
 
@@ -240,7 +240,7 @@ def test_a_schema_that_is_ahead_when_the_store_opens_is_waited_for(url, changing
         [line] = said(caplog)
         assert "SchemaAhead" in line
         execute(
-            changing, f"UPDATE lynkr_store_alembic_version SET version_num = '{migrate.head()}'"
+            changing, f"UPDATE lynkr_store_alembic_version SET version_num = '{revisions.head()}'"
         )
         assert store.flush(60)
         assert names(changing) == expected

@@ -20,6 +20,7 @@ from lynkr_store import (
     adopt,
     create_store_engine,
     migrate,
+    revisions,
 )
 from tests.support.recorded import (
     ADDITIVE,
@@ -62,7 +63,7 @@ def check_adopted(path, floor):
     columns, before = contents(path)
     engine = upgraded(path)
     with engine.connect() as connection:
-        assert migrate.current(connection) == migrate.head()
+        assert revisions.current(connection) == revisions.head()
         assert migrate.drift(connection) == []
         assert adopt.adopted_revision(connection) == floor
     assert contents(path, columns)[1] == before, "a value or its storage class changed"
@@ -286,7 +287,7 @@ def test_no_downgrade_goes_below_what_was_adopted(path, columns, savings, floor)
         with pytest.raises(DowngradeRefused, match=f"adopted at revision {floor}"):
             migrate.downgrade(engine, below, drop_data=True)
     with engine.connect() as connection:
-        assert migrate.current(connection) == floor
+        assert revisions.current(connection) == floor
     assert contents(path, names)[1] == before
     migrate.upgrade(engine)
     engine.dispose()
@@ -310,7 +311,7 @@ def test_postgres_tables_of_our_names_are_refused(postgres_url, statement):
     with pytest.raises(AdoptionRefused, match="nothing was changed"):
         migrate.upgrade(engine)
     with engine.connect() as connection:
-        assert migrate.current(connection) is None
+        assert revisions.current(connection) is None
     engine.dispose()
 
 

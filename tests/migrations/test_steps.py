@@ -12,18 +12,18 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, make_url, text
 
-from lynkr_store import DowngradeRefused, Store, create_store_engine, migrate
+from lynkr_store import DowngradeRefused, Store, create_store_engine, migrate, revisions
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.models import Base
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
 
 
 def revision_of(engine):
     with engine.connect() as connection:
-        return migrate.current(connection)
+        return revisions.current(connection)
 
 
 def rows(connection: Connection):
@@ -76,7 +76,7 @@ def test_the_migrated_schema_is_the_models(empty_engine):
             there = [column["name"] for column in inspector.get_columns(table.name)]
             assert there == [column.name for column in table.c]
     migrate.upgrade(empty_engine)  # a second time there is nothing to do
-    assert revision_of(empty_engine) == migrate.head()
+    assert revision_of(empty_engine) == revisions.head()
 
 
 def test_drift_is_seen(empty_engine):
@@ -117,7 +117,7 @@ def test_downgrade_to_base_keeps_rows_unless_told(empty_engine):
     insert(empty_engine, "kept")
     with pytest.raises(DowngradeRefused, match="drop-data"):
         migrate.downgrade(empty_engine, "base")
-    assert revision_of(empty_engine) == migrate.head(), "nothing was changed"
+    assert revision_of(empty_engine) == revisions.head(), "nothing was changed"
     with empty_engine.connect() as connection:
         assert len(rows(connection)) == 1
         assert migrate.drift(connection) == []
@@ -137,7 +137,7 @@ def test_a_table_of_savings_with_rows_is_kept_too(empty_engine):
         )
     with pytest.raises(DowngradeRefused, match="savings_events"):
         migrate.downgrade(empty_engine, "0003")
-    assert revision_of(empty_engine) == migrate.head()
+    assert revision_of(empty_engine) == revisions.head()
 
 
 def test_a_failing_upgrade_leaves_nothing_behind(empty_engine, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_failing_upgrade_leaves_nothing_behind(empty_engine, monkeypatch):
     assert len(there) == 26
     monkeypatch.undo()
     migrate.upgrade(empty_engine)
-    assert revision_of(empty_engine) == migrate.head()
+    assert revision_of(empty_engine) == revisions.head()
 
 
 def alembic(*arguments, url=None, **environment):
@@ -179,7 +179,7 @@ def test_the_alembic_command_goes_up_checks_and_comes_down(empty_url):
         done = alembic(*command, url=empty_url)
         assert done.returncode == 0, done.stderr
     engine = create_store_engine(empty_url)
-    assert revision_of(engine) == migrate.head()
+    assert revision_of(engine) == revisions.head()
     insert(engine, "p")
     engine.dispose()
     refused = alembic("downgrade", "base", url=empty_url)
@@ -192,7 +192,7 @@ def test_the_alembic_command_goes_up_checks_and_comes_down(empty_url):
 def test_the_alembic_command_reads_the_environment(empty_url):
     assert alembic("upgrade", "head", LYNKR_STORE_URL=empty_url).returncode == 0
     engine = create_store_engine(empty_url)
-    assert revision_of(engine) == migrate.head()
+    assert revision_of(engine) == revisions.head()
     engine.dispose()
 
 
@@ -211,7 +211,7 @@ def test_the_script_does_what_the_upgrade_does(empty_url):
         engine.dispose()
     engine = create_store_engine(empty_url)
     with engine.connect() as connection:
-        assert migrate.current(connection) == migrate.head()
+        assert revisions.current(connection) == revisions.head()
         assert migrate.drift(connection) == []
         assert migrate.missing_indexes(connection) == []
     engine.dispose()

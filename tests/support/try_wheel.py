@@ -8,8 +8,8 @@ from pathlib import Path
 
 CHECK = """
 import lynkr_store
-from lynkr_store import RoutingEvent, Store, migrate
-assert migrate._directory().name == "_migrations", migrate._directory()
+from lynkr_store import RoutingEvent, Store, revisions
+assert revisions.directory().name == "_migrations", revisions.directory()
 with Store("sqlite:///by-code.db") as store:
     store.record(RoutingEvent(provider="p"))
     assert store.flush(10)

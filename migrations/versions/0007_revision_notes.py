@@ -1,0 +1,40 @@
+"""Create lynkr_store_revisions, where each revision from now on says whether older code can go on.
+
+Why: in a rolling deploy releases of two ages work on one schema.  The older one cannot know the
+newer revision; what it needs to know stands here: ``rolling``, and the release to install if not.
+Backfill: none; older revisions are known to every release that reads this.  Locks: none, the table
+is new and small.  Older code: does not know it and refuses the schema as ahead, as it did before.
+Undo: downgrade drops the table, which holds nothing of the user's.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from lynkr_store import ddl
+from lynkr_store.exceptions import AdoptionRefused
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+rolling = True
+
+_whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+_text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
+def upgrade() -> None:
+    if ddl.has_table("lynkr_store_revisions"):
+        raise AdoptionRefused("the table lynkr_store_revisions is there, and it is not the store's")
+    op.create_table(
+        "lynkr_store_revisions",
+        sa.Column("revision", _text, nullable=False),
+        sa.Column("rolling", _whole, nullable=False),
+        sa.Column("release", _text, nullable=False),
+        sa.PrimaryKeyConstraint("revision", name="pk_lynkr_store_revisions"),
+        sqlite_with_rowid=False,
+    )
+
+
+def downgrade() -> None:
+    op.drop_table("lynkr_store_revisions")
