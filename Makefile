@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-postgresql bench check format build clean
+.PHONY: help demo test test-slow test-postgresql bench snapshots check format build clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
 
 bench: $(VENV)/dev.stamp ## what recording costs, against the bare drivers, in one run
 	$(BIN)/python benchmarks/ingest.py
+
+snapshots: $(VENV)/dev.stamp ## write the committed schema of both backends anew, after a new revision
+	$(BIN)/python -m tests.support.snapshot
 
 check: $(VENV)/dev.stamp ## formatting, lint, types, directions of imports
 	$(BIN)/ruff format --check .

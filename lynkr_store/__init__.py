@@ -21,6 +21,7 @@ from lynkr_store.exceptions import (
     UpgradeTimeout,
 )
 from lynkr_store.filters import RoutingFilter, Window
+from lynkr_store.migrate import not_ours, upgrade
 from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
@@ -73,5 +74,7 @@ __all__ = [
     "Window",
     "__version__",
     "create_store_engine",
+    "not_ours",
+    "upgrade",
     "writing",
 ]

@@ -17,10 +17,12 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    column,
     insert,
     inspect,
     select,
 )
+from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
@@ -45,6 +47,9 @@ _NEEDED_INTEGER: Final = _Shape("INTEGER", not_null=True)
 
 _TELEMETRY: Final = "routing_telemetry"
 _SAVINGS: Final = "savings_events"
+_PINS: Final = "session_pins"  # the gateway's alone
+_OF_THE_GATEWAY: Final = ("0002", "0003", "0004")
+_LATEST_ROWS: Final = 1_000
 
 _CORE: Final[Mapping[str, _Shape]] = {
     "id": _KEY,
@@ -122,8 +127,10 @@ _NOT_WORDS: Final = re.compile(
 )
 _GENERATED: Final = (2, 3)  # table_xinfo's "hidden": a virtual or stored generated column
 
+ADOPTION_TABLE: Final = "lynkr_store_adoption"
+
 _ADOPTION: Final = Table(
-    "lynkr_store_adoption",
+    ADOPTION_TABLE,
     MetaData(),
     Column("revision", Text, nullable=False),
     Column("adopted_at", BigInteger, nullable=False),
@@ -187,6 +194,34 @@ def refuse_below_adopted(connection: Connection, revision: str) -> None:
         raise DowngradeRefused(
             f"this database was adopted at revision {floor}, and a downgrade below would destroy "
             f"what the gateway made; nothing was changed. Downgrade to {floor} instead"
+        )
+
+
+def refuse_while_the_gateway_writes(connection: Connection, revision: str) -> None:
+    """Refuse to drop, in an adopted database, what the gateway's INSERT may name.
+
+    A gateway that was brought up to date after the adoption found the columns there, and names
+    them from then on; without one of them it would lose every row. It shows by its table of pins,
+    which came with the columns of 0003, or by values in the latest rows.
+
+    Raises:
+        DowngradeRefused: It seems to be writing them.
+    """
+    columns = _ADDED.get(revision, {})
+    if adopted_revision(connection) is None or revision not in _OF_THE_GATEWAY:
+        return
+    table = sql_table(_TELEMETRY, column("id"), *(column(name) for name in columns))
+    latest = select(table).order_by(table.c.id.desc()).limit(_LATEST_ROWS)
+    wrote = any(
+        row[name] not in (None, 0)
+        for row in connection.execute(latest).mappings()
+        for name in columns
+    )
+    if wrote or (revision != "0002" and inspect(connection).has_table(_PINS)):
+        raise DowngradeRefused(
+            f"this database was adopted, and the gateway seems to write what revision {revision} "
+            "added: its INSERT would fail, and nothing was changed. Stop the gateway, then say "
+            "so: alembic -x drop-data=yes downgrade …, lynkr-store downgrade --drop-data"
         )
 
 
@@ -258,8 +293,8 @@ def _check_columns(
         if name not in there:
             found = f"is spelled {spelled[name]}" if name in spelled else "is missing"
             raise AdoptionRefused(f"{table}.{name} {found}")
-    for name, column in there.items():
-        _check_column(f"{table}.{name}", column, known.get(name), known.get(name.lower()))
+    for name, info in there.items():
+        _check_column(f"{table}.{name}", info, known.get(name), known.get(name.lower()))
     return frozenset(there)
 
 

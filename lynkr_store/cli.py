@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from itertools import pairwise
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from sqlalchemy import Engine
 
 from lynkr_store import migrate, render, revisions
 from lynkr_store.engine import create_store_engine, disposing
@@ -91,14 +93,16 @@ def upgrade(
     *,
     url: _Url = None,
     sql: _Sql = False,
+    backup: Annotated[bool, typer.Option(help="Copy the SQLite file first, beside it.")] = False,
 ) -> None:
     """Create, adopt or upgrade the database's schema."""
     target = _target(url)
     if sql:
         migrate.write_script(target, revision, sys.stdout)
         return
-    with disposing(create_store_engine(target)) as engine, translated():
-        migrate.upgrade(engine, revision)
+    with _engine(target) as engine, translated():
+        if copy := migrate.upgrade(engine, revision, backup=backup):
+            print(f"copied to {copy}")
         with engine.connect() as connection:
             print(f"at revision {revisions.current(connection)}")
             missing = migrate.missing_indexes(connection)
@@ -119,7 +123,7 @@ def downgrade(
     if sql:
         migrate.write_script(target, revision, sys.stdout, down=True)
         return
-    with disposing(create_store_engine(target)) as engine, translated():
+    with _engine(target) as engine, translated():
         migrate.downgrade(engine, revision, drop_data=drop_data)
         with engine.connect() as connection:
             print(f"at revision {revisions.current(connection) or 'base'}")
@@ -281,6 +285,10 @@ def maintain(*, url: _Url = None, as_json: _Json = False) -> None:
     else:
         built = ", ".join(report.indexes_built) or "none"
         print(f"indexes built: {built}; rows deleted: {report.rows_deleted:,}")
+
+
+def _engine(url: str) -> AbstractContextManager[Engine]:
+    return disposing(create_store_engine(url, schema=StoreSettings().schema_name))
 
 
 def _target(url: str | None) -> str:

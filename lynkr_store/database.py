@@ -40,6 +40,7 @@ from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import TELEMETRY
 from lynkr_store.repository import epoch_ms_now
 from lynkr_store.schemas import LONG_FIELDS
+from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
@@ -48,6 +49,7 @@ _MARGIN: Final = 1.5  # by which a batch may take longer than the last ones
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
+_UPGRADE_WAIT_S: Final = 5.0  # who opens a store waits for an answer; the writer tries again
 _OPEN_WAIT_S: Final = 1.0
 """How long a writer waits for a thread that is opening the database. That may be one that a signal
 handler interrupted to close the store, which waits for the writer. Both may open it."""
@@ -85,7 +87,7 @@ class Database(Forkable):
             check_host_engine(engine)
             if read_only:
                 raise BadArgument("read_only: give a url, not an engine")
-            self.engine = engine
+            self.engine = in_schema(engine, settings.schema_name)
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
             self.engine, self.view = _reading(settings.url)
         else:
@@ -93,6 +95,7 @@ class Database(Forkable):
                 settings.url,
                 connect_timeout_s=settings.connect_timeout_s,
                 statement_timeout_s=settings.statement_timeout_s,
+                schema=settings.schema_name,
                 echo=settings.echo,
             )
             if read_only:
@@ -169,7 +172,7 @@ class Database(Forkable):
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # what was taken back while it was in use, somebody took back
-            migrate.upgrade(self.engine)
+            migrate.upgrade(self.engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
             if not isinstance(error, OperationalError) and self.backend is Backend.SQLITE:
                 raise StoreUnavailable(

@@ -10,7 +10,7 @@ from alembic import context, op
 from sqlalchemy import Column, Connection, inspect, literal, select
 from sqlalchemy import table as sql_table
 
-from lynkr_store.adopt import refuse_below_adopted
+from lynkr_store.adopt import refuse_below_adopted, refuse_while_the_gateway_writes
 from lynkr_store.exceptions import DowngradeRefused
 
 
@@ -57,8 +57,7 @@ def drop_table(table: str) -> None:
     Raises:
         DowngradeRefused: It has rows.
     """
-    permitted = context.get_x_argument(as_dictionary=True).get("drop-data") == "yes"
-    if not (permitted or context.is_offline_mode()) and _has_rows(op.get_bind(), table):
+    if not (_may_drop_data() or context.is_offline_mode()) and _has_rows(op.get_bind(), table):
         raise DowngradeRefused(
             f"{table} has rows, and this downgrade would drop it; nothing was changed. To lose "
             "them, say so: alembic -x drop-data=yes downgrade …, lynkr-store downgrade --drop-data"
@@ -67,13 +66,20 @@ def drop_table(table: str) -> None:
 
 
 def keep_adopted(revision: str) -> None:
-    """Refuse to undo what the gateway had made before the database was adopted.
+    """Refuse to undo what the gateway had made before the database was adopted, or writes now.
 
     Raises:
-        DowngradeRefused: It had made this revision's objects.
+        DowngradeRefused: It had made this revision's objects; or it writes them, and the user did
+            not say ``-x drop-data=yes``.
     """
     if not context.is_offline_mode():
         refuse_below_adopted(op.get_bind(), revision)
+        if not _may_drop_data():
+            refuse_while_the_gateway_writes(op.get_bind(), revision)
+
+
+def _may_drop_data() -> bool:
+    return context.get_x_argument(as_dictionary=True).get("drop-data") == "yes"
 
 
 def _has_rows(connection: Connection, table: str) -> bool:

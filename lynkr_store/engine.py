@@ -20,6 +20,7 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
     UnsupportedDatabase,
 )
+from lynkr_store.search_path import checked_schema, options_of, startup_option
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
@@ -107,6 +108,7 @@ def create_store_engine(
     *,
     connect_timeout_s: int = 5,
     statement_timeout_s: float = 30.0,
+    schema: str | None = None,
     echo: bool = False,
 ) -> Engine:
     """An Engine as the store wants it; nothing is opened before its first connection.
@@ -115,14 +117,17 @@ def create_store_engine(
         url: A supported database.
         connect_timeout_s: PostgreSQL: seconds to wait for a new connection.
         statement_timeout_s: PostgreSQL: seconds after which a statement is given up.
+        schema: PostgreSQL: where everything of the store's is; None or ``""``: where the server
+            puts it, ``public`` as a rule.
         echo: Log statements; values never are.
 
     Raises:
         UnsupportedDatabase: Another database or driver.
         MissingDriver: The driver is not installed.
+        BadArgument: PostgreSQL takes no schema of that name.
     """
     target = parse_url(url)
-    options = _engine_options(target, connect_timeout_s, statement_timeout_s)
+    options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
     if is_memory(target):
         # One connection is the whole database: threads take turns, and none may drop it.
         options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
@@ -140,6 +145,7 @@ def create_store_async_engine(
     *,
     connect_timeout_s: int = 5,
     statement_timeout_s: float = 30.0,
+    schema: str | None = None,
     echo: bool = False,
 ) -> Any:
     """The asynchronous twin of `create_store_engine`, over aiosqlite or psycopg.
@@ -156,7 +162,7 @@ def create_store_async_engine(
     if is_memory(target):
         raise UnsupportedDatabase("url: an SQLite database in memory has one connection only")
     backend = _backend_named(target.get_backend_name())
-    options = _engine_options(target, connect_timeout_s, statement_timeout_s)
+    options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
     try:
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - an extra
 
@@ -178,8 +184,9 @@ def _missing_driver(missing: ImportError, extra: str) -> MissingDriver:
 
 
 def _engine_options(
-    target: URL, connect_timeout_s: int, statement_timeout_s: float
+    target: URL, connect_timeout_s: int, statement_timeout_s: float, schema: str | None
 ) -> dict[str, Any]:
+    schema = checked_schema(schema)
     backend = _backend_named(target.get_backend_name())
     match backend:
         case Backend.SQLITE:
@@ -187,14 +194,16 @@ def _engine_options(
         case Backend.POSTGRESQL:
             own = f"-c statement_timeout={int(statement_timeout_s * 1000)} -c timezone=UTC"
             given = target.query.get("options", "")
-            options = f"{own} {given if isinstance(given, str) else ' '.join(given)}".strip()
+            parts = [own, given if isinstance(given, str) else " ".join(given)]
+            parts += [startup_option(schema)] if schema else []
             own_network = {k: v for k, v in _NETWORK.items() if k not in target.query}
             return {
                 # a server that restarted, or a proxy that hung up, costs a retry and no error
                 "pool_pre_ping": True,
+                "execution_options": options_of(schema),
                 "connect_args": {
                     "connect_timeout": connect_timeout_s,
-                    "options": options,
+                    "options": " ".join(filter(None, parts)),
                     **own_network,
                 },
             }

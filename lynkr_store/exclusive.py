@@ -18,6 +18,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, ensure_begun, writing
 from lynkr_store.exceptions import UpgradeTimeout
 from lynkr_store.faults import is_busy
+from lynkr_store.search_path import make_schema
 
 WAIT_S: Final = 60.0
 """Seconds for which a migration waits for another, or for those who hold its tables."""
@@ -78,6 +79,7 @@ def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
             if backend_of(engine) is Backend.POSTGRESQL:
                 connection.exec_driver_sql(f"SET lock_timeout = {_LOCK_TIMEOUT_MS}")
                 connection.exec_driver_sql(f"SET statement_timeout = {_STATEMENT_TIMEOUT_MS}")
+                make_schema(connection)
             body(connection)
 
 

@@ -5,7 +5,8 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -15,11 +16,19 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.schema import SchemaItem
 
+from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
+from lynkr_store.backup import back_up
+from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import BadArgument, SchemaAhead, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
+from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES, Base
 from lynkr_store.revisions import config, head, note_applied, standing
+from lynkr_store.settings import StoreSettings
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 _alembic: Final = threading.Lock()  # ``alembic.op`` and ``alembic.context`` are the process's
 _ALEMBIC_WAIT_S: Final = 10.0
@@ -37,6 +46,24 @@ def options() -> dict[str, Any]:
         "compare_type": True,
         "on_version_apply": note_applied,
     }
+
+
+def not_ours(
+    item: SchemaItem,
+    name: str | None,
+    kind: str,
+    reflected: bool,  # noqa: FBT001 - Alembic's signature
+    compare_to: SchemaItem | None,
+) -> bool:
+    """The ``include_object`` of a host's own Alembic environment: leave out what is the store's.
+
+    With it, ``alembic revision --autogenerate`` and ``alembic check`` of the host neither drop the
+    store's tables, where both are in one database, nor create them, where the host's metadata
+    includes the store's (`lynkr_store.Base.metadata`). Their revisions come with this library.
+    """
+    del reflected, compare_to
+    table = name if kind == "table" else getattr(getattr(item, "table", None), "name", None)
+    return table not in Base.metadata.tables and table not in (VERSION_TABLE, ADOPTION_TABLE)
 
 
 def _is_ours(name: str | None, kind: str, _parents: object) -> bool:
@@ -69,28 +96,64 @@ def _explained() -> Iterator[None]:
         raise BadArgument(f"revision: {error}; there are base to {head()}, and head") from None
 
 
-def upgrade(engine: Engine, revision: str = "head", *, wait_s: float = WAIT_S) -> None:
+def upgrade(
+    target: "Engine | AsyncEngine | URL | str",
+    revision: str = "head",
+    *,
+    wait_s: float = WAIT_S,
+    backup: bool = False,
+) -> Path | None:
     """Create, adopt or upgrade the schema, in one transaction.
 
-    A schema that a newer release made stays as it is, if this release can work with it.
+    A schema that a newer release made stays as it is, if this release can work with it. Inside an
+    event loop call it by ``asyncio.to_thread``: it waits for the database.
 
     Args:
-        engine: The store's engine or the host's; it is not disposed.
+        target: The database's URL; or the store's engine or the host's, which is not disposed. Of
+            an AsyncEngine the URL is used. With a URL, everything is put into the PostgreSQL schema
+            that ``LYNKR_STORE_SCHEMA`` names.
         revision: The revision to reach.
         wait_s: Seconds to wait for another migration, or for who holds a lock.
+        backup: Before anything is changed, copy the SQLite file to a new one beside it.
+
+    Returns:
+        Where the copy is; None if none was asked for, or nothing was to be changed.
 
     Raises:
         AdoptionRefused: The tables that are there are not the gateway's; nothing was changed.
         SchemaAhead: A newer release made the schema, and this one cannot work with it.
         UpgradeTimeout: It could not begin in time; nothing was changed.
-        BadArgument: There is no such revision.
+        StoreUnavailable: The database cannot be reached, or the copy could not be made.
+        BadArgument: There is no such revision, or ``backup`` of what is no SQLite file.
     """
 
     def body(connection: Connection) -> None:
         if not standing(connection).ahead:
             _run(command.upgrade, config(connection=connection), revision)
 
-    exclusively(engine, body, wait_s)
+    with _engine_of(target) as engine, translated():
+        copy = _copied(engine) if backup else None
+        exclusively(engine, body, wait_s)
+        return copy
+
+
+@contextmanager
+def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
+    if isinstance(target, Engine):
+        yield target
+        return
+    url = target if isinstance(target, str | URL) else target.url
+    with disposing(create_store_engine(url, schema=StoreSettings().schema_name)) as engine:
+        yield engine
+
+
+def _copied(engine: Engine) -> Path | None:
+    with engine.connect() as connection:
+        stands = standing(connection)
+        is_empty = not inspect(connection).get_table_names()
+    if stands.ahead or stands.revision == head() or is_empty:
+        return None
+    return back_up(engine, f"before-{head()}")
 
 
 def downgrade(
@@ -139,7 +202,13 @@ def _run(
         _alembic.release()
 
 
-def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool = False) -> None:
+def write_script(
+    url: str | URL,
+    revisions: str,
+    output: TextIO,
+    *,
+    down: bool = False,
+) -> None:
     """Write the SQL of an upgrade or downgrade instead of running it.
 
     Args:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from lynkr_store.search_path import checked_schema
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
 """Where the gateway itself keeps its telemetry, below the working directory."""
@@ -27,10 +29,18 @@ class StoreSettings(BaseSettings):
         frozen=True,
         extra="forbid",
         hide_input_in_errors=True,
+        validate_by_name=True,
     )
 
     url: Annotated[str, Field(repr=False)] = DEFAULT_URL
     """The database: ``sqlite:///path``, ``sqlite://`` (in memory) or ``postgresql://…``."""
+    schema_name: Annotated[
+        str | None,
+        Field(validation_alias="LYNKR_STORE_SCHEMA"),
+        AfterValidator(checked_schema),
+    ] = None
+    """PostgreSQL: the schema of everything that is the store's, created where that is permitted;
+    None or ``""``: where the server puts it. From the environment: ``LYNKR_STORE_SCHEMA``."""
     upgrade_on_open: bool | None = None
     """Create, adopt and upgrade the schema on first use. Default: SQLite yes, PostgreSQL no."""
     cache_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0

@@ -45,6 +45,7 @@ from lynkr_store.schemas import (
     RoutingRowBrief,
     RoutingStats,
 )
+from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 from lynkr_store.writer import CLOSE_S
 
@@ -269,12 +270,13 @@ class AsyncStore(Core):
             url = _shareable_url(engine)
         super().__init__(url, None, settings, clock)
         self._owns_engine = engine is None
-        self._engine = engine
+        self._engine = engine and _in_schema(engine, self._settings.schema_name)
         if engine is None and not self._database.in_memory:
             self._engine = create_store_async_engine(
                 self._settings.url,
                 connect_timeout_s=self._settings.connect_timeout_s,
                 statement_timeout_s=self._settings.statement_timeout_s,
+                schema=self._settings.schema_name,
                 echo=self._settings.echo,
             )
         self._connections = self._engine and _Connections(self._engine)
@@ -429,6 +431,10 @@ class _Connections(Forkable):
 
     def after_fork_in_child(self) -> None:
         forget_connections(self._engine)
+
+
+def _in_schema(engine: "AsyncEngine", schema: str | None) -> "AsyncEngine":
+    return type(engine)(in_schema(engine.sync_engine, schema))
 
 
 def _shareable_url(engine: "AsyncEngine") -> str:

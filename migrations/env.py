@@ -7,14 +7,18 @@ library itself runs the upgrade.
 import os
 
 from alembic import command, context
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
+from sqlalchemy.schema import CreateSchema
 
 from lynkr_store import migrate
+from lynkr_store.backend import Backend
 from lynkr_store.engine import create_store_engine, disposing, parse_url
 from lynkr_store.exclusive import exclusively
 from lynkr_store.revisions import standing
+from lynkr_store.search_path import checked_schema, quoted
 
 config = context.config
+schema = checked_schema(os.environ.get("LYNKR_STORE_SCHEMA"))
 
 
 def _url() -> str:
@@ -28,6 +32,9 @@ def _write_script() -> None:
     dialect = parse_url(_url()).get_backend_name()
     context.configure(dialect_name=dialect, literal_binds=True, **migrate.options())
     with context.begin_transaction():
+        if schema and dialect == Backend.POSTGRESQL:
+            context.execute(CreateSchema(schema, if_not_exists=True))
+            context.execute(text(f"SET LOCAL search_path TO {quoted(schema)}"))
         context.run_migrations()
 
 
@@ -49,5 +56,5 @@ if context.is_offline_mode():
 elif (connection := config.attributes.get("connection")) is not None:
     _migrate(connection)
 else:
-    with disposing(create_store_engine(_url())) as engine:
+    with disposing(create_store_engine(_url(), schema=schema)) as engine:
         exclusively(engine, _migrate)

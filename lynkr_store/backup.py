@@ -1,0 +1,51 @@
+"""A copy of an SQLite file, by SQLite's own backup: whole at one moment, while others write."""
+
+import os
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import Engine
+
+from lynkr_store.backend import Backend
+from lynkr_store.engine import backend_of, is_memory
+from lynkr_store.exceptions import BadArgument, StoreUnavailable
+
+
+def back_up(engine: Engine, name: str) -> Path:
+    """Copy the engine's file to a new one beside it, which its owner alone may read.
+
+    In WAL mode writers go on meanwhile. What is in the file's ``-wal`` is in the copy too.
+
+    Args:
+        engine: Of an SQLite file.
+        name: Goes into the copy's name, with the time.
+
+    Returns:
+        The copy's path.
+
+    Raises:
+        BadArgument: PostgreSQL, or a database in memory.
+        StoreUnavailable: There was no room, or the file is not readable; no copy is left behind.
+    """
+    database = engine.url.database
+    if backend_of(engine) is not Backend.SQLITE or is_memory(engine.url) or not database:
+        raise BadArgument("backup: for an SQLite file only; on PostgreSQL use pg_dump")
+    path = Path(database)
+    at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    copy = path.with_name(f"{path.name}.{name}-{at}.bak")
+    partial = copy.with_name(copy.name + ".partial")
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(partial)) as target:
+            source.backup(target)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        partial.rename(copy)
+    except (OSError, sqlite3.Error) as error:
+        raise StoreUnavailable(f"backup: {error}; nothing was changed") from error
+    finally:
+        for end in ("", "-journal", "-wal", "-shm"):
+            partial.with_name(partial.name + end).unlink(missing_ok=True)
+    return copy

@@ -1,0 +1,95 @@
+"""PostgreSQL: everything of the store's in a named schema, by the session's ``search_path``.
+
+Statements name tables alone, so that they are the same in every schema and on SQLite; which schema
+is meant, the session says. With nothing else in the path, tables of the same names elsewhere are
+not seen.
+"""
+
+import re
+from typing import Final
+
+from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.schema import CreateSchema
+
+from lynkr_store.backend import Backend
+from lynkr_store.exceptions import BadArgument, SchemaError
+
+_SCHEMA: Final = "lynkr_store_schema"  # the execution option that names it
+_MAX_BYTES: Final = 63  # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
+_NOT_PERMITTED: Final = "42501"
+
+
+def checked_schema(name: str | None) -> str | None:
+    """The schema's name; None for none, which ``""`` means too.
+
+    Raises:
+        BadArgument: PostgreSQL takes no schema of that name.
+    """
+    if not name:
+        return None
+    if "\0" in name or len(name.encode(errors="replace")) > _MAX_BYTES or name.startswith("pg_"):
+        raise BadArgument(
+            f"schema_name: give 1 to {_MAX_BYTES} bytes without NUL, not starting with pg_"
+        )
+    return name
+
+
+def startup_option(schema: str) -> str:
+    """What a connection's ``options`` say of the schema; libpq splits them at spaces."""
+    return "-c search_path=" + re.sub(r"([\\\s])", r"\\\1", quoted(schema))
+
+
+def options_of(schema: str | None) -> dict[str, str]:
+    """The execution options of an engine that works in the schema."""
+    return {_SCHEMA: schema} if schema else {}
+
+
+def schema_of(of: Engine | Connection) -> str | None:
+    """The schema that an engine or connection of the store's was given."""
+    schema: str | None = of.get_execution_options().get(_SCHEMA)
+    return schema
+
+
+def in_schema(engine: Engine, schema: str | None) -> Engine:
+    """A host's engine, whose transactions work in the schema when they are the store's.
+
+    Each sets the path for itself, and the host's own stay where they were.
+    """
+    if schema is None or engine.dialect.name != Backend.POSTGRESQL:
+        return engine
+    own = engine.execution_options(**options_of(schema))
+    event.listen(own, "begin", _on_begin)
+    return own
+
+
+def _on_begin(connection: Connection) -> None:
+    schema = schema_of(connection)
+    if schema and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        connection.exec_driver_sql(f"SET LOCAL search_path TO {quoted(schema)}")
+
+
+def quoted(schema: str) -> str:
+    """The name as an identifier, whatever is in it."""
+    return '"' + schema.replace('"', '""') + '"'
+
+
+def make_schema(connection: Connection) -> None:
+    """Create the connection's schema, if it has one that is not there.
+
+    Raises:
+        SchemaError: This user may not create it.
+    """
+    schema = schema_of(connection)
+    if not schema or inspect(connection).has_schema(schema):
+        return
+    try:
+        connection.execute(CreateSchema(schema, if_not_exists=True))
+    except ProgrammingError as error:
+        if getattr(error.driver_exception, "sqlstate", None) != _NOT_PERMITTED:
+            raise
+        raise SchemaError(
+            f"the schema {schema} is not there, and this user may not create it: have the "
+            f"database's owner run CREATE SCHEMA {quoted(schema)} AUTHORIZATION "
+            f"{connection.engine.url.username or 'the user'}"
+        ) from None

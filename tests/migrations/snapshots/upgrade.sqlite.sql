@@ -1,0 +1,145 @@
+BEGIN;
+
+CREATE TABLE lynkr_store_alembic_version (
+    version_num VARCHAR(32) NOT NULL, 
+    CONSTRAINT lynkr_store_alembic_version_pkc PRIMARY KEY (version_num)
+);
+
+-- Running upgrade  -> 0001
+
+CREATE TABLE routing_telemetry (
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, 
+    request_id TEXT NOT NULL, 
+    session_id TEXT, 
+    timestamp INTEGER NOT NULL, 
+    complexity_score REAL, 
+    tier TEXT, 
+    agentic_type TEXT, 
+    tool_count INTEGER, 
+    input_tokens INTEGER, 
+    message_count INTEGER, 
+    request_type TEXT, 
+    provider TEXT NOT NULL, 
+    model TEXT, 
+    routing_method TEXT, 
+    was_fallback INTEGER DEFAULT 0, 
+    output_tokens INTEGER, 
+    latency_ms INTEGER, 
+    status_code INTEGER, 
+    error_type TEXT, 
+    cost_usd REAL, 
+    tool_calls_made INTEGER, 
+    retry_count INTEGER DEFAULT 0, 
+    circuit_breaker_state TEXT, 
+    quality_score REAL, 
+    tokens_per_second REAL, 
+    cost_efficiency REAL
+);
+
+CREATE INDEX idx_telemetry_provider ON routing_telemetry (provider);
+
+CREATE INDEX idx_telemetry_tier ON routing_telemetry (tier);
+
+CREATE INDEX idx_telemetry_timestamp ON routing_telemetry (timestamp);
+
+CREATE INDEX idx_telemetry_session_id ON routing_telemetry (session_id, timestamp);
+
+INSERT INTO lynkr_store_alembic_version (version_num) VALUES ('0001') RETURNING version_num;
+
+-- Running upgrade 0001 -> 0002
+
+ALTER TABLE routing_telemetry ADD COLUMN request_text TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN response_text TEXT;
+
+UPDATE lynkr_store_alembic_version SET version_num='0002' WHERE lynkr_store_alembic_version.version_num = '0001';
+
+-- Running upgrade 0002 -> 0003
+
+ALTER TABLE routing_telemetry ADD COLUMN base_tier TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN escalation_source TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN propensity REAL;
+
+ALTER TABLE routing_telemetry ADD COLUMN candidates TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN pinned INTEGER DEFAULT 0;
+
+ALTER TABLE routing_telemetry ADD COLUMN switch_reason TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN cache_decision TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN cache_read_tokens INTEGER;
+
+ALTER TABLE routing_telemetry ADD COLUMN cache_creation_tokens INTEGER;
+
+UPDATE lynkr_store_alembic_version SET version_num='0003' WHERE lynkr_store_alembic_version.version_num = '0002';
+
+-- Running upgrade 0003 -> 0004
+
+CREATE TABLE savings_events (
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, 
+    timestamp INTEGER NOT NULL, 
+    category TEXT NOT NULL, 
+    tokens_saved INTEGER NOT NULL
+);
+
+CREATE INDEX idx_savings_timestamp ON savings_events (timestamp);
+
+UPDATE lynkr_store_alembic_version SET version_num='0004' WHERE lynkr_store_alembic_version.version_num = '0003';
+
+-- Running upgrade 0004 -> 0005
+
+ALTER TABLE routing_telemetry ADD COLUMN trace_id TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN attempt_index INTEGER;
+
+ALTER TABLE routing_telemetry ADD COLUMN requested_model TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN ttft_ms REAL;
+
+ALTER TABLE routing_telemetry ADD COLUMN stream INTEGER;
+
+ALTER TABLE routing_telemetry ADD COLUMN cache_tokens_included INTEGER;
+
+ALTER TABLE routing_telemetry ADD COLUMN reasoning_tokens INTEGER;
+
+ALTER TABLE routing_telemetry ADD COLUMN finish_reason TEXT;
+
+ALTER TABLE routing_telemetry ADD COLUMN attributes TEXT;
+
+UPDATE lynkr_store_alembic_version SET version_num='0005' WHERE lynkr_store_alembic_version.version_num = '0004';
+
+-- Running upgrade 0005 -> 0006
+
+CREATE TABLE ingest_batches (
+    batch_id TEXT NOT NULL, 
+    row_count INTEGER NOT NULL, 
+    committed_at INTEGER NOT NULL, 
+    CONSTRAINT pk_ingest_batches PRIMARY KEY (batch_id)
+)
+ WITHOUT ROWID;
+
+CREATE INDEX ix_ingest_batches_committed_at ON ingest_batches (committed_at);
+
+UPDATE lynkr_store_alembic_version SET version_num='0006' WHERE lynkr_store_alembic_version.version_num = '0005';
+
+-- Running upgrade 0006 -> 0007
+
+CREATE TABLE lynkr_store_revisions (
+    revision TEXT NOT NULL, 
+    rolling INTEGER NOT NULL, 
+    release TEXT NOT NULL, 
+    CONSTRAINT pk_lynkr_store_revisions PRIMARY KEY (revision)
+)
+ WITHOUT ROWID;
+
+UPDATE lynkr_store_alembic_version SET version_num='0007' WHERE lynkr_store_alembic_version.version_num = '0006';
+
+DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0007';
+
+INSERT INTO lynkr_store_revisions (revision, rolling, release) VALUES ('0007', 1, '0.1.0');
+
+COMMIT;
+
