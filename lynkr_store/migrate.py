@@ -1,5 +1,6 @@
 """Brings a database's schema to a revision, in one transaction that none runs beside."""
 
+import os
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -30,7 +31,9 @@ from lynkr_store.settings import StoreSettings
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-_alembic: Final = threading.Lock()  # ``alembic.op`` and ``alembic.context`` are the process's
+# ``alembic.op`` and ``alembic.context`` are the process's. By its id, because a forked child has
+# nobody who would release the parent's lock.
+_alembic: Final[dict[int, threading.Lock]] = {}
 _ALEMBIC_WAIT_S: Final = 10.0
 
 
@@ -192,14 +195,15 @@ def _run(
     what: Callable[..., None], to: Config, revision: str, options: Namespace | None = None
 ) -> None:
     """Run a command of Alembic's, one at a time in this process."""
-    if not _alembic.acquire(timeout=_ALEMBIC_WAIT_S):
+    turn = _alembic.setdefault(os.getpid(), threading.Lock())
+    if not turn.acquire(timeout=_ALEMBIC_WAIT_S):
         raise UpgradeTimeout("nothing was changed: this process is migrating another database")
     try:
         with _explained():
             to.cmd_opts = options
             what(to, revision)
     finally:
-        _alembic.release()
+        turn.release()
 
 
 def write_script(

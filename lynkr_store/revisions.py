@@ -121,6 +121,8 @@ def note_applied(*, ctx: MigrationContext, step: MigrationInfo, **_: object) -> 
     # of 0007 itself the table goes with the downgrade
     if script.revision < _NOTES_SINCE or (not step.is_upgrade and script.revision == _NOTES_SINCE):
         return
+    if step.is_stamp:
+        return  # the table may not be there, and nothing was applied
     ctx.execute(delete(NOTES).where(NOTES.c.revision == script.revision))
     if step.is_upgrade:
         note = {"revision": script.revision, "rolling": int(script.module.rolling)}
