@@ -16,7 +16,7 @@ from lynkr_store.engine import backend_of, writing
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES
 from lynkr_store.repository import RoutingRepository
-from lynkr_store.search_path import quoted, schema_of
+from lynkr_store.search_path import schema_of, set_path
 
 _BATCH_ROWS: Final = 1_000  # a write of about 50 ms: other writers of the file wait no longer
 _PAUSE_S: Final = 0.002  # lets a waiting writer in between
@@ -80,7 +80,7 @@ def _build_postgresql(engine: Engine) -> tuple[str, ...]:
         # building takes as long as it takes; the pool's next user has its settings back
         connection.exec_driver_sql("SET statement_timeout = 0")
         if schema := schema_of(connection):
-            connection.exec_driver_sql(f"SET search_path TO {quoted(schema)}")
+            set_path(connection, schema, local=False)
         try:
             for name in _invalid_indexes(connection):
                 connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))

@@ -8,7 +8,7 @@ not seen.
 import re
 from typing import Final
 
-from sqlalchemy import Connection, Engine, event, inspect
+from sqlalchemy import Connection, Engine, event, func, inspect, select
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.schema import CreateSchema
 
@@ -66,7 +66,15 @@ def in_schema(engine: Engine, schema: str | None) -> Engine:
 def _on_begin(connection: Connection) -> None:
     schema = schema_of(connection)
     if schema and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-        connection.exec_driver_sql(f"SET LOCAL search_path TO {quoted(schema)}")
+        set_path(connection, schema, local=True)
+
+
+def set_path(connection: Connection, schema: str, *, local: bool) -> None:
+    """Work in the schema: in this transaction (`local`), or in the whole session.
+
+    Not by SET, in whose text a driver would look for parameters.
+    """
+    connection.execute(select(func.set_config("search_path", quoted(schema), local)))
 
 
 def quoted(schema: str) -> str:

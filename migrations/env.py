@@ -7,8 +7,7 @@ library itself runs the upgrade.
 import os
 
 from alembic import command, context
-from sqlalchemy import Connection, text
-from sqlalchemy.schema import CreateSchema
+from sqlalchemy import Connection
 
 from lynkr_store import migrate
 from lynkr_store.backend import Backend
@@ -33,8 +32,9 @@ def _write_script() -> None:
     context.configure(dialect_name=dialect, literal_binds=True, **migrate.options())
     with context.begin_transaction():
         if schema and dialect == Backend.POSTGRESQL:
-            context.execute(CreateSchema(schema, if_not_exists=True))
-            context.execute(text(f"SET LOCAL search_path TO {quoted(schema)}"))
+            write = context.get_context().impl.static_output
+            write(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)};")
+            write(f"SET LOCAL search_path TO {quoted(schema)};")
         context.run_migrations()
 
 
