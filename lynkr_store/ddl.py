@@ -4,14 +4,24 @@ On a gateway's file a revision meets columns, tables and indexes that the gatewa
 script (``--sql``) nothing can be looked up, and everything is written out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Final
 
 from alembic import context, op
-from sqlalchemy import Column, Connection, inspect, literal, select
+from sqlalchemy import Column, Connection, func, inspect, literal, select
 from sqlalchemy import table as sql_table
 
-from lynkr_store.adopt import refuse_below_adopted, refuse_while_the_gateway_writes
+from lynkr_store.adopt import (
+    adopted_revision,
+    refuse_below_adopted,
+    refuse_while_the_gateway_writes,
+)
+from lynkr_store.backend import Backend
+from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import DowngradeRefused
+
+_TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
+"""Tables that are not dropped with rows in them, and the revisions that made them."""
 
 
 def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
@@ -34,14 +44,32 @@ def create_indexes(table: str, indexes: dict[str, list[str]]) -> None:
     if not context.is_offline_mode():
         if _has_rows(op.get_bind(), table):
             return
-        there = {index["name"] for index in inspect(op.get_bind()).get_indexes(table)}
+        there = index_names(op.get_bind(), table)
     for name, columns in indexes.items():
         if name not in there:
             op.create_index(name, table, columns)
 
 
+def index_names(connection: Connection, table: str) -> set[str | None]:
+    """The names of a table's indexes, whoever made them and of whatever."""
+    if backend_of(connection) is Backend.SQLITE:  # Reflection warns of those on expressions.
+        listed = func.pragma_index_list(table).table_valued("name")
+        return set(connection.scalars(select(listed.c.name)))
+    return {index["name"] for index in inspect(connection).get_indexes(table)}
+
+
 def drop_columns(table: str, columns: Sequence[str]) -> None:
-    """Drop the columns, with their values."""
+    """Drop the columns, with their values; leave them in an adopted file that may be in use.
+
+    SQLite writes the whole table anew for each: at 1,000,000 rows the lock is held for 15 s, and a
+    gateway waits 3. They are nullable, neither it nor an older release minds them, and an upgrade
+    finds them again. With ``-x drop-data=yes`` they go.
+    """
+    if not context.is_offline_mode():
+        bind = op.get_bind()
+        adopted = backend_of(bind) is Backend.SQLITE and adopted_revision(bind) is not None
+        if adopted and not _may_drop_data():
+            return
     for column in columns:
         op.drop_column(table, column)
 
@@ -57,12 +85,34 @@ def drop_table(table: str) -> None:
     Raises:
         DowngradeRefused: It has rows.
     """
-    if not (_may_drop_data() or context.is_offline_mode()) and _has_rows(op.get_bind(), table):
+    if not (_may_drop_data() or context.is_offline_mode()):
+        _keep_rows(op.get_bind(), table)
+    op.drop_table(table)
+
+
+def _keep_rows(connection: Connection, table: str) -> None:
+    if _has_rows(connection, table):
         raise DowngradeRefused(
             f"{table} has rows, and this downgrade would drop it; nothing was changed. To lose "
             "them, say so: alembic -x drop-data=yes downgrade …, lynkr-store downgrade --drop-data"
         )
-    op.drop_table(table)
+
+
+def refuse_early(connection: Connection, undone: Collection[str]) -> None:
+    """Refuse a downgrade before its first step, which may hold SQLite's lock for long.
+
+    Args:
+        connection: Of the database.
+        undone: The revisions that would be undone.
+
+    Raises:
+        DowngradeRefused: One of them would refuse.
+    """
+    for revision in sorted(undone, reverse=True):
+        _keep_adopted(connection, revision)
+    for revision, table in _TABLES.items():
+        if revision in undone and not _may_drop_data():
+            _keep_rows(connection, table)
 
 
 def keep_adopted(revision: str) -> None:
@@ -73,9 +123,13 @@ def keep_adopted(revision: str) -> None:
             not say ``-x drop-data=yes``.
     """
     if not context.is_offline_mode():
-        refuse_below_adopted(op.get_bind(), revision)
-        if not _may_drop_data():
-            refuse_while_the_gateway_writes(op.get_bind(), revision)
+        _keep_adopted(op.get_bind(), revision)
+
+
+def _keep_adopted(connection: Connection, revision: str) -> None:
+    refuse_below_adopted(connection, revision)
+    if not _may_drop_data():
+        refuse_while_the_gateway_writes(connection, revision)
 
 
 def _may_drop_data() -> bool:

@@ -317,7 +317,8 @@ def ensure_begun(connection: Connection) -> None:
     RELEASE the commit.
     """
     if backend_of(connection) is Backend.SQLITE:
-        driver: Any = connection.connection.driver_connection
+        pooled = connection.connection
+        driver: Any = pooled.driver_connection or pooled.dbapi_connection  # the latter if detached
         if not driver.in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 

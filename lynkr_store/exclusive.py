@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of, ensure_begun, writing
+from lynkr_store.engine import backend_of, ensure_begun, is_memory, writing
 from lynkr_store.exceptions import UpgradeTimeout
 from lynkr_store.faults import is_busy
 from lynkr_store.search_path import make_schema
@@ -40,8 +40,8 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
     When a lock is in its way, the transaction is rolled back and the body called again.
 
     Args:
-        engine: The store's or the host's. On PostgreSQL its connections here are closed
-            afterwards, so that nobody inherits the session's settings.
+        engine: The store's or the host's. Its connections here are closed afterwards: nobody
+            inherits the session's settings, and an SQLite file's next one sees that it is ours.
         body: Takes a connection in a transaction, which is committed when it returns.
         wait_s: Seconds after which it is not tried again. One try may take a second more, on
             SQLite the driver's own ``busy_timeout``.
@@ -72,7 +72,7 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
 
 def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
     with writing(engine).connect() as connection:
-        if backend_of(engine) is Backend.POSTGRESQL:
+        if not _is_whole_database(engine):
             connection.detach()
         with connection.begin():
             ensure_begun(connection)
@@ -81,6 +81,14 @@ def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
                 connection.exec_driver_sql(f"SET statement_timeout = {_STATEMENT_TIMEOUT_MS}")
                 make_schema(connection)
             body(connection)
+
+
+def _is_whole_database(engine: Engine) -> bool:
+    """Whether a connection that is closed may take an SQLite database in memory with it."""
+    url = engine.url
+    return backend_of(engine) is Backend.SQLITE and (
+        is_memory(url) or str(url.database).startswith("file:")
+    )
 
 
 @contextmanager

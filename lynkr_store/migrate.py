@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect
+from sqlalchemy.exc import SAWarning
 from sqlalchemy.schema import SchemaItem
 
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.backup import back_up
+from lynkr_store.ddl import index_names
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import BadArgument, SchemaAhead, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
@@ -180,6 +183,8 @@ def downgrade(
 
     def body(connection: Connection) -> None:
         stands = standing(connection)
+        if stands.revision is None:
+            return  # nothing of ours is there, and nothing is left behind
         if stands.ahead:
             raise SchemaAhead(
                 f"the schema's revision {stands.revision} is newer than this release (head "
@@ -201,6 +206,7 @@ def _run(
     try:
         with _explained():
             to.cmd_opts = options
+            to.attributes["command"] = what
             what(to, revision)
     finally:
         turn.release()
@@ -233,7 +239,10 @@ def write_script(
 def drift(connection: Connection) -> list[str]:
     """The differences between the database's tables and this release's, in words; [] for none."""
     context = MigrationContext.configure(connection, opts=options())
-    return [str(difference) for difference in compare_metadata(context, Base.metadata)]
+    with warnings.catch_warnings():
+        # of somebody else's
+        warnings.filterwarnings("ignore", "Skipped unsupported reflection", SAWarning)
+        return [str(difference) for difference in compare_metadata(context, Base.metadata)]
 
 
 def missing_indexes(connection: Connection) -> list[str]:
@@ -242,5 +251,5 @@ def missing_indexes(connection: Connection) -> list[str]:
     there: set[str | None] = set()
     for table in Base.metadata.tables:
         if inspector.has_table(table):
-            there |= {index["name"] for index in inspector.get_indexes(table)}
+            there |= index_names(connection, table)
     return [str(index.name) for index in INDEXES if index.name not in there]

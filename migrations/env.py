@@ -9,7 +9,7 @@ import os
 from alembic import command, context
 from sqlalchemy import Connection
 
-from lynkr_store import migrate
+from lynkr_store import ddl, migrate
 from lynkr_store.backend import Backend
 from lynkr_store.engine import create_store_engine, disposing, parse_url
 from lynkr_store.exclusive import exclusively
@@ -38,14 +38,21 @@ def _write_script() -> None:
         context.run_migrations()
 
 
-def _is_upgrade() -> bool:
-    asked = getattr(config.cmd_opts, "cmd", None)
-    return asked is not None and asked[0] is command.upgrade
+def _command() -> object:
+    asked = getattr(config.cmd_opts, "cmd", None)  # of the command line
+    return asked[0] if asked else config.attributes.get("command")
 
 
 def _migrate(connection: Connection) -> None:
-    if standing(connection).ahead and _is_upgrade():
+    stands = standing(connection)
+    if _command() is command.upgrade and stands.ahead:
         return  # in a rolling deploy the older replica finds a newer one's work, and goes on
+    if _command() is command.downgrade:
+        if stands.revision is None:
+            return  # nothing of ours is there, and nothing is left behind
+        to = context.get_revision_argument()
+        undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
+        ddl.refuse_early(connection, {script.revision for script in undone})
     context.configure(connection=connection, **migrate.options())
     with context.begin_transaction():
         context.run_migrations()
