@@ -2,15 +2,31 @@
 
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import Engine
 
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of, is_memory
+from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
+
+
+def file_of(engine: Engine) -> Path:
+    """The file that the engine's connections open, by whatever name.
+
+    Raises:
+        BadArgument: PostgreSQL, or a database in memory.
+    """
+    path = ""
+    if backend_of(engine) is Backend.SQLITE:
+        with engine.connect() as connection:
+            databases = connection.exec_driver_sql("PRAGMA database_list").all()
+        path = next(file for _, name, file in databases if name == "main")
+    if not path:
+        raise BadArgument("backup: for an SQLite file only; on PostgreSQL use pg_dump")
+    return Path(path)
 
 
 def back_up(engine: Engine, name: str) -> Path:
@@ -29,16 +45,17 @@ def back_up(engine: Engine, name: str) -> Path:
         BadArgument: PostgreSQL, or a database in memory.
         StoreUnavailable: There was no room, or the file is not readable; no copy is left behind.
     """
-    database = engine.url.database
-    if backend_of(engine) is not Backend.SQLITE or is_memory(engine.url) or not database:
-        raise BadArgument("backup: for an SQLite file only; on PostgreSQL use pg_dump")
-    path = Path(database)
+    path = file_of(engine)
     at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     copy = path.with_name(f"{path.name}.{name}-{at}.bak")
     partial = copy.with_name(copy.name + ".partial")
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(partial)) as target:
+        read_only = f"{path.as_uri()}?mode=ro"
+        with (
+            closing(sqlite3.connect(read_only, uri=True)) as source,
+            closing(sqlite3.connect(partial)) as target,
+        ):
             source.backup(target)
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
@@ -47,5 +64,6 @@ def back_up(engine: Engine, name: str) -> Path:
         raise StoreUnavailable(f"backup: {error}; nothing was changed") from error
     finally:
         for end in ("", "-journal", "-wal", "-shm"):
-            partial.with_name(partial.name + end).unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.with_name(partial.name + end).unlink(missing_ok=True)
     return copy

@@ -172,7 +172,7 @@ class Database(Forkable):
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # what was taken back while it was in use, somebody took back
-            migrate.upgrade(self.engine, wait_s=_UPGRADE_WAIT_S)
+            migrate.bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
             if not isinstance(error, OperationalError) and self.backend is Backend.SQLITE:
                 raise StoreUnavailable(

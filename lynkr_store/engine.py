@@ -275,8 +275,8 @@ def check_host_engine(engine: Engine) -> None:
     """Refuse a host's engine that the store cannot share.
 
     Raises:
-        BadArgument: Not an Engine, or one whose pool hands one connection to several threads, or
-            each thread a database of its own.
+        BadArgument: Not an Engine; one whose pool hands one connection to several threads, or
+            each thread a database of its own; or one whose options have it commit by itself.
         UnsupportedDatabase: Another database or driver.
     """
     if not isinstance(engine, Engine):
@@ -286,6 +286,12 @@ def check_host_engine(engine: Engine) -> None:
         raise BadArgument(
             "engine: its pool cannot be shared with the writer's thread; for SQLite in memory use "
             "Store('sqlite://') and its engine"
+        )
+    if engine.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        # it would win over the store's own option, and a batch must be one transaction
+        raise BadArgument(
+            "engine: its execution options have it commit each statement by itself; give the "
+            "engine from which it was made"
         )
 
 

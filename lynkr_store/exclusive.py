@@ -18,7 +18,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, ensure_begun, is_memory, writing
 from lynkr_store.exceptions import UpgradeTimeout
 from lynkr_store.faults import is_busy
-from lynkr_store.search_path import make_schema
+from lynkr_store.search_path import make_schema, schema_of
 
 WAIT_S: Final = 60.0
 """Seconds for which a migration waits for another, or for those who hold its tables."""
@@ -72,6 +72,8 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
 
 def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
     with writing(engine).connect() as connection:
+        if backend_of(engine) is Backend.POSTGRESQL:  # whatever a host's engine is set to
+            connection.execution_options(isolation_level="READ COMMITTED")
         if not _is_whole_database(engine):
             connection.detach()
         with connection.begin():
@@ -79,7 +81,7 @@ def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
             if backend_of(engine) is Backend.POSTGRESQL:
                 connection.exec_driver_sql(f"SET lock_timeout = {_LOCK_TIMEOUT_MS}")
                 connection.exec_driver_sql(f"SET statement_timeout = {_STATEMENT_TIMEOUT_MS}")
-                make_schema(connection)
+                make_schema(connection, schema_of(engine))
             body(connection)
 
 

@@ -86,19 +86,15 @@ def _build_sqlite(engine: Engine) -> tuple[str, ...]:
 
 def _build_postgresql(engine: Engine) -> tuple[str, ...]:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        # building takes as long as it takes; the pool's next user has its settings back
-        connection.exec_driver_sql("SET statement_timeout = 0")
+        connection.detach()  # the session ends here, with its settings
+        connection.exec_driver_sql("SET statement_timeout = 0")  # it takes as long as it takes
         if schema := schema_of(connection):
             set_path(connection, schema, local=False)
-        try:
-            for name in _invalid_indexes(connection):
-                connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))
-            missing = migrate.missing_indexes(connection)
-            for name in missing:
-                connection.execute(CreateIndex(_index(name, concurrently=True), if_not_exists=True))
-        finally:
-            connection.exec_driver_sql("RESET statement_timeout")
-            connection.exec_driver_sql("RESET search_path")
+        for name in _invalid_indexes(connection):
+            connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))
+        missing = migrate.missing_indexes(connection)
+        for name in missing:
+            connection.execute(CreateIndex(_index(name, concurrently=True), if_not_exists=True))
     return tuple(missing)
 
 

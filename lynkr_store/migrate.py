@@ -14,6 +14,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.exc import SAWarning
@@ -21,14 +22,15 @@ from sqlalchemy.schema import SchemaItem
 
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.backup import back_up
+from lynkr_store.backup import back_up, file_of
 from lynkr_store.ddl import index_names
-from lynkr_store.engine import create_store_engine, disposing
-from lynkr_store.exceptions import BadArgument, SchemaAhead, UpgradeTimeout
+from lynkr_store.engine import create_store_engine, disposing, is_memory, parse_url
+from lynkr_store.exceptions import BadArgument, SchemaAhead, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES, Base
-from lynkr_store.revisions import config, head, note_applied, standing
+from lynkr_store.revisions import config, head, note_applied, standing, steps
+from lynkr_store.search_path import in_schema, schema_of
 from lynkr_store.settings import StoreSettings
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def not_ours(
     With it, ``alembic revision --autogenerate`` and ``alembic check`` of the host neither drop the
     store's tables, where both are in one database, nor create them, where the host's metadata
     includes the store's (`lynkr_store.Base.metadata`). Their revisions come with this library.
+    It goes by the tables' names, in whatever schema they are.
     """
     del reflected, compare_to
     table = name if kind == "table" else getattr(getattr(item, "table", None), "name", None)
@@ -98,8 +101,9 @@ def _explained() -> Iterator[None]:
     """Give Alembic's complaints of wrong use the library's form."""
     try:
         yield
-    except CommandError as error:
-        raise BadArgument(f"revision: {error}; there are base to {head()}, and head") from None
+    except (CommandError, RevisionError, AssertionError) as error:
+        said = error if str(error) else "that is none"
+        raise BadArgument(f"revision: {said}; there are base to {head()}, and head") from None
 
 
 def upgrade(
@@ -116,11 +120,12 @@ def upgrade(
 
     Args:
         target: The database's URL; or the store's engine or the host's, which is not disposed. Of
-            an AsyncEngine the URL is used. With a URL, everything is put into the PostgreSQL schema
-            that ``LYNKR_STORE_SCHEMA`` names.
+            an AsyncEngine the URL is used. Everything is put into the PostgreSQL schema that the
+            engine was made with, else ``LYNKR_STORE_SCHEMA`` names.
         revision: The revision to reach.
         wait_s: Seconds to wait for another migration, or for who holds a lock.
-        backup: Before anything is changed, copy the SQLite file to a new one beside it.
+        backup: Before anything is changed, copy the SQLite file to a new one beside it. Where the
+            upgrade is then refused, or does not begin in time, the copy is removed.
 
     Returns:
         Where the copy is; None if none was asked for, or nothing was to be changed.
@@ -132,33 +137,53 @@ def upgrade(
         StoreUnavailable: The database cannot be reached, or the copy could not be made.
         BadArgument: There is no such revision, or ``backup`` of what is no SQLite file.
     """
+    with _engine_of(target) as engine, translated():
+        copy = _copied(engine, revision) if backup else None
+        try:
+            bring_to(engine, revision, wait_s)
+        except (SchemaError, UpgradeTimeout):
+            if copy:  # nothing was changed; who tries again and again would fill the disk
+                copy.unlink(missing_ok=True)
+            raise
+        return copy
+
+
+def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> None:
+    """`upgrade` of an engine that says itself which schema it works in."""
 
     def body(connection: Connection) -> None:
         if not standing(connection).ahead:
-            _run(command.upgrade, config(connection=connection), revision)
+            to = config(connection=connection, schema=schema_of(engine))
+            _run(command.upgrade, to, revision)
 
-    with _engine_of(target) as engine, translated():
-        copy = _copied(engine) if backup else None
-        exclusively(engine, body, wait_s)
-        return copy
+    exclusively(engine, body, wait_s)
 
 
 @contextmanager
 def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
+    """An engine for the target, that works in the schema which it or the environment names."""
+    own = getattr(target, "sync_engine", target)
+    schema = schema_of(own) if isinstance(own, Engine) else None
+    schema = schema or StoreSettings().schema_name
     if isinstance(target, Engine):
-        yield target
+        yield target if schema_of(target) else in_schema(target, schema)
         return
-    url = target if isinstance(target, str | URL) else target.url
-    with disposing(create_store_engine(url, schema=StoreSettings().schema_name)) as engine:
+    url = parse_url(target if isinstance(target, str | URL) else target.url)
+    if is_memory(url) and own is not target:
+        raise BadArgument("target: SQLite in memory has one connection; its store upgrades it")
+    with disposing(create_store_engine(url, schema=schema)) as engine:
         yield engine
 
 
-def _copied(engine: Engine) -> Path | None:
+def _copied(engine: Engine, revision: str) -> Path | None:
+    """Copy the engine's file, if the upgrade has something to do."""
+    file_of(engine)
     with engine.connect() as connection:
         stands = standing(connection)
         is_empty = not inspect(connection).get_table_names()
-    if stands.ahead or stands.revision == head() or is_empty:
-        return None
+    with _explained():
+        if stands.ahead or is_empty or not steps(revision, stands.revision):
+            return None
     return back_up(engine, f"before-{head()}")
 
 
@@ -184,6 +209,8 @@ def downgrade(
     def body(connection: Connection) -> None:
         stands = standing(connection)
         if stands.revision is None:
+            with _explained():
+                steps("head", revision)
             return  # nothing of ours is there, and nothing is left behind
         if stands.ahead:
             raise SchemaAhead(
@@ -191,7 +218,8 @@ def downgrade(
                 f"{head()}): downgrade it with the release that made it"
             )
         options = Namespace(x=["drop-data=yes"] if drop_data else [])
-        _run(command.downgrade, config(connection=connection), revision, options)
+        to = config(connection=connection, schema=schema_of(engine))
+        _run(command.downgrade, to, revision, options)
 
     exclusively(engine, body, wait_s)
 
@@ -200,13 +228,15 @@ def _run(
     what: Callable[..., None], to: Config, revision: str, options: Namespace | None = None
 ) -> None:
     """Run a command of Alembic's, one at a time in this process."""
+    if not isinstance(revision, str) or not revision:
+        raise BadArgument(f"revision: there are base to {head()}, and head")
     turn = _alembic.setdefault(os.getpid(), threading.Lock())
     if not turn.acquire(timeout=_ALEMBIC_WAIT_S):
         raise UpgradeTimeout("nothing was changed: this process is migrating another database")
     try:
         with _explained():
             to.cmd_opts = options
-            to.attributes["command"] = what
+            to.attributes |= {"command": what}
             what(to, revision)
     finally:
         turn.release()

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, cast
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.script import Script, ScriptDirectory
+from alembic.script.revision import RangeNotAncestorError
 from sqlalchemy import Connection, delete, insert, inspect, select
 
 from lynkr_store.backend import VERSION_TABLE
@@ -94,6 +95,19 @@ def standing(connection: Connection) -> Standing:
         f"the schema's revision {revision} is newer than this release (head {head()}): "
         f"install {remedy}"
     )
+
+
+def steps(revision: str, stands_at: str | None) -> int:
+    """How many revisions an upgrade to the one from the other would apply.
+
+    Raises:
+        RevisionError: Alembic's; there is no such revision.
+    """
+    lower = stands_at or "base"
+    try:
+        return len(list(_script().iterate_revisions(revision, lower, implicit_base=True)))
+    except RangeNotAncestorError:
+        return 0  # it is behind
 
 
 def require_head(connection: Connection) -> str:

@@ -6,6 +6,8 @@ not seen.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy import Connection, Engine, event, func, inspect, select
@@ -28,9 +30,14 @@ def checked_schema(name: str | None) -> str | None:
     """
     if not name:
         return None
-    if "\0" in name or len(name.encode(errors="replace")) > _MAX_BYTES or name.startswith("pg_"):
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = 0
+    if "\0" in name or not 0 < size <= _MAX_BYTES or name.startswith("pg_") or name == "$user":
         raise BadArgument(
-            f"schema_name: give 1 to {_MAX_BYTES} bytes without NUL, not starting with pg_"
+            f"schema_name: give 1 to {_MAX_BYTES} bytes of text without NUL, not starting with "
+            "pg_, and not $user"
         )
     return name
 
@@ -58,7 +65,8 @@ def in_schema(engine: Engine, schema: str | None) -> Engine:
     """
     if schema is None or engine.dialect.name != Backend.POSTGRESQL:
         return engine
-    own = engine.execution_options(**options_of(schema))
+    # a path for a transaction needs one, whatever the host's engine is set to
+    own = engine.execution_options(isolation_level="READ COMMITTED", **options_of(schema))
     event.listen(own, "begin", _on_begin)
     return own
 
@@ -74,7 +82,11 @@ def set_path(connection: Connection, schema: str, *, local: bool) -> None:
 
     Not by SET, in whose text a driver would look for parameters.
     """
-    connection.execute(select(func.set_config("search_path", quoted(schema), local)))
+    _set_path(connection, quoted(schema), local=local)
+
+
+def _set_path(connection: Connection, path: str, *, local: bool) -> None:
+    connection.execute(select(func.set_config("search_path", path, local)))
 
 
 def quoted(schema: str) -> str:
@@ -82,15 +94,15 @@ def quoted(schema: str) -> str:
     return '"' + schema.replace('"', '""') + '"'
 
 
-def make_schema(connection: Connection) -> None:
-    """Create the connection's schema, if it has one that is not there.
+def make_schema(connection: Connection, schema: str | None) -> None:
+    """Create the schema, if one is named that is not there.
 
     Raises:
         SchemaError: This user may not create it.
     """
-    schema = schema_of(connection)
     if not schema or inspect(connection).has_schema(schema):
         return
+    user = connection.scalar(select(func.current_user()))
     try:
         connection.execute(CreateSchema(schema, if_not_exists=True))
     except ProgrammingError as error:
@@ -98,6 +110,28 @@ def make_schema(connection: Connection) -> None:
             raise
         raise SchemaError(
             f"the schema {schema} is not there, and this user may not create it: have the "
-            f"database's owner run CREATE SCHEMA {quoted(schema)} AUTHORIZATION "
-            f"{connection.engine.url.username or 'the user'}"
+            f"database's owner run CREATE SCHEMA {quoted(schema)} AUTHORIZATION {quoted(str(user))}"
         ) from None
+
+
+@contextmanager
+def within(connection: Connection, schema: str | None) -> Iterator[None]:
+    """A host's connection, in its transaction, works in the schema; afterwards where it did."""
+    if not schema or connection.dialect.name != Backend.POSTGRESQL:
+        yield
+        return
+    before = connection.scalar(select(func.current_setting("search_path")))
+    make_schema(connection, schema)
+    set_path(connection, schema, local=True)
+    yield
+    _set_path(connection, str(before), local=True)
+
+
+def script_lines(schema: str) -> str:
+    """SQL that creates the schema, if it is not there, and works in it for a transaction."""
+    make = f"CREATE SCHEMA {quoted(schema)}"
+    literal = quoted(schema).replace("'", "''")
+    return (
+        f"DO $make$ BEGIN IF to_regnamespace('{literal}') IS NULL THEN {make}; END IF; END $make$;"
+        f"\n\nSET LOCAL search_path TO {quoted(schema)};"
+    )

@@ -18,6 +18,7 @@ from lynkr_store.cache import cached
 from lynkr_store.core import Core
 from lynkr_store.database import FORK_WAIT_S
 from lynkr_store.engine import (
+    check_host_engine,
     create_store_async_engine,
     forget_connections,
     parse_url,
@@ -434,6 +435,7 @@ class _Connections(Forkable):
 
 
 def _in_schema(engine: "AsyncEngine", schema: str | None) -> "AsyncEngine":
+    check_host_engine(engine.sync_engine)
     return type(engine)(in_schema(engine.sync_engine, schema))
 
 

@@ -11,13 +11,13 @@ from sqlalchemy import Connection
 
 from lynkr_store import ddl, migrate
 from lynkr_store.backend import Backend
-from lynkr_store.engine import create_store_engine, disposing, parse_url
+from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url
 from lynkr_store.exclusive import exclusively
-from lynkr_store.revisions import standing
-from lynkr_store.search_path import checked_schema, quoted
+from lynkr_store.revisions import head, standing
+from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
 
 config = context.config
-schema = checked_schema(os.environ.get("LYNKR_STORE_SCHEMA"))
+schema = config.attributes.get("schema", checked_schema(os.environ.get("LYNKR_STORE_SCHEMA")))
 
 
 def _url() -> str:
@@ -32,20 +32,26 @@ def _write_script() -> None:
     context.configure(dialect_name=dialect, literal_binds=True, **migrate.options())
     with context.begin_transaction():
         if schema and dialect == Backend.POSTGRESQL:
-            write = context.get_context().impl.static_output
-            write(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)};")
-            write(f"SET LOCAL search_path TO {quoted(schema)};")
+            context.get_context().impl.static_output(script_lines(schema))
         context.run_migrations()
 
 
 def _command() -> object:
-    asked = getattr(config.cmd_opts, "cmd", None)  # of the command line
+    """Alembic's command, where the command line or the library named it; None where a host did."""
+    asked = getattr(config.cmd_opts, "cmd", None)
     return asked[0] if asked else config.attributes.get("command")
+
+
+def _wants_head() -> bool:
+    try:
+        return context.get_revision_argument() == head()
+    except KeyError:  # no command that goes anywhere
+        return False
 
 
 def _migrate(connection: Connection) -> None:
     stands = standing(connection)
-    if _command() is command.upgrade and stands.ahead:
+    if stands.ahead and _wants_head() and _command() is not command.downgrade:
         return  # in a rolling deploy the older replica finds a newer one's work, and goes on
     if _command() is command.downgrade:
         if stands.revision is None:
@@ -61,7 +67,9 @@ def _migrate(connection: Connection) -> None:
 if context.is_offline_mode():
     _write_script()
 elif (connection := config.attributes.get("connection")) is not None:
-    _migrate(connection)
+    ensure_begun(connection)
+    with within(connection, schema if schema_of(connection) is None else None):
+        _migrate(connection)
 else:
     with disposing(create_store_engine(_url(), schema=schema)) as engine:
         exclusively(engine, _migrate)
