@@ -5,6 +5,7 @@ library itself runs the upgrade.
 """
 
 import os
+from contextlib import nullcontext
 
 from alembic import command, context
 from sqlalchemy import Connection
@@ -67,9 +68,11 @@ def _migrate(connection: Connection) -> None:
 if context.is_offline_mode():
     _write_script()
 elif (connection := config.attributes.get("connection")) is not None:
-    ensure_begun(connection)
-    with within(connection, schema if schema_of(connection) is None else None):
-        _migrate(connection)
+    # one that is in no transaction is given one, which is committed
+    with nullcontext() if connection.in_transaction() else connection.begin():
+        ensure_begun(connection)
+        with within(connection, schema if schema_of(connection) is None else None):
+            _migrate(connection)
 else:
     with disposing(create_store_engine(_url(), schema=schema)) as engine:
         exclusively(engine, _migrate)

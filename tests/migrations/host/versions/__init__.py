@@ -1,0 +1,1 @@
+"""The application's revisions, h1 to h3."""
