@@ -53,7 +53,7 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
     postgresql = backend_of(engine) is Backend.POSTGRESQL
     with _turn(engine, deadline) if postgresql else nullcontext():
         tries = Retrying(
-            retry=retry_if_exception(_is_in_the_way),
+            retry=retry_if_exception(is_in_the_way),
             stop=stop_after_delay(max(0.0, deadline - time.monotonic())),
             wait=wait_random(_POLL_S, 5 * _POLL_S),
             reraise=True,
@@ -61,7 +61,7 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
         try:
             tries(_once, engine, body)
         except DBAPIError as error:
-            if not _is_in_the_way(error):
+            if not is_in_the_way(error):
                 raise
             holder = "uses the store's tables" if postgresql else "holds the file's write lock"
             raise UpgradeTimeout(
@@ -81,6 +81,8 @@ def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
             if backend_of(engine) is Backend.POSTGRESQL:
                 connection.exec_driver_sql(f"SET lock_timeout = {_LOCK_TIMEOUT_MS}")
                 connection.exec_driver_sql(f"SET statement_timeout = {_STATEMENT_TIMEOUT_MS}")
+                # ends with the transaction, also where that outlives its process or its turn
+                connection.execute(select(func.pg_advisory_xact_lock(ADVISORY_LOCK + 1)))
                 make_schema(connection, schema_of(engine))
             body(connection)
 
@@ -117,13 +119,15 @@ def _turn(engine: Engine, deadline: float) -> Iterator[None]:
 def _holder(session: Connection) -> str:
     statement = text(
         "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
-        "AND classid::bigint << 32 | objid::bigint = :key"
+        "AND classid::bigint << 32 | objid::bigint = :key "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     )
     pid = session.scalar(statement, {"key": ADVISORY_LOCK})
     return f"its backend's pid is {pid}"
 
 
-def _is_in_the_way(error: BaseException) -> bool:
+def is_in_the_way(error: BaseException) -> bool:
+    """Whether a lock of somebody else's was, so that another try may succeed."""
     if not isinstance(error, DBAPIError):
         return False
     return is_busy(error) or getattr(error.driver_exception, "sqlstate", None) in _IN_THE_WAY

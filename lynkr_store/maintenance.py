@@ -9,17 +9,22 @@ from sqlalchemy import Connection, Engine, Index, MetaData, String, column, func
 from sqlalchemy import table as sql_table
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateIndex, DropIndex
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
 from lynkr_store import migrate
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S
 from lynkr_store.engine import backend_of, writing
+from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.search_path import schema_of, set_path
 
 _BATCH_ROWS: Final = 1_000  # a write of about 50 ms: other writers of the file wait no longer
+_TURN: Final = ADVISORY_LOCK + 2
+_POLL_S: Final = 0.1
+_TRIES: Final = 5
 _PAUSE_S: Final = 0.002  # lets a waiting writer in between
 
 
@@ -85,17 +90,35 @@ def _build_sqlite(engine: Engine) -> tuple[str, ...]:
 
 
 def _build_postgresql(engine: Engine) -> tuple[str, ...]:
+    # A build waits for transactions with a snapshot; a migration among them may wait for the build:
+    # a deadlock, whose victim tries again.
+    tries = Retrying(
+        retry=retry_if_exception(is_in_the_way),
+        stop=stop_after_attempt(_TRIES),
+        wait=wait_random(_POLL_S, 5 * _POLL_S),
+        reraise=True,
+    )
+    built: list[str] = []
+    tries(_build_concurrently, engine, built)
+    return tuple(built)
+
+
+def _build_concurrently(engine: Engine, built: list[str]) -> None:
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.detach()  # the session ends here, with its settings
         connection.exec_driver_sql("SET statement_timeout = 0")  # it takes as long as it takes
         if schema := schema_of(connection):
             set_path(connection, schema, local=False)
+        # One at a time: to another an index under construction looks invalid. Polled for, since a
+        # statement that waits has a snapshot; by the session that builds, since it goes on when
+        # its process is killed.
+        while not connection.scalar(select(func.pg_try_advisory_lock(_TURN))):
+            time.sleep(_POLL_S)
         for name in _invalid_indexes(connection):
             connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))
-        missing = migrate.missing_indexes(connection)
-        for name in missing:
+        for name in migrate.missing_indexes(connection):
             connection.execute(CreateIndex(_index(name, concurrently=True), if_not_exists=True))
-    return tuple(missing)
+            built.append(name)
 
 
 def _invalid_indexes(connection: Connection) -> list[str]:

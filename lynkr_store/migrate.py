@@ -36,10 +36,7 @@ from lynkr_store.settings import StoreSettings
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-# ``alembic.op`` and ``alembic.context`` are the process's. By its id, because a forked child has
-# nobody who would release the parent's lock.
-_alembic: Final[dict[int, threading.Lock]] = {}
-_ALEMBIC_WAIT_S: Final = 10.0
+_turns: Final[dict[int, threading.Lock]] = {}
 
 
 def options() -> dict[str, Any]:
@@ -156,7 +153,8 @@ def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> 
             to = config(connection=connection, schema=schema_of(engine))
             _run(command.upgrade, to, revision)
 
-    exclusively(engine, body, wait_s)
+    with _alone(wait_s):
+        exclusively(engine, body, wait_s)
 
 
 @contextmanager
@@ -221,25 +219,34 @@ def downgrade(
         to = config(connection=connection, schema=schema_of(engine))
         _run(command.downgrade, to, revision, options)
 
-    exclusively(engine, body, wait_s)
+    with _alone(wait_s):
+        exclusively(engine, body, wait_s)
+
+
+@contextmanager
+def _alone(wait_s: float) -> Iterator[None]:
+    """Alembic for this thread alone: ``alembic.op`` and ``alembic.context`` are the process's."""
+    # by its id, because a forked child has nobody who would release the parent's lock
+    turn = _turns.setdefault(os.getpid(), threading.Lock())
+    if not turn.acquire(timeout=wait_s):
+        raise UpgradeTimeout(
+            f"nothing was changed: for {wait_s:g} s this process was migrating another database"
+        )
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 def _run(
     what: Callable[..., None], to: Config, revision: str, options: Namespace | None = None
 ) -> None:
-    """Run a command of Alembic's, one at a time in this process."""
     if not isinstance(revision, str) or not revision:
         raise BadArgument(f"revision: there are base to {head()}, and head")
-    turn = _alembic.setdefault(os.getpid(), threading.Lock())
-    if not turn.acquire(timeout=_ALEMBIC_WAIT_S):
-        raise UpgradeTimeout("nothing was changed: this process is migrating another database")
-    try:
-        with _explained():
-            to.cmd_opts = options
-            to.attributes |= {"command": what}
-            what(to, revision)
-    finally:
-        turn.release()
+    with _explained():
+        to.cmd_opts = options
+        to.attributes |= {"command": what}
+        what(to, revision)
 
 
 def write_script(
@@ -263,7 +270,8 @@ def write_script(
     to = config()
     to.output_buffer = output
     what = partial(command.downgrade if down else command.upgrade, sql=True)
-    _run(what, to, revisions, Namespace(x=[f"url={url}"]))
+    with _alone(WAIT_S):
+        _run(what, to, revisions, Namespace(x=[f"url={url}"]))
 
 
 def drift(connection: Connection) -> list[str]:
@@ -278,8 +286,10 @@ def drift(connection: Connection) -> list[str]:
 def missing_indexes(connection: Connection) -> list[str]:
     """Names of the store's indexes that the database lacks, on tables that it has."""
     inspector = inspect(connection)
-    there: set[str | None] = set()
-    for table in Base.metadata.tables:
-        if inspector.has_table(table):
-            there |= index_names(connection, table)
-    return [str(index.name) for index in INDEXES if index.name not in there]
+    tables = [table for table in Base.metadata.tables if inspector.has_table(table)]
+    there = {name for table in tables for name in index_names(connection, table)}
+    return [
+        str(index.name)
+        for index in INDEXES
+        if index.name not in there and index.table is not None and index.table.name in tables
+    ]

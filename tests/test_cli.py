@@ -1,12 +1,12 @@
-"""The lynkr-store command, run as a program."""
+"""The lynkr-store command."""
 
+import io
 import json
-import os
 import shutil
 import sqlite3
-import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
+from typing import NamedTuple
 
 import pytest
 
@@ -18,15 +18,26 @@ from tests.support.recorded import DATA, gateway_file, insert_rows, needs_data
 NOW = 1_750_000_000_000
 
 
+class Finished(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def run(*arguments, **environment):
-    """Run the command as a user does, with 100 columns and no colours."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "lynkr_store", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **environment},
-    )
+    """Run the command as a user does, with 100 columns and no colours, but in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        for name, value in {"COLUMNS": "100", "NO_COLOR": "1", **environment}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["lynkr-store", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return Finished(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def done(*arguments, **environment):

@@ -173,7 +173,7 @@ def integer(group, name):
 
 
 RELAXED = settings(
-    max_examples=60,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -1,18 +1,27 @@
 """Every revision up, down and up again, on both backends, with rows in it."""
 
-import os
+import io
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from alembic.config import Config
+from alembic.config import main as alembic_main
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, make_url, text
 
-from lynkr_store import DowngradeRefused, Store, create_store_engine, migrate, revisions
+from lynkr_store import (
+    DowngradeRefused,
+    LynkrStoreError,
+    Store,
+    create_store_engine,
+    migrate,
+    revisions,
+)
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.models import Base
 from tests.factories import RecordFactory
@@ -157,15 +166,32 @@ def test_a_failing_upgrade_leaves_nothing_behind(empty_engine, monkeypatch):
     assert revision_of(empty_engine) == revisions.head()
 
 
+class Finished(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def alembic(*arguments, url=None, **environment):
+    """The alembic command, in this process."""
     where = [] if url is None else ["-x", f"url={url}"]
-    return subprocess.run(
-        [sys.executable, "-m", "alembic", "-c", str(ROOT / "alembic.ini"), *where, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        patch.setattr(sys, "path", [*sys.path])  # it puts the checkout in front
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            alembic_main(["-c", str(ROOT / "alembic.ini"), *where, *arguments])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except LynkrStoreError as error:  # a traceback to whoever runs the program
+            code = 1
+            err.write(str(error))
+    return Finished(code, out.getvalue(), err.getvalue())
 
 
 def test_the_alembic_command_goes_up_checks_and_comes_down(empty_url):
