@@ -131,16 +131,17 @@ def downgrade(
 
 @app.command()
 def check(*, url: _Url = None, as_json: _Json = False) -> None:
-    """Say whether the schema is this release's; exit 1 if not."""
+    """Say whether this release can work with the schema; exit 1 if not."""
     with (
         Store(_target(url), read_only=True) as store,
         translated(),
         store.engine.connect() as connection,
     ):
-        revision = revisions.current(connection)
-        drift = migrate.drift(connection) if revision == revisions.head() else []
+        revision, ahead = revisions.standing(connection)
+        behind = not ahead and revision != revisions.head()
+        drift = [] if behind else migrate.drift(connection)
         missing = migrate.missing_indexes(connection)
-    good = revision == revisions.head() and not drift
+    good = not behind and not drift
     if as_json:
         _print_json(
             {
@@ -152,10 +153,11 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
             }
         )
     else:
-        print(f"revision {revision}, this release's is {revisions.head()}")
+        newer = " (a newer release's, which this one can work with)" if ahead else ""
+        print(f"revision {revision}{newer}, this release's is {revisions.head()}")
         for difference in drift:
             print(f"differs: {difference}")
-        if revision != revisions.head():
+        if behind:
             print(f"run {revisions.UPGRADE_COMMAND}")
         if missing:
             print(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")

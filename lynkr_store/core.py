@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from lynkr_store import maintenance, revisions
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
-from lynkr_store.exceptions import BadArgument, StoreClosed
+from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.filters import checked_age
 from lynkr_store.ingest import TextPolicy
@@ -137,8 +137,13 @@ class Core:
 
     def _do(self, engine: Engine, body: Callable[[RoutingRepository], _T]) -> _T:
         """Run the body in one transaction, which is committed when it returns."""
-        with translated(), Session(engine) as session, session.begin():
-            return self._answer(session, body)
+        try:
+            with translated(), Session(engine) as session, session.begin():
+                return self._answer(session, body)
+        except StoreUnavailable as error:
+            if error.unclear:
+                self._database.look_again()
+            raise
 
     def _answer(self, session: Session, body: Callable[[RoutingRepository], _T]) -> _T:
         repository = RoutingRepository(session, clock=self._clock, policy=self._policy)

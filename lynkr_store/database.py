@@ -31,6 +31,7 @@ from lynkr_store.exceptions import (
     BadArgument,
     OutcomeUnknown,
     SchemaBehind,
+    SchemaError,
     StoreUnavailable,
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
@@ -163,9 +164,21 @@ class Database(Forkable):
             if held:
                 self._lock.release()
 
+    def look_again(self) -> None:
+        """Name the remedy, where a statement failed because the schema was changed meanwhile.
+
+        Raises:
+            SchemaBehind: It was taken back.
+            SchemaAhead: A newer release changed it so that this one cannot work with it.
+        """
+        self._opened = False
+        self.open()
+
     def _check_schema(self) -> None:
         if self.read_only and self.backend is Backend.SQLITE:
-            return  # its view has what is missing
+            with self.connected(self.engine) as connection:
+                revisions.standing(connection)  # its view has what is missing
+            return
         try:
             with self.connected(self.engine) as connection:
                 revisions.require_head(connection)
@@ -221,6 +234,12 @@ class Database(Forkable):
             if refused is None:
                 connection.rollback()
                 return None
+            if refused:  # by a rule that a newer release made? then the batch waits
+                try:
+                    revisions.require_head(connection)
+                except SchemaError:
+                    self._opened = False
+                    raise
             try:
                 connection.commit()
             except DBAPIError as error:

@@ -21,7 +21,13 @@ class MissingDriver(LynkrStoreError, ImportError):
 
 
 class StoreUnavailable(LynkrStoreError):
-    """The database cannot be reached or refuses to work; try again when it is back."""
+    """The database cannot be reached or refuses to work; try again when it is back.
+
+    Attributes:
+        unclear: A statement failed, which may be because the schema was changed.
+    """
+
+    unclear = False
 
 
 class UpgradeTimeout(StoreUnavailable):

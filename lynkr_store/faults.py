@@ -116,7 +116,9 @@ def translated() -> Iterator[None]:
     except DBAPIError as error:
         error.hide_parameters = True  # an engine of the host's may show them
         line, safe = _words(error)
-        raise StoreUnavailable(f"the database failed: {line}") from error if safe else None
+        unavailable = StoreUnavailable(f"the database failed: {line}")
+        unavailable.unclear = fault_of(error) is Fault.UNCLEAR
+        raise unavailable from error if safe else None
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
 

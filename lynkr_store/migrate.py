@@ -25,11 +25,11 @@ from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.backup import back_up, file_of
 from lynkr_store.ddl import index_names
 from lynkr_store.engine import create_store_engine, disposing, is_memory, parse_url
-from lynkr_store.exceptions import BadArgument, SchemaAhead, SchemaError, UpgradeTimeout
+from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES, Base
-from lynkr_store.revisions import config, head, note_applied, standing, steps
+from lynkr_store.revisions import config, head, note_applied, refuse_to_downgrade, standing, steps
 from lynkr_store.search_path import in_schema, schema_of
 from lynkr_store.settings import StoreSettings
 
@@ -210,11 +210,7 @@ def downgrade(
             with _explained():
                 steps("head", revision)
             return  # nothing of ours is there, and nothing is left behind
-        if stands.ahead:
-            raise SchemaAhead(
-                f"the schema's revision {stands.revision} is newer than this release (head "
-                f"{head()}): downgrade it with the release that made it"
-            )
+        refuse_to_downgrade(stands)
         options = Namespace(x=["drop-data=yes"] if drop_data else [])
         to = config(connection=connection, schema=schema_of(engine))
         _run(command.downgrade, to, revision, options)

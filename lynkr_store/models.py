@@ -145,6 +145,8 @@ class RevisionNote(Base):
     revision: Mapped[Words] = mapped_column(primary_key=True)
     rolling: Mapped[Count]
     """1: a release that does not know the revision can go on reading and writing."""
+    after: Mapped[Words]
+    """The revision before it."""
     release: Mapped[Words]
     """The release that applied it, and knows it."""
 

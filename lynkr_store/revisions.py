@@ -85,9 +85,12 @@ def standing(connection: Connection) -> Standing:
         return Standing(revision, ahead=False)
     notes: dict[str, Any] = {}
     if inspect(connection).has_table(NOTES.name):
-        unknown = select(NOTES).where(NOTES.c.revision.not_in(_known()))
-        notes = {note.revision: note for note in connection.execute(unknown)}
-    if revision in notes and all(note.rolling for note in notes.values()):
+        notes = {note.revision: note for note in connection.execute(select(NOTES))}
+    below, rolling = revision, True
+    while rolling and below not in _known():  # down the line, which may have a gap
+        rolling = below in notes and bool(notes[below].rolling)
+        below = notes[below].after if rolling else below
+    if rolling:
         return Standing(revision, ahead=True)
     release = notes[revision].release if revision in notes else None
     remedy = f"lynkr-store {release} or newer" if release else "a newer lynkr-store"
@@ -95,6 +98,19 @@ def standing(connection: Connection) -> Standing:
         f"the schema's revision {revision} is newer than this release (head {head()}): "
         f"install {remedy}"
     )
+
+
+def refuse_to_downgrade(stands: Standing) -> None:
+    """Refuse to take back what this release does not know.
+
+    Raises:
+        SchemaAhead: A newer release made the schema.
+    """
+    if stands.ahead:
+        raise SchemaAhead(
+            f"the schema's revision {stands.revision} is newer than this release (head {head()}): "
+            "downgrade it with the release that made it"
+        )
 
 
 def steps(revision: str, stands_at: str | None) -> int:
@@ -139,5 +155,6 @@ def note_applied(*, ctx: MigrationContext, step: MigrationInfo, **_: object) -> 
         return  # the table may not be there, and nothing was applied
     ctx.execute(delete(NOTES).where(NOTES.c.revision == script.revision))
     if step.is_upgrade:
-        note = {"revision": script.revision, "rolling": int(script.module.rolling)}
+        rolling = int(script.module.rolling)
+        note = {"revision": script.revision, "rolling": rolling, "after": script.down_revision}
         ctx.execute(insert(NOTES).values(note | {"release": __version__}))

@@ -24,7 +24,7 @@ from lynkr_store.engine import (
     parse_url,
     writing,
 )
-from lynkr_store.exceptions import BadArgument
+from lynkr_store.exceptions import BadArgument, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.filters import (
     RoutingFilter,
@@ -398,9 +398,14 @@ class AsyncStore(Core):
         await asyncio.to_thread(self._open)
         from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
 
-        with translated():
-            async with AsyncSession(engine) as session, session.begin():
-                return await session.run_sync(self._answer, body)
+        try:
+            with translated():
+                async with AsyncSession(engine) as session, session.begin():
+                    return await session.run_sync(self._answer, body)
+        except StoreUnavailable as error:
+            if error.unclear:
+                await asyncio.to_thread(self._database.look_again)
+            raise
 
 
 class _Connections(Forkable):

@@ -14,7 +14,7 @@ from lynkr_store import ddl, migrate
 from lynkr_store.backend import Backend
 from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url
 from lynkr_store.exclusive import exclusively
-from lynkr_store.revisions import head, standing
+from lynkr_store.revisions import head, refuse_to_downgrade, standing
 from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
 
 config = context.config
@@ -57,6 +57,7 @@ def _migrate(connection: Connection) -> None:
     if _command() is command.downgrade:
         if stands.revision is None:
             return  # nothing of ours is there, and nothing is left behind
+        refuse_to_downgrade(stands)
         to = context.get_revision_argument()
         undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
         ddl.refuse_early(connection, {script.revision for script in undone})

@@ -30,6 +30,7 @@ def upgrade() -> None:
         "lynkr_store_revisions",
         sa.Column("revision", _text, nullable=False),
         sa.Column("rolling", _whole, nullable=False),
+        sa.Column("after", _text, nullable=False),
         sa.Column("release", _text, nullable=False),
         sa.PrimaryKeyConstraint("revision", name="pk_lynkr_store_revisions"),
         sqlite_with_rowid=False,

@@ -131,6 +131,7 @@ UPDATE lynkr_store_alembic_version SET version_num='0006' WHERE lynkr_store_alem
 CREATE TABLE lynkr_store_revisions (
     revision TEXT COLLATE "C" NOT NULL, 
     rolling BIGINT NOT NULL, 
+    after TEXT COLLATE "C" NOT NULL, 
     release TEXT COLLATE "C" NOT NULL, 
     CONSTRAINT pk_lynkr_store_revisions PRIMARY KEY (revision)
 );
@@ -139,7 +140,7 @@ UPDATE lynkr_store_alembic_version SET version_num='0007' WHERE lynkr_store_alem
 
 DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0007';
 
-INSERT INTO lynkr_store_revisions (revision, rolling, release) VALUES ('0007', 1, '0.1.0');
+INSERT INTO lynkr_store_revisions (revision, rolling, after, release) VALUES ('0007', 1, '0006', '0.1.0');
 
 COMMIT;
 
