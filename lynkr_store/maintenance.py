@@ -77,13 +77,14 @@ def build_missing_indexes(engine: Engine) -> tuple[str, ...]:
 def _build_sqlite(engine: Engine) -> tuple[str, ...]:
     with engine.connect() as connection:
         missing = migrate.missing_indexes(connection)
-    for name in missing:
+    for number, name in enumerate(missing):
         index = _index(name)
         with engine.connect() as connection:
             # read the table without the lock, so that the build, which holds it, reads from memory
             whole = text(f"{index.table} NOT INDEXED")
             connection.scalar(select(func.count()).select_from(whole))
-        time.sleep(GAP_S)  # and let in who waits since the last one
+        if number:
+            time.sleep(GAP_S)  # let in who waits since the last one
         with writing(engine).begin() as connection:
             connection.execute(CreateIndex(index, if_not_exists=True))
     return tuple(missing)
