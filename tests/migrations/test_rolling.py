@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from datetime import timedelta
 from io import StringIO
@@ -120,23 +120,28 @@ def opened_store(kind, url, runner, **options):
     return Asynchronous(AsyncStore(settings=settings), runner)
 
 
+# They live on: a thread in which an asynchronous store ran is taken apart, when it ends, by a call
+# that Python 3.11 makes between two lines of the main thread, and under coverage such a call can
+# go on for ever.
+_THREADS = ThreadPoolExecutor(8)
+
+
 class Beside:
     """Runs bodies again and again beside the test, a thread for each, and sees how they get on."""
 
     def __init__(self, *bodies):
         self._bodies = bodies
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(len(bodies))
         self.begun = [0] * len(bodies)
         self.done = [0] * len(bodies)
 
     def __enter__(self):
-        self._futures = [self._pool.submit(self._run, n) for n in range(len(self._bodies))]
+        self._futures = [_THREADS.submit(self._run, n) for n in range(len(self._bodies))]
         return self
 
     def __exit__(self, kind, error, trace):
         self._stop.set()
-        self._pool.shutdown()
+        wait(self._futures)
         if kind is None:
             self._raise()
 
