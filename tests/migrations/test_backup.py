@@ -307,10 +307,10 @@ def test_a_newer_releases_file_is_not_copied(path):
     upgrade(f"sqlite:///{path}")
     for rolling in (1, 0):
         with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("UPDATE lynkr_store_alembic_version SET version_num = '0008'")
-            connection.execute("DELETE FROM lynkr_store_revisions WHERE revision = '0008'")
-            note = "INSERT INTO lynkr_store_revisions VALUES ('0008', ?, '9.9')"
-            connection.execute(note, (rolling,))
+            connection.execute("UPDATE lynkr_store_alembic_version SET version_num = '9998'")
+            connection.execute("DELETE FROM lynkr_store_revisions WHERE revision = '9998'")
+            note = "INSERT INTO lynkr_store_revisions VALUES ('9998', ?, ?, '9.9')"
+            connection.execute(note, (rolling, revisions.head()))
         if rolling:
             assert upgrade(f"sqlite:///{path}", backup=True) is None
         else:

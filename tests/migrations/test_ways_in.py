@@ -783,9 +783,9 @@ def get_ahead(url, schema=None, *, rolling):
     upgrade(url)
     with engine_on(url, schema) as engine, engine.begin() as connection:
         connection.execute(text("ALTER TABLE routing_telemetry ADD COLUMN newer TEXT"))
-        connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '0008'"))
-        note = "INSERT INTO lynkr_store_revisions VALUES ('0008', :rolling, '9.9')"
-        connection.execute(text(note), {"rolling": rolling})
+        connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '9998'"))
+        note = "INSERT INTO lynkr_store_revisions VALUES ('9998', :rolling, :after, '9.9')"
+        connection.execute(text(note), {"rolling": rolling, "after": revisions.head()})
 
 
 def test_a_schema_that_is_harmlessly_ahead_is_left_alone_by_every_way(
@@ -797,13 +797,13 @@ def test_a_schema_that_is_harmlessly_ahead_is_left_alone_by_every_way(
         before = schema_of(engine)
         alembic("-x", f"url={url}", "upgrade", "head")
         assert lynkr_store("upgrade", "--url", url) == 0
-        assert "at revision 0008" in capfd.readouterr().out
+        assert "at revision 9998" in capfd.readouterr().out
         upgrade(url)
         upgrade(engine)
         with Store(settings=StoreSettings(url=url, upgrade_on_open=True)) as store:
             assert store.query() == []
         assert schema_of(engine) == before
-    assert revision_of(url, schema) == "0008"
+    assert revision_of(url, schema) == "9998"
 
 
 def test_alembics_api_leaves_a_schema_that_is_harmlessly_ahead_alone(empty_url):
@@ -811,7 +811,7 @@ def test_alembics_api_leaves_a_schema_that_is_harmlessly_ahead_alone(empty_url):
     command.upgrade(Config(INI, cmd_opts=Namespace(x=[f"url={empty_url}"])), "head")
     with engine_on(empty_url) as engine, engine.begin() as connection:
         command.upgrade(with_connection(connection), "head")
-    assert revision_of(empty_url) == "0008"
+    assert revision_of(empty_url) == "9998"
 
 
 def test_a_schema_that_is_too_far_ahead_is_refused_by_every_way_with_the_release_to_install(
@@ -829,7 +829,7 @@ def test_a_schema_that_is_too_far_ahead_is_refused_by_every_way_with_the_release
             way()
     assert lynkr_store("upgrade", "--url", url) == cli.Exit.NO
     assert "lynkr-store 9.9 or newer" in capfd.readouterr().err
-    assert revision_of(url, schema) == "0008"
+    assert revision_of(url, schema) == "9998"
 
 
 @pytest.mark.parametrize("rolling", [1, 0])
