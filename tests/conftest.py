@@ -19,7 +19,20 @@ BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
 
+_SLOW_ON_OLDER_SERVERS = ("faults", "test_concurrent.py", "test_interrupted.py")
+"""Where a test takes away what it works on, which takes long: in the ordinary run on the newest of
+several PostgreSQL servers alone, in the slow run on the others."""
+
 _numbers = itertools.count()
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(part in item.path.parts for part in _SLOW_ON_OLDER_SERVERS) and any(
+            server in item.name for server in POSTGRES[:-1]
+        ):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
