@@ -29,7 +29,7 @@ from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES, Base
-from lynkr_store.revisions import config, head, note_applied, refuse_to_downgrade, standing, steps
+from lynkr_store.revisions import config, head, note_applied, standing, steps
 from lynkr_store.search_path import in_schema, schema_of
 from lynkr_store.settings import StoreSettings
 
@@ -205,12 +205,10 @@ def downgrade(
     """
 
     def body(connection: Connection) -> None:
-        stands = standing(connection)
-        if stands.revision is None:
+        if standing(connection).revision is None:
             with _explained():
                 steps("head", revision)
             return  # nothing of ours is there, and nothing is left behind
-        refuse_to_downgrade(stands)
         options = Namespace(x=["drop-data=yes"] if drop_data else [])
         to = config(connection=connection, schema=schema_of(engine))
         _run(command.downgrade, to, revision, options)
@@ -245,13 +243,7 @@ def _run(
         what(to, revision)
 
 
-def write_script(
-    url: str | URL,
-    revisions: str,
-    output: TextIO,
-    *,
-    down: bool = False,
-) -> None:
+def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool = False) -> None:
     """Write the SQL of an upgrade or downgrade instead of running it.
 
     Args:

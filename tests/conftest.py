@@ -106,6 +106,20 @@ def empty_url(request: pytest.FixtureRequest, new_url: Callable[..., str]) -> st
     return new_url(request.param)
 
 
+@pytest.fixture(params=ON_DISK)
+def url(request: pytest.FixtureRequest, new_url: Callable[..., str]) -> str:
+    """A database at head that more than one engine can open."""
+    return new_url(request.param, at_head=True)
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    """An engine beside those of the test's stores."""
+    engine = create_store_engine(url)
+    yield engine
+    engine.dispose()
+
+
 @pytest.fixture
 def empty_engine(empty_url: str) -> Iterator[Engine]:
     """The store's engine on an empty database."""

@@ -137,18 +137,6 @@ def column(engine, name):
         return list(connection.scalars(text(f"SELECT {name} FROM routing_telemetry ORDER BY id")))
 
 
-@pytest.fixture(params=ON_DISK)
-def url(request, new_url):
-    return new_url(request.param, at_head=True)
-
-
-@pytest.fixture
-def engine(url):
-    engine = create_store_engine(url)
-    yield engine
-    engine.dispose()
-
-
 @pytest.fixture
 def open_(url):
     opened = []

@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions, writing
 from lynkr_store.models import LEDGER, TELEMETRY
-from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
+from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 
 pytestmark = pytest.mark.usefixtures("_quick_retries")
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.usefixtures("_quick_retries")
 def _quick_retries(monkeypatch):
     monkeypatch.setattr("lynkr_store.writer._FIRST_RETRY_S", 0.01)
     monkeypatch.setattr("lynkr_store.writer._LAST_RETRY_S", 0.1)
-
-
-@pytest.fixture(params=ON_DISK)
-def url(request, new_url):
-    return new_url(request.param, at_head=True)
 
 
 @pytest.fixture

@@ -39,7 +39,6 @@ from lynkr_store import (
     writing,
 )
 from lynkr_store.models import NOTES, TELEMETRY, Base
-from tests.conftest import ON_DISK
 from tests.migrations.newer.release import (
     ADDITIVE,
     ADDITIVE_AGAIN,
@@ -77,19 +76,6 @@ ALL_TIME = Window(since=0)
 def newer(tmp_path_factory):
     with NewerRelease(tmp_path_factory.mktemp("newer")) as newer:
         yield newer
-
-
-@pytest.fixture(params=ON_DISK)
-def url(request, new_url):
-    """A database at this release's head."""
-    return new_url(request.param, at_head=True)
-
-
-@pytest.fixture
-def engine(url):
-    engine = create_store_engine(url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

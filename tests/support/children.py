@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,9 +27,10 @@ from sqlalchemy.engine.default import DefaultDialect
 from lynkr_store import Health, Store, StoreSettings, create_store_engine, spool, writer
 from lynkr_store.database import Database
 from lynkr_store.intake import Intake
+from tests.support import programs
 from tests.support.postgres import PgServer, _runnable, _unprivileged_user
+from tests.support.recorded import ROOT
 
-ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
 _HUNG_S = 120  # a child that takes longer is ended by its alarm
 _POLL_S = 0.02
@@ -42,22 +43,8 @@ _guards: dict[int, subprocess.Popen[bytes]] = {}
 # -- of the tests ---------------------------------------------------------------------------------
 
 
-def command(name: str, options: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", __name__, name, json.dumps(options)]
-
-
-def run(name: str, options: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
-    """What a program said until its end, which must be a good one."""
-    done = subprocess.run(
-        command(name, options),
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+command = partial(programs.command, __name__)
+run = partial(programs.run, __name__)
 
 
 class Child:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,8 +32,9 @@ from sqlalchemy.engine.default import DefaultDialect
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.maintenance import build_missing_indexes
+from tests.support import programs
+from tests.support.recorded import ROOT
 
-ROOT = Path(__file__).parents[2]
 WAYS = ("alembic", "command", "code", "store")
 _HUNG_S = 120  # a child that takes longer is ended by its alarm
 _LABEL = 100  # characters of a statement that name a moment
@@ -44,22 +45,8 @@ Say = Callable[..., None]
 # -- of the tests ---------------------------------------------------------------------------------
 
 
-def command(name: str, options: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", __name__, name, json.dumps(options)]
-
-
-def run(name: str, options: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
-    """What a program said until its end, which must be a good one."""
-    done = subprocess.run(
-        command(name, options),
-        check=False,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+command = partial(programs.command, __name__)
+run = partial(programs.run, __name__)
 
 
 class Program:
