@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Connection, Engine, MetaData, inspect, null, select
+from sqlalchemy import Connection, Engine, MetaData, Table, false, inspect, null, select
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.schema import CreateView
 
@@ -38,7 +38,7 @@ from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.ingest import Row
 from lynkr_store.inserts import PART_ROWS, enter_parts, expire_ledger, insert_once
 from lynkr_store.lifecycle import Forkable
-from lynkr_store.models import TELEMETRY
+from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.search_path import in_schema
@@ -46,6 +46,7 @@ from lynkr_store.settings import StoreSettings
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
+_OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
 _MARGIN: Final = 1.5  # by which a batch may take longer than the last ones
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
@@ -374,9 +375,11 @@ def _reading(url: str) -> tuple[Engine, tuple[str, ...]]:
                     f"{revisions.UPGRADE_COMMAND} to make one"
                 )
             there = {column["name"] for column in inspector.get_columns(TELEMETRY.name)}
+            views = [_empty(table) for table in _OF_ROLLUPS if not inspector.has_table(table.name)]
         missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)
-        view = str(_view(there).compile(engine)) if missing else None
-    return create_reading_engine(path, view=view), missing
+        views += [_view(there)] if missing else []
+        statements = [str(view.compile(engine)) for view in views]
+    return create_reading_engine(path, views=statements), missing
 
 
 def _view(there: set[str]) -> CreateView:
@@ -387,3 +390,9 @@ def _view(there: set[str]) -> CreateView:
         for column in TELEMETRY.c
     )
     return CreateView(select(*columns), TELEMETRY.name, temporary=True)
+
+
+def _empty(table: Table) -> CreateView:
+    """A temporary view in the place of a table that the file does not have, without rows."""
+    columns = (null().label(column.name) for column in table.c)
+    return CreateView(select(*columns).where(false()), table.name, temporary=True)

@@ -1,7 +1,7 @@
 """Engine factories: which driver, which PRAGMAs, which BEGIN, which pool, and why."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
@@ -211,12 +211,12 @@ def _engine_options(
             assert_never(backend)
 
 
-def create_reading_engine(path: Path, *, view: str | None = None) -> Engine:
+def create_reading_engine(path: Path, *, views: Sequence[str] = ()) -> Engine:
     """An Engine that cannot alter the SQLite file, whoever made it.
 
     Args:
         path: The file.
-        view: A ``CREATE TEMP VIEW`` that each connection runs for itself.
+        views: What each connection runs for itself, ``CREATE TEMP VIEW …``.
 
     Raises:
         StoreUnavailable: There is no such file.
@@ -238,7 +238,7 @@ def create_reading_engine(path: Path, *, view: str | None = None) -> Engine:
         cursor = connection.cursor()
         for name, value in _CONNECTION_PRAGMAS:
             cursor.execute(f"PRAGMA {name} = {value}")
-        if view:
+        for view in views:
             cursor.execute(view)
         cursor.execute("PRAGMA query_only = 1")
         cursor.close()

@@ -5,7 +5,18 @@ There is no default compilation: an unsupported database fails loudly.
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Double, Integer, case, cast, func, literal
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ColumnElement,
+    Double,
+    Integer,
+    Label,
+    case,
+    cast,
+    func,
+    literal,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -52,13 +63,60 @@ def _floor_sqlite(element: floor_plus_half, compiler: SQLCompiler, **kw: Any) ->
     return f"(CAST({x} AS INTEGER) - (CAST({x} AS INTEGER) > {x}))"
 
 
+class unindexed(FunctionElement[Any]):  # noqa: N801
+    """The same value, which SQLite's planner takes for no reason to use an index.
+
+    It has no statistics of the values unless somebody ran ANALYZE, and walks the whole of an index
+    for the sake of one term. PostgreSQL's planner knows better. See
+    https://sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
+    """
+
+    name = "unindexed"
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any]) -> None:
+        super().__init__(column)
+        self.type = column.type
+
+
+@compiles(unindexed, "postgresql")
+def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kw: Any) -> str:
+    return compiler.process(element.clauses, **kw)
+
+
+@compiles(unindexed, "sqlite")
+def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"+{compiler.process(element.clauses, **kw)}"
+
+
+class same(FunctionElement[bool]):  # noqa: N801
+    """Whether two texts are equal, NULL being equal to NULL alone; fit for a join."""
+
+    type = Boolean()
+    name = "same"
+    inherit_cache = True
+
+
+@compiles(same, "postgresql")
+def _same_postgresql(element: same, compiler: SQLCompiler, **kw: Any) -> str:
+    # IS NOT DISTINCT FROM can be no key of a hash join
+    one, other = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"(coalesce({one}, '') = coalesce({other}, '') AND ({one} IS NULL) = ({other} IS NULL))"
+
+
+@compiles(same, "sqlite")
+def _same_sqlite(element: same, compiler: SQLCompiler, **kw: Any) -> str:
+    one, other = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"({one} IS {other})"
+
+
 def scaled(column: ColumnElement[Any], domain: Domain) -> ColumnElement[int]:
     """``floor(x * scale + 0.5)`` of a measured value in its domain's integer units, else NULL."""
     return floor_plus_half(cast(measured(column, domain), Double) * literal(domain.scale, Double))
 
 
-def exact_sum(name: str, column: ColumnElement[Any], domain: Domain) -> list[ColumnElement[Any]]:
-    """The three columns that make a `lynkr_store.queries.Sum`: how many values, their sum's halves.
+def exact_sum(name: str, value: ColumnElement[int]) -> list[Label[Any]]:
+    """The three columns of an exact sum of scaled values: how many there are, the sum's halves.
 
     Halves, because one 64-bit sum could overflow, which SQLite answers with an error.
 
@@ -66,9 +124,8 @@ def exact_sum(name: str, column: ColumnElement[Any], domain: Domain) -> list[Col
         ``{name}_count``, ``{name}_high`` and ``{name}_low``: the sum is
         ``high * 2**31 + low``, in the domain's units.
     """
-    value = scaled(column, domain)
     return [
-        func.count(measured(column, domain)).label(f"{name}_count"),
+        func.count(value).label(f"{name}_count"),
         func.sum(value.bitwise_rshift(literal(_LOW_BITS, Integer))).label(f"{name}_high"),
         func.sum(value.bitwise_and(_LOW_MASK)).label(f"{name}_low"),
     ]

@@ -137,6 +137,76 @@ class IngestBatch(Base):
     )
 
 
+class Dimension(Base):
+    """One combination of values by which roll-ups are kept apart; NULL and ``''`` are two."""
+
+    __tablename__ = "routing_dimensions"
+
+    id: Mapped[int] = mapped_column(_RowId, Identity(), primary_key=True)
+    provider: Mapped[Words]
+    model: Mapped[Words | None]
+    tier: Mapped[Words | None]
+    request_type: Mapped[Words | None]
+
+
+class Rollup(Base):
+    """Counts and sums of the rows of one span of time and one combination of dimensions.
+
+    Of the rows that were folded, up to the watermark in `Progress`. A sum is two integers,
+    ``high * 2**31 + low``, in the units of its domain; see `lynkr_store.measures`.
+    """
+
+    __tablename__ = "routing_rollups"
+
+    span_ms: Mapped[Count] = mapped_column(primary_key=True)
+    """Its length: a quarter of an hour, an hour or a day, each from a whole one on in UTC."""
+    start: Mapped[Count] = mapped_column(primary_key=True)
+    """Its first millisecond."""
+    dimension_id: Mapped[Count] = mapped_column(primary_key=True)
+    requests: Mapped[Count]
+    errors: Mapped[Count]
+    fallbacks: Mapped[Count]
+    over_provisioned: Mapped[Count]
+    under_provisioned: Mapped[Count]
+    latency_ms_count: Mapped[Count]
+    latency_ms_high: Mapped[Count]
+    latency_ms_low: Mapped[Count]
+    quality_score_count: Mapped[Count]
+    quality_score_high: Mapped[Count]
+    quality_score_low: Mapped[Count]
+    input_tokens_count: Mapped[Count]
+    input_tokens_high: Mapped[Count]
+    input_tokens_low: Mapped[Count]
+    output_tokens_count: Mapped[Count]
+    output_tokens_high: Mapped[Count]
+    output_tokens_low: Mapped[Count]
+    cache_read_tokens_count: Mapped[Count]
+    cache_read_tokens_high: Mapped[Count]
+    cache_read_tokens_low: Mapped[Count]
+    cache_creation_tokens_count: Mapped[Count]
+    cache_creation_tokens_high: Mapped[Count]
+    cache_creation_tokens_low: Mapped[Count]
+    tokens_per_second_count: Mapped[Count]
+    tokens_per_second_high: Mapped[Count]
+    tokens_per_second_low: Mapped[Count]
+    cost_usd_count: Mapped[Count]
+    cost_usd_high: Mapped[Count]
+    cost_usd_low: Mapped[Count]
+
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+
+class Progress(Base):
+    """How far the work behind the rows has come, by its name."""
+
+    __tablename__ = "lynkr_store_progress"
+
+    name: Mapped[Words] = mapped_column(primary_key=True)
+    value: Mapped[Count]
+
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+
 class RevisionNote(Base):
     """What a release that applied a revision has to say to older ones."""
 
@@ -156,6 +226,12 @@ class RevisionNote(Base):
 TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
 
 LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
+
+DIMENSIONS: Final = Base.metadata.tables[Dimension.__tablename__]
+
+ROLLUPS: Final = Base.metadata.tables[Rollup.__tablename__]
+
+PROGRESS: Final = Base.metadata.tables[Progress.__tablename__]
 
 NOTES: Final = Base.metadata.tables[RevisionNote.__tablename__]
 

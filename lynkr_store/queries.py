@@ -10,8 +10,6 @@ from sqlalchemy import (
     Insert,
     Select,
     Update,
-    and_,
-    case,
     delete,
     func,
     insert,
@@ -28,7 +26,7 @@ from sqlalchemy.types import NullType
 from lynkr_store.backend import Backend
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
-from lynkr_store.functions import exact_sum, measured
+from lynkr_store.functions import measured
 from lynkr_store.models import LEDGER, TELEMETRY
 from lynkr_store.schemas import Cursor, RoutingRow, RoutingRowBrief
 
@@ -51,11 +49,6 @@ _BOUNDED: Final = {
     "input_tokens": COUNT,
     "output_tokens": COUNT,
 }
-
-_HIGH_TIERS: Final = ("REASONING", "COMPLEX")
-_HIGH_QUALITY: Final = 80  # the gateway's thresholds
-_FEW_TOKENS: Final = 50
-_LOW_QUALITY: Final = 45
 
 
 def insert_rows() -> Insert:
@@ -126,42 +119,6 @@ def rows(
     return statement.order_by(_t.timestamp.desc(), _t.id.desc()).limit(limit)
 
 
-def routing_stats(since_ms: int, until_ms: int) -> Select[*tuple[Any, ...]]:
-    """One row for each provider and tier: requests, errors, sums of latency, quality and cost."""
-    return _over(
-        since_ms,
-        until_ms,
-        _t.provider,
-        _t.tier,
-        *_judged(),
-        func.count(_t.error_type).label("errors"),
-        *exact_sum("latency", _t.latency_ms, MILLISECONDS),
-        *exact_sum("quality", _t.quality_score, SCORE),
-        *exact_sum("cost", _t.cost_usd, DOLLARS),
-    ).group_by(_t.provider, _t.tier)
-
-
-def provider_stats(provider: str, since_ms: int, until_ms: int) -> Select[*tuple[Any, ...]]:
-    """One row with the provider's requests, errors, fallbacks and sums; of 0 requests if none."""
-    return _over(
-        since_ms,
-        until_ms,
-        func.count().label("requests"),
-        func.count(_t.error_type).label("errors"),
-        func.count(case((_flag("was_fallback", value=True), 1))).label("fallbacks"),
-        *exact_sum("latency", _t.latency_ms, MILLISECONDS),
-        *exact_sum("quality", _t.quality_score, SCORE),
-        *exact_sum("output_tokens", _t.output_tokens, COUNT),
-        *exact_sum("speed", _t.tokens_per_second, SCORE),
-        *exact_sum("cost", _t.cost_usd, DOLLARS),
-    ).where(*_matching(RoutingFilter(provider=provider)))
-
-
-def routing_accuracy(since_ms: int, until_ms: int) -> Select[*tuple[Any, ...]]:
-    """One row: requests, and how many were over- and under-provisioned."""
-    return _over(since_ms, until_ms, *_judged())
-
-
 def delete_older(cutoff_ms: int, limit: int) -> Delete:
     """Delete up to ``limit`` of the rows before the cutoff, the oldest first."""
     oldest = (
@@ -173,29 +130,6 @@ def delete_older(cutoff_ms: int, limit: int) -> Delete:
 def oldest_timestamp() -> Select[*tuple[Any, ...]]:
     """The least stored timestamp."""
     return select(func.min(_t.timestamp))
-
-
-def _over(since_ms: int, until_ms: int, *columns: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
-    """The columns over a window.
-
-    A timestamp that is no number lies in none: SQLite orders every text after every number.
-    """
-    return select(*columns).where(_t.timestamp >= since_ms, _t.timestamp < until_ms)
-
-
-def _judged() -> tuple[ColumnElement[Any], ...]:
-    quality = measured(_t.quality_score, SCORE)
-    over = and_(
-        quality > literal(_HIGH_QUALITY),
-        measured(_t.output_tokens, COUNT) < literal(_FEW_TOKENS),
-        _t.tier.in_(_HIGH_TIERS),
-    )
-    under = and_(quality < literal(_LOW_QUALITY), _t.tier == "SIMPLE")
-    return (
-        func.count().label("requests"),
-        func.count(case((over, 1))).label("over"),
-        func.count(case((under, 1))).label("under"),
-    )
 
 
 def _matching(criteria: RoutingFilter) -> Iterator[ColumnElement[bool]]:

@@ -4,12 +4,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Final, Literal, overload
+from typing import Any, Final, Literal, Self, overload
 
+from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
-from lynkr_store import queries
-from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE, Domain, half_up
+from lynkr_store import answers, queries
+from lynkr_store.answers import Answer
+from lynkr_store.domains import half_up
 from lynkr_store.exceptions import BadArgument, RowRejected
 from lynkr_store.faults import Fault, fault_of, translated
 from lynkr_store.filters import (
@@ -23,6 +25,8 @@ from lynkr_store.filters import (
 from lynkr_store.functions import joined
 from lynkr_store.ingest import TextPolicy, row_of
 from lynkr_store.inserts import insert_all
+from lynkr_store.measures import SUMMED
+from lynkr_store.rollups import Question
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -32,12 +36,41 @@ from lynkr_store.schemas import (
     RoutingRow,
     RoutingRowBrief,
     RoutingStats,
+    utc,
 )
 
 LOOK_BACK: Final = timedelta(hours=24)
 """How far a statistic looks back when its window names no beginning; the gateway's."""
 
 _PERCENT: Final = 100
+
+_STATS: Final = Question(
+    by=("provider", "tier"),
+    names=(
+        "errors",
+        "over_provisioned",
+        "under_provisioned",
+        "latency_ms",
+        "quality_score",
+        "cost_usd",
+    ),
+)
+_PROVIDER_STATS: Final = Question(
+    by=(),
+    names=(
+        "errors",
+        "fallbacks",
+        "latency_ms",
+        "quality_score",
+        "output_tokens",
+        "tokens_per_second",
+        "cost_usd",
+    ),
+    one_provider=True,
+)
+_ACCURACY: Final = Question(by=(), names=("over_provisioned", "under_provisioned"))
+
+_NO_MEASURES: Final = ("part", "sign", "provider", "tier")
 
 
 def epoch_ms_now() -> int:
@@ -152,35 +185,34 @@ class RoutingRepository:
         Raises:
             StoreUnavailable: The database cannot be reached.
         """
-        groups = self._groups(queries.routing_stats(*self._resolved(window)))
+        answer = self._ask(_STATS, window)
         everything = _Tally()
         by_provider: defaultdict[str, _Tally] = defaultdict(_Tally)
         by_tier: defaultdict[str, _Tally] = defaultdict(_Tally)
-        for group in groups:
-            everything.add(group)
+        for part in answer.parts:
+            everything.add(part)
             # texts that differ only in bytes that are no text become one
-            by_provider[self._reading.text(group["provider"]) or ""].add(group)
-            tier = self._reading.text(group["tier"])
+            by_provider[self._reading.text(part["provider"]) or ""].add(part)
+            tier = self._reading.text(part["tier"])
             if tier is not None:
-                by_tier[tier].add(group)
+                by_tier[tier].add(part)
         total = everything["requests"]
         if not total:
             return None
-        latencies = {
-            name: tally.mean("latency", MILLISECONDS, 0) for name, tally in by_provider.items()
-        }
-        qualities = {name: tally.mean("quality", SCORE, 1) for name, tally in by_tier.items()}
+        latencies = {name: tally.mean("latency_ms", 0) for name, tally in by_provider.items()}
+        qualities = {name: tally.mean("quality_score", 1) for name, tally in by_tier.items()}
         return RoutingStats(
             total_requests=total,
             avg_latency_by_provider={n: int(ms) for n, ms in latencies.items() if ms is not None},
             avg_quality_by_tier={n: score for n, score in qualities.items() if score is not None},
             error_rate=everything.percent("errors"),
-            over_provisioned_pct=everything.percent("over"),
-            under_provisioned_pct=everything.percent("under"),
-            requests_by_provider={name: tally["requests"] for name, tally in by_provider.items()},
-            requests_by_tier={name: tally["requests"] for name, tally in by_tier.items()},
-            total_cost=everything.sum("cost", DOLLARS, 4),
-            unpriced_requests=total - everything["cost_count"],
+            over_provisioned_pct=everything.percent("over_provisioned"),
+            under_provisioned_pct=everything.percent("under_provisioned"),
+            requests_by_provider=_requests(by_provider),
+            requests_by_tier=_requests(by_tier),
+            total_cost=everything.sum("cost_usd", 4),
+            unpriced_requests=total - everything["cost_usd_count"],
+            **_source(answer),
         )
 
     def get_provider_stats(
@@ -195,24 +227,24 @@ class RoutingRepository:
             BadArgument: ``provider`` is no text.
             StoreUnavailable: The database cannot be reached.
         """
-        statement = queries.provider_stats(checked_provider(provider), *self._resolved(window))
-        tally = _Tally()
-        for group in self._groups(statement):
-            tally.add(group)
+        # as a filter has it: mended as records are, so that it finds what was recorded with it
+        (name,) = RoutingFilter(provider=checked_provider(provider)).provider or ()
+        answer = self._ask(_PROVIDER_STATS, window, provider=name)
+        tally = _Tally.of(answer)
         if not tally["requests"]:
             return None
-        latency = tally.mean("latency", MILLISECONDS, 0)
-        output_tokens = tally.mean("output_tokens", COUNT, 0)
+        latency, output_tokens = tally.mean("latency_ms", 0), tally.mean("output_tokens", 0)
         return ProviderStats(
             total=tally["requests"],
             avg_latency=None if latency is None else int(latency),
-            avg_quality=tally.mean("quality", SCORE, 1),
+            avg_quality=tally.mean("quality_score", 1),
             avg_output_tokens=None if output_tokens is None else int(output_tokens),
             error_rate=tally.percent("errors"),
             fallback_rate=tally.percent("fallbacks"),
-            avg_tokens_per_second=tally.mean("speed", SCORE, 1),
-            total_cost=tally.sum("cost", DOLLARS, 4),
-            unpriced_requests=tally["requests"] - tally["cost_count"],
+            avg_tokens_per_second=tally.mean("tokens_per_second", 1),
+            total_cost=tally.sum("cost_usd", 4),
+            unpriced_requests=tally["requests"] - tally["cost_usd_count"],
+            **_source(answer),
         )
 
     def get_routing_accuracy(self, window: Window | None = None) -> RoutingAccuracy | None:
@@ -224,17 +256,17 @@ class RoutingRepository:
         Raises:
             StoreUnavailable: The database cannot be reached.
         """
-        tally = _Tally()
-        for group in self._groups(queries.routing_accuracy(*self._resolved(window))):
-            tally.add(group)
+        answer = self._ask(_ACCURACY, window)
+        tally = _Tally.of(answer)
         if not tally["requests"]:
             return None
         return RoutingAccuracy(
             total_requests=tally["requests"],
-            over_provisioned=tally["over"],
-            under_provisioned=tally["under"],
-            over_provisioned_pct=tally.percent("over"),
-            under_provisioned_pct=tally.percent("under"),
+            over_provisioned=tally["over_provisioned"],
+            under_provisioned=tally["under_provisioned"],
+            over_provisioned_pct=tally.percent("over_provisioned"),
+            under_provisioned_pct=tally.percent("under_provisioned"),
+            **_source(answer),
         )
 
     def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
@@ -277,31 +309,51 @@ class RoutingRepository:
         deleted: int = result.rowcount
         return deleted
 
-    def _resolved(self, window: Window | None) -> tuple[int, int]:
-        return given(window, Window, "window").resolved(self._clock(), LOOK_BACK)
-
-    def _groups(self, statement: Any) -> list[dict[str, Any]]:
+    def _ask(self, question: Question, window: Window | None, **given_: str) -> Answer:
+        now = self._clock()
+        since, until = given(window, Window, "window").resolved(now, LOOK_BACK)
         with translated():
-            return [dict(group) for group in self._session.execute(statement).mappings()]
+            return answers.ask(self._session, question, since, until, now, **given_)
 
 
 class _Tally(Counter[str]):
-    """Integers added up over groups: counts, and the two halves of each sum."""
+    """Integers added up over the parts of an answer: counts, and the two halves of each sum."""
 
-    def add(self, group: Mapping[str, Any]) -> None:
-        for name, value in group.items():
-            if name not in ("provider", "tier"):
-                self[name] += int(value or 0)
+    @classmethod
+    def of(cls, answer: Answer) -> Self:
+        tally = cls()
+        for part in answer.parts:
+            tally.add(part)
+        return tally
+
+    def add(self, part: RowMapping) -> None:
+        sign = part["sign"]
+        for name, value in part.items():
+            if value and name not in _NO_MEASURES:
+                self[name] += sign * int(value)
 
     def percent(self, name: str) -> float:
         return half_up(_PERCENT * self[name], self["requests"], 1)
 
-    def mean(self, name: str, domain: Domain, digits: int) -> float | None:
+    def mean(self, name: str, digits: int) -> float | None:
         count = self[f"{name}_count"]
-        return half_up(self._sum(name), count * domain.scale, digits) if count else None
+        return half_up(self._sum(name), count * SUMMED[name].scale, digits) if count else None
 
-    def sum(self, name: str, domain: Domain, digits: int) -> float | None:
-        return half_up(self._sum(name), domain.scale, digits) if self[f"{name}_count"] else None
+    def sum(self, name: str, digits: int) -> float | None:
+        if not self[f"{name}_count"]:
+            return None
+        return half_up(self._sum(name), SUMMED[name].scale, digits)
 
     def _sum(self, name: str) -> int:
         return joined(self[f"{name}_high"], self[f"{name}_low"])
+
+
+def _requests(tallies: Mapping[str, _Tally]) -> dict[str, int]:
+    # a part that was taken away can leave none
+    return {name: tally["requests"] for name, tally in tallies.items() if tally["requests"]}
+
+
+def _source(answer: Answer) -> dict[str, Any]:
+    if answer.raw_from is None:
+        return {"source": "rows", "raw_from": None}
+    return {"source": "buckets", "raw_from": utc(answer.raw_from)}

@@ -1,17 +1,27 @@
 """Statistics over a window. Rounding is the gateway's: half up, on the exact value."""
 
-from typing import Any, ClassVar
+from datetime import datetime
+from typing import Any, ClassVar, Final, Literal
 
 from immutabledict import immutabledict
 from pydantic.alias_generators import to_camel
 
 from lynkr_store.schemas.base import FrozenMap, FrozenOutput
 
+_SOURCE: Final = frozenset({"source", "raw_from"})
+
 
 class _Statistic(FrozenOutput):
     """An answer that the gateway's module gives too, in camelCase and without our additions."""
 
-    _OWN: ClassVar[frozenset[str]] = frozenset()
+    source: Literal["rows", "buckets"] = "rows"
+    """``rows``: exactly what the window's rows say. ``buckets``: rows of the window were removed
+    by retention, and the answer comes from what was counted of them, by whole quarters of an hour
+    in UTC; it may include rows of the first quarter that lie before the window."""
+    raw_from: datetime | None = None
+    """The instant from which on the rows are there; None where the answer is exact."""
+
+    _OWN: ClassVar[frozenset[str]] = _SOURCE
 
     def to_gateway(self) -> dict[str, Any]:
         """The dictionary that the Node module returns for the same rows."""
@@ -44,9 +54,12 @@ class RoutingStats(_Statistic):
     unpriced_requests: int
     """Requests whose cost is not known, and is in no sum."""
 
-    _OWN = frozenset(
-        {"requests_by_provider", "requests_by_tier", "total_cost", "unpriced_requests"}
-    )
+    _OWN = _SOURCE | {
+        "requests_by_provider",
+        "requests_by_tier",
+        "total_cost",
+        "unpriced_requests",
+    }
 
 
 class ProviderStats(_Statistic):
@@ -69,7 +82,7 @@ class ProviderStats(_Statistic):
     unpriced_requests: int
     """Requests whose cost is not known, and is in no sum."""
 
-    _OWN = frozenset({"unpriced_requests"})
+    _OWN = _SOURCE | {"unpriced_requests"}
 
 
 class RoutingAccuracy(_Statistic):

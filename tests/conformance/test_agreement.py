@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import make_url
+from sqlalchemy.orm import Session
 
-from lynkr_store import RoutingFilter, Store, StoreSettings, Window, queries
+from lynkr_store import RoutingFilter, Store, StoreSettings, Window, answers, measures, rollups
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -155,21 +156,17 @@ def check_same(pair, records):
 
 def sums(store, window):
     """Every count and half of a sum, by provider and tier."""
-    span = window.resolved(NOW, timedelta(hours=24))
-    with store.engine.connect() as connection:
-        groups = connection.execute(queries.routing_stats(*span)).mappings().all()
-        speeds = connection.execute(queries.provider_stats("a", *span)).mappings().all()
+    since, until = window.resolved(NOW, timedelta(hours=24))
+    with Session(store.engine) as session:
+        answer = answers.ask(session, EVERYTHING, since, until, NOW)
     return sorted(
-        (str([g.get("provider"), g.get("tier")]), [integer(g, n) for n in g if n not in NAMED])
-        for g in (*groups, *speeds)
+        (str([part["provider"], part["tier"]]), [int(part[name] or 0) for name in COLUMNS_OF_ALL])
+        for part in answer.parts
     )
 
 
-NAMED = ("provider", "tier")
-
-
-def integer(group, name):
-    return None if group[name] is None else int(group[name])
+EVERYTHING = rollups.Question(by=("provider", "tier"), names=measures.ALL)
+COLUMNS_OF_ALL = tuple(measures.columns_of())
 
 
 RELAXED = settings(

@@ -142,5 +142,66 @@ DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0007';
 
 INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0007', 1, '0006', '0.1.0');
 
+-- Running upgrade 0007 -> 0009
+
+CREATE TABLE routing_dimensions (
+    id INTEGER NOT NULL, 
+    provider TEXT NOT NULL, 
+    model TEXT, 
+    tier TEXT, 
+    request_type TEXT, 
+    CONSTRAINT pk_routing_dimensions PRIMARY KEY (id)
+);
+
+CREATE TABLE routing_rollups (
+    span_ms INTEGER NOT NULL, 
+    start INTEGER NOT NULL, 
+    dimension_id INTEGER NOT NULL, 
+    requests INTEGER NOT NULL, 
+    errors INTEGER NOT NULL, 
+    fallbacks INTEGER NOT NULL, 
+    over_provisioned INTEGER NOT NULL, 
+    under_provisioned INTEGER NOT NULL, 
+    latency_ms_count INTEGER NOT NULL, 
+    latency_ms_high INTEGER NOT NULL, 
+    latency_ms_low INTEGER NOT NULL, 
+    quality_score_count INTEGER NOT NULL, 
+    quality_score_high INTEGER NOT NULL, 
+    quality_score_low INTEGER NOT NULL, 
+    input_tokens_count INTEGER NOT NULL, 
+    input_tokens_high INTEGER NOT NULL, 
+    input_tokens_low INTEGER NOT NULL, 
+    output_tokens_count INTEGER NOT NULL, 
+    output_tokens_high INTEGER NOT NULL, 
+    output_tokens_low INTEGER NOT NULL, 
+    cache_read_tokens_count INTEGER NOT NULL, 
+    cache_read_tokens_high INTEGER NOT NULL, 
+    cache_read_tokens_low INTEGER NOT NULL, 
+    cache_creation_tokens_count INTEGER NOT NULL, 
+    cache_creation_tokens_high INTEGER NOT NULL, 
+    cache_creation_tokens_low INTEGER NOT NULL, 
+    tokens_per_second_count INTEGER NOT NULL, 
+    tokens_per_second_high INTEGER NOT NULL, 
+    tokens_per_second_low INTEGER NOT NULL, 
+    cost_usd_count INTEGER NOT NULL, 
+    cost_usd_high INTEGER NOT NULL, 
+    cost_usd_low INTEGER NOT NULL, 
+    CONSTRAINT pk_routing_rollups PRIMARY KEY (span_ms, start, dimension_id)
+)
+ WITHOUT ROWID;
+
+CREATE TABLE lynkr_store_progress (
+    name TEXT NOT NULL, 
+    value INTEGER NOT NULL, 
+    CONSTRAINT pk_lynkr_store_progress PRIMARY KEY (name)
+)
+ WITHOUT ROWID;
+
+UPDATE lynkr_store_alembic_version SET version_num='0009' WHERE lynkr_store_alembic_version.version_num = '0007';
+
+DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0009';
+
+INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0009', 1, '0007', '0.1.0');
+
 COMMIT;
 

@@ -1,0 +1,94 @@
+"""Answers about a window, made up of roll-ups and rows: exact, as long as the rows are there."""
+
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, RowMapping
+from sqlalchemy.orm import Session
+
+from lynkr_store import rollups
+from lynkr_store.rollups import LONG_BACKLOG, NOTHING, Question, Standing
+from lynkr_store.spans import QUARTER_MS, cover, floor_to
+
+
+class Answer(NamedTuple):
+    """The parts of an answer.
+
+    Attributes:
+        parts: Sign, dimensions and measures of each, to be added up.
+        raw_from: None for the exact answer. Else rows of the window were removed, all of them
+            before this instant, and it was made up of whole quarters of an hour there.
+    """
+
+    parts: list[RowMapping]
+    raw_from: int | None
+
+
+def ask(
+    session: Session, question: Question, since: int, until: int, now: int, **given: Any
+) -> Answer:
+    """Answer a question about the window ``[since, until)``, in epoch milliseconds.
+
+    Args:
+        session: In a transaction, of any isolation.
+        question: What is asked.
+        since: The window's first millisecond.
+        until: The first one after it.
+        now: The present: there are hardly any rows after it.
+        given: ``provider``, if the question is of one.
+    """
+    incomplete = None
+    while True:
+        stands = Standing(*session.execute(rollups.standing()).one())
+        folded = NOTHING if stands.folded is None else stands.folded
+        backlog = 0 if stands.newest is None else stands.newest - folded
+        asked = cover(since, until, now)
+        rows = session.execute(
+            rollups.answer(question, long_backlog=backlog > LONG_BACKLOG),
+            rollups.parameters(asked, since, until, folded) | given,
+        ).mappings()
+        parts = [row for row in rows if row["requests"]]
+        about = {part["part"]: part["requests"] for part in parts if not part["sign"]}
+        if about["folded"] != folded:
+            continue  # a fold came between, and its rows would count twice or not at all
+        if about.get("known") != about.get("there"):
+            # rows at an end of the window were removed: there it becomes one of whole quarters
+            for start, end in asked.ends:
+                known, there = session.execute(
+                    rollups.counts_of_quarter(), {"start": start, "end": end, "folded": folded}
+                ).one()
+                if known != there:
+                    since, until, incomplete = min(since, start), max(until, end), end
+            continue
+        removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
+        known_from = max((i for i in (removed, incomplete) if i is not None), default=None)
+        exact = known_from is None or since >= known_from
+        return Answer([part for part in parts if part["sign"]], None if exact else known_from)
+
+
+def _reaches(since: int, stands: Standing) -> bool:
+    """Whether a window may begin before rows that were removed."""
+    if stands.first_bucket is None:
+        return False
+    if stands.oldest_row is None or (stands.raw_from is not None and since < stands.raw_from):
+        return True
+    return since < floor_to(QUARTER_MS, stands.oldest_row) + QUARTER_MS
+
+
+def removed_before(connection: Connection, stands: Standing) -> int | None:
+    """The instant before which rows were removed that the roll-ups know; None if none were.
+
+    By retention, ours or another's, which takes the oldest first: so the oldest that is left tells.
+    """
+    found = None
+    if stands.first_bucket is not None and stands.last_bucket is not None:
+        if stands.oldest_row is None:
+            found = stands.last_bucket + QUARTER_MS
+        else:
+            start = floor_to(QUARTER_MS, stands.oldest_row)
+            known, there = connection.execute(
+                rollups.counts_of_quarter(),
+                {"start": start, "end": start + QUARTER_MS, "folded": stands.folded},
+            ).one()
+            if stands.first_bucket < start or known != there:
+                found = stands.oldest_row
+    return max((i for i in (found, stands.raw_from) if i is not None), default=None)

@@ -1,0 +1,240 @@
+"""Adds rows to the roll-ups, each once, in short transactions.
+
+One folder at a time: who folds holds the watermark, and moves it in the transaction in which the
+rows' sums are added. A fold that is killed has done whole steps.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Final, NamedTuple, assert_never
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, select, text
+
+from lynkr_store import rollups
+from lynkr_store.answers import removed_before
+from lynkr_store.backend import Backend
+from lynkr_store.domains import INSTANT_MIN_MS
+from lynkr_store.engine import backend_of
+from lynkr_store.measures import columns_of
+from lynkr_store.models import TELEMETRY
+from lynkr_store.rollups import NOTHING, Standing
+from lynkr_store.spans import QUARTER_MS, SPANS_MS, ceil_to, floor_to
+
+Begin = Callable[[], AbstractContextManager[Connection]]
+"""Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""
+
+STEP_ROWS: Final = 5_000
+"""Rows that one transaction folds: 20 ms of SQLite's lock."""
+
+_POLL_S: Final = 0.01
+_PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
+
+
+class Folded(NamedTuple):
+    """How far a fold came: rows that it folded, and whether it reached the newest."""
+
+    rows: int
+    done: bool
+
+
+def fold(
+    begin: Begin,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Folded:
+    """Fold what is above the watermark, in steps.
+
+    Args:
+        begin: Opens a transaction.
+        stop: Asked before each step whether to leave it at that.
+        on_step: Told after each step how many rows were folded so far.
+
+    Returns:
+        Not done where it was stopped, or where transactions that may have written rows with lower
+        ids stayed open: try again later.
+    """
+    upto, rows = settled_id(begin), 0
+    if upto is None:
+        return Folded(0, done=False)
+    while not stop():
+        with begin() as connection:
+            step, last = _fold_step(connection, upto)
+        rows += step
+        on_step(rows)
+        if last >= upto:
+            return Folded(rows, done=True)
+    return Folded(rows, done=False)
+
+
+def settled_id(begin: Begin) -> int | None:
+    """An id up to which no row can appear any more; None where that would take too long.
+
+    SQLite's writers come one after the other, so that is the greatest id. PostgreSQL gives out ids
+    before their transactions commit. Whoever was given one below the greatest that is to be seen
+    holds a writer's lock on the table since before; so it is settled when all who hold one now
+    have come to an end. Nothing is locked for that: a lock that waits for writers would have
+    others wait behind it, and one that gives up soon would never be had beside a long VACUUM.
+    """
+    with begin() as connection:
+        newest: int = connection.scalar(rollups.newest_id()) or NOTHING
+        backend = backend_of(connection)
+    match backend:
+        case Backend.SQLITE:
+            return newest
+        case Backend.POSTGRESQL:
+            return newest if _wait_for_writers(begin) else None
+        case _:
+            assert_never(backend)
+
+
+_WRITERS: Final = text(
+    "SELECT virtualtransaction FROM pg_locks WHERE locktype = 'relation' AND granted "
+    "AND relation = to_regclass(:name) "
+    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'ShareUpdateExclusiveLock') "
+    "AND pid IS DISTINCT FROM pg_backend_pid()"
+)
+
+
+def _wait_for_writers(begin: Begin) -> bool:
+    """Wait until those who may write now do not any more; others may come meanwhile."""
+    deadline = time.monotonic() + _PATIENCE_S
+    writers: set[str] | None = None
+    while writers is None or writers:
+        if writers is not None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        with begin() as connection:
+            now = set(connection.scalars(_WRITERS, {"name": TELEMETRY.name}))
+        writers = now if writers is None else writers & now
+    return True
+
+
+def _fold_step(connection: Connection, upto: int) -> tuple[int, int]:
+    """Fold some rows; return how many, and the watermark."""
+    folded = held_watermark(connection)
+    if folded >= upto:
+        return 0, folded
+    _note_removed(connection)
+    last = connection.scalar(rollups.last_of_step(folded, upto, STEP_ROWS)) or upto
+    rows = _add(connection, rollups.folded_rows(folded, last))
+    note(connection, "folded", last)
+    return rows, last
+
+
+def held_watermark(connection: Connection) -> int:
+    """The watermark, which nobody else moves before this transaction ends."""
+    folded: int | None = connection.scalar(rollups.watermark())
+    if folded is None:  # the first of several folders enters it, and the others wait
+        first = {"name": "folded", "value": NOTHING}
+        connection.execute(rollups.note_first(backend_of(connection)), first)
+        folded = connection.scalar(rollups.watermark())
+    return NOTHING if folded is None else folded
+
+
+def note(connection: Connection, name: str, value: int) -> None:
+    """Set a value of the progress."""
+    connection.execute(rollups.note(backend_of(connection)), {"name": name, "value": value})
+
+
+def _note_removed(connection: Connection) -> None:
+    """Note from when on the rows are there, before late ones hide that older ones were removed."""
+    stands = Standing(*connection.execute(rollups.standing()).one())
+    removed = removed_before(connection, stands)
+    if removed is not None and removed != stands.raw_from:
+        note(connection, "raw_from", removed)
+
+
+def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
+    """Take rows out of the roll-ups, which are to be erased in the same transaction.
+
+    Args:
+        connection: In a transaction of its own.
+        condition: Which rows; those above the watermark are in no roll-up.
+    """
+    folded = held_watermark(connection)
+    _add(connection, rollups.up_to(folded, condition), sign=-1)
+    connection.execute(rollups.drop_empty())
+
+
+def rebuild(
+    begin: Begin,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Folded:
+    """Make the roll-ups of folded rows anew, a quarter of an hour at a time.
+
+    What is known of a time whose rows were removed stays. Answers are right at every moment; one
+    that was interrupted can be begun again.
+    """
+    with begin() as connection:
+        held_watermark(connection)
+        _note_removed(connection)
+        raw_from = connection.scalar(select(rollups.noted("raw_from")))
+    after, rows = INSTANT_MIN_MS if raw_from is None else ceil_to(QUARTER_MS, raw_from), 0
+    while not stop():
+        with begin() as connection:
+            found = connection.execute(rollups.first_from(after)).one()
+            starts = [
+                floor_to(QUARTER_MS, int(instant)) for instant in found if instant is not None
+            ]
+            if not starts:
+                return Folded(rows, done=True)
+            rows += _recount(connection, min(starts))
+        on_step(rows)
+        after = min(starts) + QUARTER_MS
+    return Folded(rows, done=False)
+
+
+def _recount(connection: Connection, start: int) -> int:
+    """Make the roll-ups of one quarter anew, and those of the hour and the day it is in."""
+    condition = rollups.rows_of_quarter(start, held_watermark(connection))
+    starts = {span: floor_to(span, start) for span in SPANS_MS}
+    connection.execute(rollups.drop_buckets(starts))
+    connection.execute(rollups.enter_dimensions(condition))
+    quarters = connection.execute(rollups.quarters_of(condition)).mappings().all()
+    _write(connection, {_key(QUARTER_MS, quarter): _measures(quarter) for quarter in quarters})
+    for span in SPANS_MS[1:]:
+        connection.execute(rollups.sum_of_quarters(span, starts[span]))
+    return sum(int(quarter["requests"]) for quarter in quarters)
+
+
+def _add(connection: Connection, condition: ColumnElement[bool], sign: int = 1) -> int:
+    """Add the rows to the roll-ups of every length; return how many they are."""
+    connection.execute(rollups.enter_dimensions(condition))
+    quarters = connection.execute(rollups.quarters_of(condition)).mappings().all()
+    sums: dict[_Key, Counter[str]] = defaultdict(Counter)
+    for quarter in quarters:
+        measured = _measures(quarter)
+        for span in SPANS_MS:
+            so_far = sums[_key(span, quarter)]
+            for name, value in measured.items():
+                so_far[name] += sign * value
+    _write(connection, sums)
+    return sum(int(quarter["requests"]) for quarter in quarters)
+
+
+_Key = tuple[int, int, int]
+"""Length, start and dimension of a roll-up."""
+
+
+def _key(span_ms: int, quarter: RowMapping) -> _Key:
+    return span_ms, floor_to(span_ms, int(quarter["start"])), int(quarter["dimension_id"])
+
+
+def _measures(quarter: RowMapping) -> dict[str, int]:
+    return {name: int(quarter[name] or 0) for name in columns_of()}
+
+
+def _write(connection: Connection, sums: Mapping[_Key, Mapping[str, int]]) -> None:
+    rows = [
+        {"span_ms": span, "start": start, "dimension_id": dimension, **measured}
+        for (span, start, dimension), measured in sorted(sums.items())
+    ]
+    if rows:
+        connection.execute(rollups.add_to_rollups(backend_of(connection)), rows)

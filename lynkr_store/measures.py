@@ -1,0 +1,90 @@
+"""What is counted and summed of the rows: from the rows themselves, and again from roll-ups.
+
+Both give the same columns: ``requests``, each count by its name, and for each sum its three parts
+(see `lynkr_store.functions.exact_sum`). All are integers, so it does not matter in which order,
+by which backend or in how many steps they were added up.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Label, and_, case, func, literal, or_
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
+
+from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
+from lynkr_store.functions import exact_sum, measured, scaled
+from lynkr_store.models import ROLLUPS, TELEMETRY
+
+_t: Final = TELEMETRY.c
+
+_HIGH_TIERS: Final = ("REASONING", "COMPLEX")
+_HIGH_QUALITY: Final = 80  # the gateway's thresholds
+_FEW_TOKENS: Final = 50
+_LOW_QUALITY: Final = 45
+
+COUNTED: Final = ("errors", "fallbacks", "over_provisioned", "under_provisioned")
+
+SUMMED: Final = {
+    "latency_ms": MILLISECONDS,
+    "quality_score": SCORE,
+    "input_tokens": COUNT,
+    "output_tokens": COUNT,
+    "cache_read_tokens": COUNT,
+    "cache_creation_tokens": COUNT,
+    "tokens_per_second": SCORE,
+    "cost_usd": DOLLARS,
+}
+"""Columns that are summed, and the units of the sums."""
+
+ALL: Final = (*COUNTED, *SUMMED)
+
+
+def of_a_row(names: Iterable[str] = ALL) -> Iterator[Label[Any]]:
+    """What a row adds to each measure: something or NULL to a count, scaled units to a sum."""
+    quality = measured(_t.quality_score, SCORE)
+    counted: Mapping[str, ColumnElement[Any]] = {
+        "errors": _t.error_type,
+        "fallbacks": case((_t.was_fallback == literal(1, _t.tool_count.type), 1)),
+        "over_provisioned": case(
+            (
+                and_(
+                    quality > literal(_HIGH_QUALITY),
+                    measured(_t.output_tokens, COUNT) < literal(_FEW_TOKENS),
+                    or_(*(_t.tier == tier for tier in _HIGH_TIERS)),
+                ),
+                1,
+            )
+        ),
+        "under_provisioned": case((and_(quality < literal(_LOW_QUALITY), _t.tier == "SIMPLE"), 1)),
+    }
+    for name in names:
+        column = counted[name] if name in counted else scaled(_t[name], SUMMED[name])
+        yield column.label(name)
+
+
+def of_rows(
+    columns: ReadOnlyColumnCollection[str, Any], names: Iterable[str] = ALL
+) -> Iterator[Label[Any]]:
+    """The measures of many rows, from what each of them adds."""
+    yield func.count().label("requests")
+    for name in names:
+        if name in SUMMED:
+            yield from exact_sum(name, columns[name])
+        else:
+            yield func.count(columns[name]).label(name)
+
+
+def of_rollups(names: Iterable[str] = ALL) -> Iterator[Label[Any]]:
+    """The same measures from roll-ups."""
+    for column in columns_of(names):
+        yield func.sum(ROLLUPS.c[column]).label(column)
+
+
+def columns_of(names: Iterable[str] = ALL) -> Iterator[str]:
+    """The names of the columns that hold the measures."""
+    yield "requests"
+    for name in names:
+        if name in SUMMED:
+            yield from (f"{name}_count", f"{name}_high", f"{name}_low")
+        else:
+            yield name

@@ -1,0 +1,443 @@
+"""Statements on the roll-ups: what a question reads, and what a fold writes. None is executed here.
+
+Rows are folded by their id: the roll-ups hold the rows up to a watermark, whoever wrote them and
+whatever time they name. So an answer is the roll-ups, the ragged ends of its window, and all rows
+above the watermark.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final, NamedTuple, assert_never
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    BindParameter,
+    ColumnElement,
+    CompoundSelect,
+    Delete,
+    FromClause,
+    Insert,
+    Integer,
+    ScalarSelect,
+    Select,
+    Subquery,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from lynkr_store import measures
+from lynkr_store.backend import Backend
+from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
+from lynkr_store.functions import same, unindexed
+from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.spans import DAY_MS, QUARTER_MS, Cover, cover, floor_to
+
+NOTHING: Final = -(2**63)
+"""The watermark before the first fold."""
+
+LONG_BACKLOG: Final = 20_000
+"""Rows above the watermark from which on the window is read by its time, not by their ids."""
+
+_BY: Final = ("provider", "model", "tier", "request_type")
+_t: Final = TELEMETRY.c
+_in_domain: Final = and_(_t.timestamp >= INSTANT_MIN_MS, _t.timestamp < INSTANT_MAX_MS)
+
+
+class Question(NamedTuple):
+    """What is asked of a window.
+
+    Attributes:
+        by: The dimensions by which the answer is kept apart.
+        names: Measures beside the number of requests.
+        one_provider: Only rows of the provider that is given with the window.
+    """
+
+    by: tuple[str, ...]
+    names: tuple[str, ...]
+    one_provider: bool = False
+
+
+class Standing(NamedTuple):
+    """How the roll-ups stand to the rows.
+
+    Attributes:
+        folded: The watermark: rows up to this id are in the roll-ups.
+        newest: The greatest id, or None.
+        raw_from: What was noted: before this instant rows were removed.
+        first_bucket: The first quarter that the roll-ups know.
+        last_bucket: The last one.
+        oldest_row: The first instant of a folded row that is there.
+    """
+
+    folded: int | None
+    newest: int | None
+    raw_from: int | None
+    first_bucket: int | None
+    last_bucket: int | None
+    oldest_row: int | None
+
+
+@cache
+def standing() -> Select[*tuple[Any, ...]]:
+    """One row with the values of a `Standing`."""
+    quarters = select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
+    oldest = (
+        select(_t.timestamp)
+        .where(_in_domain, unindexed(_t.id) <= noted("folded"))
+        .order_by(_t.timestamp)
+        .limit(1)
+    )
+    return select(
+        noted("folded").label("folded"),
+        select(func.max(_t.id)).scalar_subquery().label("newest"),
+        noted("raw_from").label("raw_from"),
+        quarters.order_by(ROLLUPS.c.start).scalar_subquery().label("first_bucket"),
+        quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
+        cast(oldest.scalar_subquery(), BigInteger).label("oldest_row"),
+    )
+
+
+def noted(name: str) -> ScalarSelect[int]:
+    """A value of the progress, or NULL."""
+    return select(PROGRESS.c.value).where(PROGRESS.c.name == name).scalar_subquery()
+
+
+@cache
+def counts_of_quarter() -> Select[*tuple[Any, ...]]:
+    """How many rows of one quarter the roll-ups know, and how many of these are there.
+
+    Equal, unless rows were removed. Takes ``start``, ``end`` and ``folded``.
+    """
+    start, end, folded = (_whole_number(name) for name in ("start", "end", "folded"))
+    known = select(func.sum(ROLLUPS.c.requests)).where(
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == start
+    )
+    there = select(func.count()).where(
+        _t.timestamp >= start, _t.timestamp < end, unindexed(_t.id) <= folded
+    )
+    return select(
+        func.coalesce(known.scalar_subquery(), 0).label("known"),
+        there.scalar_subquery().label("there"),
+    )
+
+
+def parameters(asked: Cover, since: int, until: int, folded: int) -> dict[str, Any]:
+    """What `answer` takes for one window."""
+    given: dict[str, Any] = {"since": since, "until": until, "folded": folded}
+    for number, bucket in enumerate(asked.buckets):
+        given |= {f"bucket_{number}_{name}": v for name, v in bucket._asdict().items()}
+    for number, some in enumerate(asked.rows):
+        given |= {f"rows_{number}_{name}": v for name, v in some._asdict().items()}
+    for number, (start, end) in enumerate(asked.ends):
+        given |= {f"end_{number}_since": start, f"end_{number}_until": end}
+    return given
+
+
+_SHAPE: Final = cover(0, 0, 0)  # of every cover: it sets the number of parameters
+
+
+@cache
+def answer(question: Question, *, long_backlog: bool) -> CompoundSelect[*tuple[Any, ...]]:
+    """The parts of an answer, to be added up, in one statement and so of one snapshot.
+
+    Takes `parameters`, and ``provider`` if the question is of one.
+
+    Returns:
+        ``sign``, the question's dimensions, ``requests`` and the columns of its measures. The sign
+        is 1 or -1 in a part of the answer. It is 0 in three rows about the answer, told apart by
+        ``part``: ``folded``, with the watermark as ``requests``; and ``known`` and ``there``, with
+        how many rows the roll-ups know of the quarters at the window's ends, and how many of these
+        are there.
+    """
+    names = list(measures.columns_of(question.names))
+    return union_all(
+        _from_rollups(question),
+        _up_to_watermark(question),
+        _above_watermark(question, long_backlog=long_backlog),
+        *(_about(question, names, part, n) for part, n in _facts().items()),
+    )
+
+
+def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
+    spans = _listed("bucket", ("span_ms", "since", "until"), len(_SHAPE.buckets))
+    source = spans.join(
+        ROLLUPS,
+        and_(
+            ROLLUPS.c.span_ms == spans.c.span_ms,
+            ROLLUPS.c.start >= spans.c.since,
+            ROLLUPS.c.start < spans.c.until,
+        ),
+    ).join(DIMENSIONS, DIMENSIONS.c.id == ROLLUPS.c.dimension_id)
+    by = [DIMENSIONS.c[name] for name in question.by]
+    statement = select(
+        _part("buckets"),
+        literal(1, Integer).label("sign"),
+        *by,
+        *measures.of_rollups(question.names),
+    ).select_from(source)
+    if question.one_provider:
+        statement = statement.where(DIMENSIONS.c.provider == bindparam("provider", type_=Text()))
+    return statement.group_by(*by)
+
+
+def _up_to_watermark(question: Question) -> Select[*tuple[Any, ...]]:
+    ends = _listed("rows", ("sign", "since", "until"), len(_SHAPE.rows))
+    in_an_end = and_(
+        _t.timestamp >= ends.c.since,
+        _t.timestamp < ends.c.until,
+        unindexed(_t.id) <= _whole_number("folded"),
+    )
+    return _from_rows(question, ends.c.sign, ends.join(TELEMETRY, in_an_end))
+
+
+def _above_watermark(question: Question, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
+    # SQLite uses one index, and cannot know which of the two ranges is the shorter
+    row_id, instant = (
+        (unindexed(_t.id), _t.timestamp) if long_backlog else (_t.id, unindexed(_t.timestamp))
+    )
+    return _from_rows(
+        question,
+        literal(1, Integer),
+        TELEMETRY,
+        row_id > _whole_number("folded"),
+        instant >= _whole_number("since"),
+        instant < _whole_number("until"),
+    )
+
+
+def _from_rows(
+    question: Question, sign: ColumnElement[int], source: FromClause, *conditions: Any
+) -> Select[*tuple[Any, ...]]:
+    by = [_t[name] for name in question.by]
+    statement = select(sign.label("sign"), *by, *measures.of_a_row(question.names))
+    statement = statement.select_from(source).where(*conditions)
+    if question.one_provider:
+        statement = statement.where(unindexed(_t.provider) == bindparam("provider", type_=Text()))
+    rows = _each_row(statement)
+    keys = [rows.c.sign, *(rows.c[name] for name in question.by)]
+    sums = measures.of_rows(rows.c, question.names)
+    return select(_part("rows"), *keys, *sums).group_by(*keys)
+
+
+def _each_row(statement: Select[*tuple[Any, ...]]) -> Subquery:
+    """A subquery that is computed as written: each expression once a row.
+
+    Both databases would else put the expressions in the place of their names, and compute what
+    is used in three sums three times: with OFFSET they do not.
+    """
+    return statement.offset(0).subquery()
+
+
+def _facts() -> dict[str, ColumnElement[int]]:
+    ends = _listed("end", ("since", "until"), len(_SHAPE.ends))
+    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).select_from(
+        ends.join(ROLLUPS, and_(ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == ends.c.since))
+    )
+    in_an_end = and_(
+        _t.timestamp >= ends.c.since,
+        _t.timestamp < ends.c.until,
+        unindexed(_t.id) <= _whole_number("folded"),
+    )
+    there = select(func.count()).select_from(ends.join(TELEMETRY, in_an_end))
+    return {
+        "folded": func.coalesce(noted("folded"), NOTHING),
+        "known": known.scalar_subquery(),
+        "there": there.scalar_subquery(),
+    }
+
+
+def _about(
+    question: Question, names: list[str], part: str, value: ColumnElement[int]
+) -> Select[*tuple[Any, ...]]:
+    empty = [cast(null(), Text).label(name) for name in question.by]
+    none = [literal(0, Integer).label(name) for name in names[1:]]
+    return select(
+        _part(part), literal(0, Integer).label("sign"), *empty, value.label("requests"), *none
+    )
+
+
+def _part(name: str) -> Any:
+    return literal(name, Text).label("part")
+
+
+def _listed(name: str, fields: tuple[str, ...], count: int) -> CTE:
+    """A table of parameters, ``{name}_{number}_{field}``; not VALUES, which SQLAlchemy recompiles."""
+    rows = (
+        select(*(_whole_number(f"{name}_{number}_{field}").label(field) for field in fields))
+        for number in range(count)
+    )
+    return union_all(*rows).cte(f"each_{name}")
+
+
+def _whole_number(name: str) -> BindParameter[int]:
+    return bindparam(name, type_=BigInteger())
+
+
+# -- what a fold writes ------------------------------------------------------------------------
+
+
+def watermark() -> Select[*tuple[Any, ...]]:
+    """The watermark; on PostgreSQL nobody else moves it before the transaction ends."""
+    return select(PROGRESS.c.value).where(PROGRESS.c.name == "folded").with_for_update()
+
+
+def last_of_step(after: int, upto: int, rows: int) -> Select[*tuple[Any, ...]]:
+    """The id of the last of so many rows after an id; none if there are not as many."""
+    return (
+        select(_t.id).where(_t.id > after, _t.id <= upto).order_by(_t.id).limit(1).offset(rows - 1)
+    )
+
+
+def newest_id() -> Select[*tuple[Any, ...]]:
+    """The greatest id, or NULL."""
+    return select(func.max(_t.id))
+
+
+def folded_rows(after: int, upto: int) -> ColumnElement[bool]:
+    """The rows with ``after < id <= upto``, as a condition."""
+    return and_(_t.id > after, _t.id <= upto)
+
+
+def up_to(folded: int, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Of some rows those up to the watermark, as a condition."""
+    return and_(condition, unindexed(_t.id) <= folded)
+
+
+def rows_of_quarter(start: int, folded: int) -> ColumnElement[bool]:
+    """The rows of one quarter up to the watermark, as a condition."""
+    return up_to(folded, and_(_t.timestamp >= start, _t.timestamp < start + QUARTER_MS))
+
+
+def enter_dimensions(condition: ColumnElement[bool]) -> Insert:
+    """Enter the combinations of the rows' dimensions that are not there."""
+    mine = [_t[name] for name in _BY]
+    rows = select(*mine).where(condition, _in_domain).distinct().subquery()
+    new = (
+        select(*(rows.c[name] for name in _BY))
+        .select_from(rows.outerjoin(DIMENSIONS, _same_dimensions(rows)))
+        .where(DIMENSIONS.c.id.is_(None))
+    )
+    return insert(DIMENSIONS).from_select(list(_BY), new)
+
+
+def quarters_of(condition: ColumnElement[bool]) -> Select[*tuple[Any, ...]]:
+    """The rows' measures by quarter and dimension: ``start``, ``dimension_id``, the measures."""
+    instant = cast(_t.timestamp, BigInteger)
+    start = instant - instant % QUARTER_MS
+    joined = TELEMETRY.join(DIMENSIONS, _same_dimensions(TELEMETRY))
+    rows = _each_row(
+        select(start.label("start"), DIMENSIONS.c.id.label("dimension_id"), *measures.of_a_row())
+        .select_from(joined)
+        .where(condition, _in_domain)
+    )
+    keys = (rows.c.start, rows.c.dimension_id)
+    return select(*keys, *measures.of_rows(rows.c)).group_by(*keys)
+
+
+def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
+    # provider is never NULL, and an equality is what both databases join by best
+    others = (same(DIMENSIONS.c[name], rows.c[name]) for name in _BY[1:])
+    return and_(DIMENSIONS.c.provider == unindexed(rows.c.provider), *others)
+
+
+def add_to_rollups(backend: Backend) -> Insert:
+    """Add measures to a roll-up, which is made if it is not there."""
+    into = _insert_or(backend, ROLLUPS)
+    return _on_conflict(
+        into, {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.columns_of()}
+    )
+
+
+def note(backend: Backend) -> Insert:
+    """Set a value of the progress; takes ``name`` and ``value``."""
+    into = _insert_or(backend, PROGRESS)
+    return _on_conflict(into, {"value": into.excluded.value})
+
+
+def note_first(backend: Backend) -> Insert:
+    """Enter a value of the progress, unless it is there; takes ``name`` and ``value``."""
+    statement: Insert = _insert_or(backend, PROGRESS).on_conflict_do_nothing()
+    return statement
+
+
+def _insert_or(backend: Backend, into: Table) -> Any:
+    match backend:
+        case Backend.SQLITE:
+            return sqlite_insert(into)
+        case Backend.POSTGRESQL:
+            return postgresql_insert(into)
+        case _:
+            assert_never(backend)
+
+
+def _on_conflict(into: Any, values: dict[str, Any]) -> Insert:
+    statement: Insert = into.on_conflict_do_update(
+        index_elements=list(into.table.primary_key), set_=values
+    )
+    return statement
+
+
+def drop_empty() -> Delete:
+    """Delete roll-ups of no row, which erasure leaves behind."""
+    return delete(ROLLUPS).where(ROLLUPS.c.requests == 0)
+
+
+def drop_buckets(starts: Mapping[int, int]) -> Delete:
+    """Delete the roll-ups of some lengths, each with its start."""
+    return delete(ROLLUPS).where(
+        or_(*(_bucket(span, start) for span, start in sorted(starts.items())))
+    )
+
+
+def _bucket(span_ms: int, start: int) -> ColumnElement[bool]:
+    return and_(ROLLUPS.c.span_ms == span_ms, ROLLUPS.c.start == start)
+
+
+def sum_of_quarters(span_ms: int, start: int) -> Insert:
+    """Make the roll-ups of a longer span of those of its quarters."""
+    names = list(measures.columns_of())
+    quarters = (
+        select(
+            literal(span_ms, BigInteger),
+            literal(start, BigInteger),
+            ROLLUPS.c.dimension_id,
+            *measures.of_rollups(),
+        )
+        .where(
+            ROLLUPS.c.span_ms == QUARTER_MS,
+            ROLLUPS.c.start >= start,
+            ROLLUPS.c.start < start + span_ms,
+        )
+        .group_by(ROLLUPS.c.dimension_id)
+    )
+    return insert(ROLLUPS).from_select(["span_ms", "start", "dimension_id", *names], quarters)
+
+
+def first_from(instant: int) -> Select[*tuple[Any, ...]]:
+    """The first row's instant and the first quarter known from an instant on, or NULL."""
+    rows = select(func.min(_t.timestamp)).where(
+        _t.timestamp >= instant, _t.timestamp < INSTANT_MAX_MS
+    )
+    quarters = select(func.min(ROLLUPS.c.start)).where(
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start >= instant
+    )
+    return select(cast(rows.scalar_subquery(), BigInteger), quarters.scalar_subquery())
+
+
+def trim(before: int) -> Delete:
+    """Delete the roll-ups of the days that end before an instant."""
+    return delete(ROLLUPS).where(ROLLUPS.c.start < floor_to(DAY_MS, before))
