@@ -41,7 +41,8 @@ def ask(
         stands = Standing(*session.execute(rollups.standing()).one())
         folded = NOTHING if stands.folded is None else stands.folded
         backlog = 0 if stands.newest is None else stands.newest - folded
-        asked = cover(since, until, now)
+        removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
+        asked = cover(since, until, now, removed)
         rows = session.execute(
             rollups.answer(question, long_backlog=backlog > LONG_BACKLOG),
             rollups.parameters(asked, since, until, folded) | given,
@@ -59,10 +60,9 @@ def ask(
                 if known != there:
                     since, until, incomplete = min(since, start), max(until, end), end
             continue
-        removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
-        known_from = max((i for i in (removed, incomplete) if i is not None), default=None)
-        exact = known_from is None or since >= known_from
-        return Answer([part for part in parts if part["sign"]], None if exact else known_from)
+        if removed is None or since >= removed:
+            removed = incomplete
+        return Answer([part for part in parts if part["sign"]], removed)
 
 
 def _reaches(since: int, stands: Standing) -> bool:

@@ -203,6 +203,7 @@ class Core:
             database_bytes=look and look.database_bytes,
             reclaimable_bytes=look and look.reclaimable_bytes,
             oldest_timestamp=look and look.oldest,
+            rollup_lag=look and look.rollup_lag,
         )
 
     def _open(self, *, to_write: bool = False) -> None:

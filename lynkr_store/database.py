@@ -4,7 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -70,6 +70,7 @@ class Database(Forkable):
     Attributes:
         engine: For reading.
         view: Read-only: columns of this release that the file lacks, read as NULL.
+        on_written: Called with the number of rows of each batch that was stored.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Database(Forkable):
         self._clock = clock
         self.read_only = read_only
         self._begin()
+        self.on_written: Callable[[int], None] = lambda _: None
         self.view: tuple[str, ...] = ()
         if engine is not None:
             check_host_engine(engine)
@@ -205,12 +207,25 @@ class Database(Forkable):
             with translated():
                 try:
                     self.open(patience_s=_OPEN_WAIT_S)
-                    return self._whole_or_parts(batch_id, rows)
+                    refused = self._whole_or_parts(batch_id, rows)
                 except DBAPIError as error:
                     if fault_of(error) is Fault.UNCLEAR:
                         # the schema may have been changed: look again, to name the remedy
                         self._opened = False
                     raise
+        self.on_written(len(rows))
+        return refused
+
+    @contextmanager
+    def begun(self) -> Iterator[Connection]:
+        """A short transaction for upkeep, committed in the end.
+
+        On an SQLite file it takes turns with the writer's, and leaves the lock alone as they do.
+        """
+        turn = self._gate if self._shared_file else nullcontext()
+        with turn, self._begun() as connection:
+            yield connection
+            connection.commit()
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
         if batch_id != self._batch:

@@ -8,14 +8,12 @@ by which backend or in how many steps they were added up.
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Label, and_, case, func, literal, or_
+from sqlalchemy import BigInteger, ColumnElement, Label, and_, case, func, literal, or_
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.functions import exact_sum, measured, scaled
 from lynkr_store.models import ROLLUPS, TELEMETRY
-
-_t: Final = TELEMETRY.c
 
 _HIGH_TIERS: Final = ("REASONING", "COMPLEX")
 _HIGH_QUALITY: Final = 80  # the gateway's thresholds
@@ -39,26 +37,32 @@ SUMMED: Final = {
 ALL: Final = (*COUNTED, *SUMMED)
 
 
-def of_a_row(names: Iterable[str] = ALL) -> Iterator[Label[Any]]:
+NEEDED: Final = ("tier", "error_type", "was_fallback", *SUMMED)
+"""The columns from which `of_a_row` is computed."""
+
+
+def of_a_row(
+    names: Iterable[str] = ALL, row: ReadOnlyColumnCollection[str, Any] = TELEMETRY.c
+) -> Iterator[Label[Any]]:
     """What a row adds to each measure: something or NULL to a count, scaled units to a sum."""
-    quality = measured(_t.quality_score, SCORE)
+    quality = measured(row.quality_score, SCORE)
     counted: Mapping[str, ColumnElement[Any]] = {
-        "errors": _t.error_type,
-        "fallbacks": case((_t.was_fallback == literal(1, _t.tool_count.type), 1)),
+        "errors": row.error_type,
+        "fallbacks": case((row.was_fallback == literal(1, BigInteger), 1)),
         "over_provisioned": case(
             (
                 and_(
                     quality > literal(_HIGH_QUALITY),
-                    measured(_t.output_tokens, COUNT) < literal(_FEW_TOKENS),
-                    or_(*(_t.tier == tier for tier in _HIGH_TIERS)),
+                    measured(row.output_tokens, COUNT) < literal(_FEW_TOKENS),
+                    or_(*(row.tier == tier for tier in _HIGH_TIERS)),
                 ),
                 1,
             )
         ),
-        "under_provisioned": case((and_(quality < literal(_LOW_QUALITY), _t.tier == "SIMPLE"), 1)),
+        "under_provisioned": case((and_(quality < literal(_LOW_QUALITY), row.tier == "SIMPLE"), 1)),
     }
     for name in names:
-        column = counted[name] if name in counted else scaled(_t[name], SUMMED[name])
+        column = counted[name] if name in counted else scaled(row[name], SUMMED[name])
         yield column.label(name)
 
 

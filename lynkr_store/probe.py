@@ -9,14 +9,14 @@ from typing import Final, assert_never
 
 from sqlalchemy import Connection, func, inspect, select
 
-from lynkr_store import queries, revisions
+from lynkr_store import queries, revisions, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.database import FORK_WAIT_S, Database
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.lifecycle import Forkable, without_sigterm
-from lynkr_store.models import TELEMETRY, Base
+from lynkr_store.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.schemas import Reading
 
 _FINISH_S: Final = 0.2
@@ -32,6 +32,7 @@ class Look:
     database_bytes: int
     reclaimable_bytes: int | None
     oldest: datetime | None
+    rollup_lag: int | None
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,14 @@ def _look(database: Database) -> Look:
             raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
     with database.connected(engine) as connection:
         revision = revisions.current(connection)
-        there = inspect(connection).has_table(TELEMETRY.name)
-        oldest = connection.scalar(queries.oldest_timestamp()) if there else None
+        there = inspect(connection)
+        oldest = lag = None
+        if there.has_table(TELEMETRY.name):
+            oldest = connection.scalar(queries.oldest_timestamp())
+        if there.has_table(PROGRESS.name):
+            lag = connection.scalar(rollups.lag())
         size, free = _sizes(connection)
-    return Look(revision, size, free, Reading().instant(oldest))
+    return Look(revision, size, free, Reading().instant(oldest), lag)
 
 
 def _sizes(connection: Connection) -> tuple[int, int | None]:

@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any, Final, NamedTuple, assert_never
 
 from sqlalchemy import (
-    CTE,
     BigInteger,
     BindParameter,
     ColumnElement,
@@ -38,6 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store import measures
 from lynkr_store.backend import Backend
@@ -111,6 +111,12 @@ def standing() -> Select[*tuple[Any, ...]]:
     )
 
 
+def lag() -> Select[*tuple[Any, ...]]:
+    """How many ids lie above the watermark; NULL where there is no row."""
+    newest, oldest = (select(which(_t.id)).scalar_subquery() for which in (func.max, func.min))
+    return select(newest - func.coalesce(noted("folded"), oldest - 1))
+
+
 def noted(name: str) -> ScalarSelect[int]:
     """A value of the progress, or NULL."""
     return select(PROGRESS.c.value).where(PROGRESS.c.name == name).scalar_subquery()
@@ -173,35 +179,37 @@ def answer(question: Question, *, long_backlog: bool) -> CompoundSelect[*tuple[A
 
 
 def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
-    spans = _listed("bucket", ("span_ms", "since", "until"), len(_SHAPE.buckets))
-    source = spans.join(
-        ROLLUPS,
-        and_(
-            ROLLUPS.c.span_ms == spans.c.span_ms,
-            ROLLUPS.c.start >= spans.c.since,
-            ROLLUPS.c.start < spans.c.until,
-        ),
-    ).join(DIMENSIONS, DIMENSIONS.c.id == ROLLUPS.c.dimension_id)
+    columns = [ROLLUPS.c[name] for name in measures.columns_of(question.names)]
+    spans = (
+        select(ROLLUPS.c.dimension_id, *columns).where(
+            ROLLUPS.c.span_ms == _whole_number(f"bucket_{number}_span_ms"),
+            ROLLUPS.c.start >= _whole_number(f"bucket_{number}_since"),
+            ROLLUPS.c.start < _whole_number(f"bucket_{number}_until"),
+        )
+        for number in range(len(_SHAPE.buckets))
+    )
+    buckets = union_all(*spans).subquery()
     by = [DIMENSIONS.c[name] for name in question.by]
-    statement = select(
-        _part("buckets"),
-        literal(1, Integer).label("sign"),
-        *by,
-        *measures.of_rollups(question.names),
-    ).select_from(source)
+    sums = (func.sum(buckets.c[column.name]).label(column.name) for column in columns)
+    statement = select(_part("buckets"), literal(1, Integer).label("sign"), *by, *sums).select_from(
+        buckets.join(DIMENSIONS, DIMENSIONS.c.id == buckets.c.dimension_id)
+    )
     if question.one_provider:
-        statement = statement.where(DIMENSIONS.c.provider == bindparam("provider", type_=Text()))
+        statement = statement.where(DIMENSIONS.c.provider == _provider())
     return statement.group_by(*by)
 
 
 def _up_to_watermark(question: Question) -> Select[*tuple[Any, ...]]:
-    ends = _listed("rows", ("sign", "since", "until"), len(_SHAPE.rows))
-    in_an_end = and_(
-        _t.timestamp >= ends.c.since,
-        _t.timestamp < ends.c.until,
-        unindexed(_t.id) <= _whole_number("folded"),
-    )
-    return _from_rows(question, ends.c.sign, ends.join(TELEMETRY, in_an_end))
+    names = dict.fromkeys((*question.by, *measures.NEEDED))
+    ends = union_all(
+        *(
+            select(
+                _whole_number(f"rows_{number}_sign").label("sign"), *(_t[name] for name in names)
+            ).where(*_folded_in(f"rows_{number}"), *_of_provider(question))
+            for number in range(len(_SHAPE.rows))
+        )
+    ).subquery()
+    return _from_rows(question, select(ends.c.sign), ends.c)
 
 
 def _above_watermark(question: Question, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
@@ -209,25 +217,38 @@ def _above_watermark(question: Question, *, long_backlog: bool) -> Select[*tuple
     row_id, instant = (
         (unindexed(_t.id), _t.timestamp) if long_backlog else (_t.id, unindexed(_t.timestamp))
     )
-    return _from_rows(
-        question,
-        literal(1, Integer),
-        TELEMETRY,
+    rows = select(literal(1, Integer).label("sign")).where(
         row_id > _whole_number("folded"),
         instant >= _whole_number("since"),
         instant < _whole_number("until"),
+        *_of_provider(question),
+    )
+    return _from_rows(question, rows, _t)
+
+
+def _folded_in(name: str) -> tuple[ColumnElement[bool], ...]:
+    return (
+        _t.timestamp >= _whole_number(f"{name}_since"),
+        _t.timestamp < _whole_number(f"{name}_until"),
+        unindexed(_t.id) <= _whole_number("folded"),
     )
 
 
+def _of_provider(question: Question) -> list[ColumnElement[bool]]:
+    return [unindexed(_t.provider) == _provider()] if question.one_provider else []
+
+
+def _provider() -> BindParameter[str]:
+    return bindparam("provider", type_=Text())
+
+
 def _from_rows(
-    question: Question, sign: ColumnElement[int], source: FromClause, *conditions: Any
+    question: Question,
+    statement: Select[*tuple[Any, ...]],
+    columns: ReadOnlyColumnCollection[str, Any],
 ) -> Select[*tuple[Any, ...]]:
-    by = [_t[name] for name in question.by]
-    statement = select(sign.label("sign"), *by, *measures.of_a_row(question.names))
-    statement = statement.select_from(source).where(*conditions)
-    if question.one_provider:
-        statement = statement.where(unindexed(_t.provider) == bindparam("provider", type_=Text()))
-    rows = _each_row(statement)
+    by = [columns[name] for name in question.by]
+    rows = _each_row(statement.add_columns(*by, *measures.of_a_row(question.names, columns)))
     keys = [rows.c.sign, *(rows.c[name] for name in question.by)]
     sums = measures.of_rows(rows.c, question.names)
     return select(_part("rows"), *keys, *sums).group_by(*keys)
@@ -243,20 +264,16 @@ def _each_row(statement: Select[*tuple[Any, ...]]) -> Subquery:
 
 
 def _facts() -> dict[str, ColumnElement[int]]:
-    ends = _listed("end", ("since", "until"), len(_SHAPE.ends))
-    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).select_from(
-        ends.join(ROLLUPS, and_(ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == ends.c.since))
+    ends = range(len(_SHAPE.ends))
+    starts = (ROLLUPS.c.start == _whole_number(f"end_{number}_since") for number in ends)
+    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
+        ROLLUPS.c.span_ms == QUARTER_MS, or_(*starts)
     )
-    in_an_end = and_(
-        _t.timestamp >= ends.c.since,
-        _t.timestamp < ends.c.until,
-        unindexed(_t.id) <= _whole_number("folded"),
-    )
-    there = select(func.count()).select_from(ends.join(TELEMETRY, in_an_end))
+    rows = union_all(*(select(_t.id).where(*_folded_in(f"end_{number}")) for number in ends))
     return {
         "folded": func.coalesce(noted("folded"), NOTHING),
         "known": known.scalar_subquery(),
-        "there": there.scalar_subquery(),
+        "there": select(func.count()).select_from(rows.subquery()).scalar_subquery(),
     }
 
 
@@ -272,15 +289,6 @@ def _about(
 
 def _part(name: str) -> Any:
     return literal(name, Text).label("part")
-
-
-def _listed(name: str, fields: tuple[str, ...], count: int) -> CTE:
-    """A table of parameters, ``{name}_{number}_{field}``; not VALUES, which SQLAlchemy recompiles."""
-    rows = (
-        select(*(_whole_number(f"{name}_{number}_{field}").label(field) for field in fields))
-        for number in range(count)
-    )
-    return union_all(*rows).cte(f"each_{name}")
 
 
 def _whole_number(name: str) -> BindParameter[int]:

@@ -39,7 +39,8 @@ class Cover(NamedTuple):
     Attributes:
         buckets: Always as many, some of them empty.
         rows: Those at the ragged ends, and those outside the roll-ups' domain: four of them.
-        ends: The quarters in which a ragged end lies: two of them, either empty.
+        ends: The quarters in which a ragged end lies, and whose rows must all be there: two of
+            them, either empty.
     """
 
     buckets: tuple[Buckets, ...]
@@ -61,11 +62,18 @@ def ceil_to(span_ms: int, ms: int) -> int:
     return ms + -ms % span_ms
 
 
-def cover(since: int, until: int, now: int) -> Cover:
+def cover(since: int, until: int, now: int, raw_from: int | None = None) -> Cover:
     """Make up the window ``[since, until)`` of roll-ups and as few rows as can be.
 
     A ragged end is the rows from its quarter's boundary to the window's, or the whole quarter
     without the others, whichever is shorter or lies in the future, where there are hardly any.
+
+    Args:
+        since: The window's first millisecond.
+        until: The first one after it.
+        now: The present.
+        raw_from: Before this instant rows were removed. A window that begins later in the same
+            quarter is made up of the rows that are left.
     """
     before = Rows(1, since, max(since, min(until, INSTANT_MIN_MS)))
     after = Rows(1, min(until, max(since, INSTANT_MAX_MS)), until)
@@ -73,17 +81,20 @@ def cover(since: int, until: int, now: int) -> Cover:
     left = right = _NO_ROWS
     first_end = last_end = _NO_END
     first, last = ceil_to(QUARTER_MS, since), floor_to(QUARTER_MS, until)
+    only_rows = raw_from is not None and first - QUARTER_MS < raw_from <= since
     if since >= until:
         first = last = 0
     elif first > last:
-        left, first_end = Rows(1, since, until), (last, first)
+        left, first_end = Rows(1, since, until), _NO_END if only_rows else (last, first)
         last = first
     else:
         if since < first:
-            first_end = (first - QUARTER_MS, first)
-            left = Rows(1, since, first)
-            if since - first_end[0] < first - since:
-                left, first = Rows(-1, first_end[0], since), first_end[0]
+            before_since = since - (first - QUARTER_MS)
+            left, first_end = Rows(1, since, first), (first - QUARTER_MS, first)
+            if only_rows:
+                first_end = _NO_END
+            elif before_since < first - since:
+                left, first = Rows(-1, since - before_since, since), since - before_since
         if until > last:
             last_end = (last, last + QUARTER_MS)
             right = Rows(1, last, until)

@@ -19,6 +19,7 @@ LEVELS = {
     "backend": 0,
     "domains": 0,
     "version": 0,
+    "upkeep": 2,
     "account": 0,
     "courtesy": 0,
     "schemas": 1,
@@ -76,6 +77,7 @@ WITHOUT_DATABASE = [
     "intake",
     "spool",
     "writer",
+    "upkeep",
 ]
 
 

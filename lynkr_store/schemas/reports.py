@@ -51,6 +51,8 @@ class Health(FrozenOutput):
     """Of these, bytes that SQLite will reuse; None on PostgreSQL."""
     oldest_timestamp: datetime | None
     """The oldest row's instant."""
+    rollup_lag: int | None
+    """Rows, at most, that are not yet in the roll-ups: each statistic reads them one by one."""
 
 
 class MaintenanceReport(FrozenOutput):

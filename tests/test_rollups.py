@@ -1,0 +1,451 @@
+"""Roll-ups change what an answer costs, and never the answer."""
+
+import random
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.orm import Session
+
+from lynkr_store import Store, StoreSettings, Window, answers, folding, measures, rollups
+from lynkr_store.engine import backend_of, writing
+from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.rollups import NOTHING, Question
+from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, cover, floor_to
+from tests.conftest import POSTGRES
+
+NOW = 1_750_000_000_000
+EVERYTHING = Question(by=("provider", "model", "tier", "request_type"), names=measures.ALL)
+KEPT_APART = (*EVERYTHING.by,)
+COLUMNS = tuple(measures.columns_of())
+
+
+@pytest.fixture
+def begin(engine):
+    """Opens a transaction that may write."""
+    return opener(engine)
+
+
+def opener(engine):
+    @contextmanager
+    def begin():
+        with writing(engine).begin() as connection:
+            yield connection
+
+    return begin
+
+
+def put(connection, *records):
+    plain = {"request_id": "r", "provider": "a", "timestamp": NOW - 1}
+    for record in records:
+        connection.execute(insert(TELEMETRY).values(plain | record))
+
+
+def added_up(parts):
+    """The measures of an answer's parts, by their dimensions."""
+    total = {}
+    for part in parts:
+        sums = total.setdefault(tuple(part[name] for name in KEPT_APART), Counter())
+        for name in COLUMNS:
+            sums[name] += part["sign"] * int(part[name] or 0)
+    joined = {
+        key: [
+            *(sums[name] for name in ("requests", *measures.COUNTED)),
+            *(
+                (sums[f"{name}_count"], (sums[f"{name}_high"] << 31) + sums[f"{name}_low"])
+                for name in measures.SUMMED
+            ),
+        ]
+        for key, sums in total.items()
+    }
+    return {key: sums for key, sums in joined.items() if sums[0]}
+
+
+def answered(engine, since, until):
+    with Session(engine) as session:
+        answer = answers.ask(session, EVERYTHING, since, until, NOW)
+    return added_up(answer.parts), answer.raw_from
+
+
+def from_rows(engine, since, until):
+    """The answer as it is without roll-ups."""
+    given = rollups.parameters(cover(0, 0, 0), since, until, NOTHING)
+    with engine.connect() as connection:
+        statement = rollups.answer(EVERYTHING, long_backlog=True)
+        parts = connection.execute(statement, given).mappings().all()
+    return added_up(part for part in parts if part["sign"])
+
+
+def test_null_and_the_empty_text_are_two_dimensions(engine, begin):
+    named = [{"model": model, "tier": tier} for model in (None, "") for tier in (None, "", "T")]
+    with begin() as connection:
+        put(connection, *named, *named)
+    assert folding.fold(begin) == (12, True)
+    found, raw_from = answered(engine, 0, NOW)
+    assert found == from_rows(engine, 0, NOW)
+    assert {key[1:3]: sums[0] for key, sums in found.items()} == {
+        (record["model"], record["tier"]): 2 for record in named
+    }
+    assert raw_from is None
+
+
+def test_names_of_any_length_can_be_folded(engine, begin):
+    long = "é" * 5_000  # more than an index of PostgreSQL takes
+    with begin() as connection:
+        put(connection, {"model": long, "request_type": long}, {"model": long + "x"})
+    folding.fold(begin)
+    assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
+
+
+def test_sums_of_the_greatest_values_do_not_overflow(engine, begin):
+    great = {"cost_usd": 10**6, "quality_score": -(10**9), "input_tokens": 10**12}
+    with begin() as connection:
+        connection.execute(
+            insert(TELEMETRY),
+            [
+                {"request_id": "r", "provider": "a", "timestamp": NOW - 1, **great}
+                for _ in range(12_000)
+            ],
+        )
+    folding.fold(begin)
+    found, _ = answered(engine, 0, NOW)
+    assert found == from_rows(engine, 0, NOW)
+    [sums] = found.values()
+    assert (12_000, 12_000 * 10**15) in sums
+
+
+def test_a_fold_goes_in_steps_and_can_be_stopped(engine, begin, monkeypatch):
+    monkeypatch.setattr(folding, "STEP_ROWS", 4)
+    with begin() as connection:
+        put(connection, *({"timestamp": NOW - n} for n in range(1, 11)))
+    told = []
+    assert folding.fold(begin, on_step=told.append, stop=lambda: len(told) == 2) == (8, False)
+    assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
+    assert folding.fold(begin, on_step=told.append) == (2, True)
+    assert told == [4, 8, 2]
+    assert folding.fold(begin) == (0, True)
+    assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
+
+
+def test_nothing_can_be_folded_too(engine, begin):
+    assert folding.fold(begin) == (0, True)
+    assert folding.rebuild(begin) == (0, True)
+    assert answered(engine, 0, NOW) == ({}, None)
+
+
+@pytest.mark.parametrize("name", POSTGRES)
+def test_a_row_whose_id_is_lower_and_comes_later_is_not_lost(name, new_url, monkeypatch):
+    """The identity gives out ids before their transactions commit."""
+    monkeypatch.setattr(folding, "_PATIENCE_S", 0.05)
+    with Store(settings=StoreSettings(url=new_url(name, at_head=True), cache_ttl_s=0)) as store:
+        engine, begin = store.engine, opener(store.engine)
+        with engine.connect() as slow:
+            transaction = slow.begin()
+            put(slow, {"provider": "slow"})
+            with begin() as connection:
+                put(connection, {"provider": "quick"})
+            assert folding.fold(begin) == (0, False)
+            assert store.get_stats(Window(since=0)).requests_by_provider == {"quick": 1}
+            transaction.commit()
+        assert folding.fold(begin) == (2, True)
+        assert store.get_stats(Window(since=0)).requests_by_provider == {"quick": 1, "slow": 1}
+
+
+@pytest.mark.parametrize("name", POSTGRES)
+def test_a_fold_waits_for_those_who_write_and_holds_none_up(name, new_url):
+    with Store(settings=StoreSettings(url=new_url(name, at_head=True), cache_ttl_s=0)) as store:
+        begin = opener(store.engine)
+        asked = threading.Event()
+
+        def end_later(transaction):
+            asked.wait(30)
+            with begin() as connection:  # who writes meanwhile is not held up, nor waited for
+                put(connection, {"provider": "later"})
+            transaction.commit()
+
+        @contextmanager
+        def telling():
+            with begin() as connection:
+                yield connection
+            if connection.closed:
+                asked.set()
+
+        with store.engine.connect() as slow:
+            transaction = slow.begin()
+            put(slow, {"provider": "slow"})
+            with begin() as connection:
+                put(connection, {"provider": "quick"})
+            thread = threading.Thread(target=end_later, args=(transaction,))
+            thread.start()
+            assert folding.fold(telling) == (2, True)
+            thread.join()
+        assert sum(store.get_stats(Window(since=0)).requests_by_provider.values()) == 3
+
+
+def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
+    monkeypatch.setattr(folding, "STEP_ROWS", 3)
+    for _ in range(5):
+        with begin() as connection:
+            put(connection, *({"timestamp": NOW - n} for n in range(1, 31)))
+        folders = [threading.Thread(target=folding.fold, args=(begin,)) for _ in range(2)]
+        for folder in folders:
+            folder.start()
+        for folder in folders:
+            folder.join()
+    with begin() as connection:
+        requests = connection.scalars(select(ROLLUPS.c.requests).where(ROLLUPS.c.span_ms == DAY_MS))
+        assert sum(requests) == 150
+    assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
+
+
+def test_what_retention_removed_stays_in_whole_quarters(engine, begin):
+    start = floor_to(DAY_MS, NOW) - DAY_MS
+    with begin() as connection:
+        put(connection, *({"timestamp": start + n * 60_000} for n in range(60)))
+    folding.fold(begin)
+    cutoff = start + 20 * 60_000  # in the middle of the second quarter
+    with begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff))
+    requests = {
+        (since, until): (sum(v[0] for v in found.values()), raw_from)
+        for since, until in (
+            (start, start + 60 * 60_000),
+            (start + 60_000, start + 60 * 60_000),
+            (start + 60_000, start + 16 * 60_000),
+            (cutoff, start + 60 * 60_000),
+            (start + 30 * 60_000, start + 41 * 60_000),
+        )
+        for found, raw_from in [answered(engine, since, until)]
+    }
+    assert list(requests.values()) == [
+        (60, cutoff),
+        (60, cutoff),
+        (30, cutoff),
+        (40, None),
+        (11, None),
+    ]
+
+
+def test_it_is_remembered_what_was_removed_when_old_rows_come_late(engine, begin):
+    start = floor_to(DAY_MS, NOW)
+    with begin() as connection:
+        put(connection, *({"timestamp": start + n * QUARTER_MS} for n in range(8)))
+    folding.fold(begin)
+    with begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < start + 6 * QUARTER_MS))
+        put(connection, {"timestamp": start + QUARTER_MS})
+    for _ in range(2):
+        found, raw_from = answered(engine, start, start + DAY_MS)
+        assert sum(sums[0] for sums in found.values()) == 9
+        assert raw_from == start + 6 * QUARTER_MS
+        folding.fold(begin)
+
+
+def test_when_all_rows_are_gone_the_history_is_there(engine, begin):
+    with begin() as connection:
+        put(connection, {}, {"cost_usd": 0.25})
+    folding.fold(begin)
+    with begin() as connection:
+        connection.execute(delete(TELEMETRY))
+    found, raw_from = answered(engine, 0, NOW)
+    assert [sums[0] for sums in found.values()] == [2]
+    assert raw_from == ceil_to(QUARTER_MS, NOW)
+    assert folding.rebuild(begin) == (0, True)
+    assert answered(engine, 0, NOW) == (found, raw_from)
+
+
+def test_a_statistic_says_where_it_comes_from(engine, begin):
+    with begin() as connection:
+        put(connection, {"timestamp": NOW - DAY_MS}, {})
+    folding.fold(begin)
+    with Store(engine=engine, clock=lambda: NOW, settings=StoreSettings(cache_ttl_s=0)) as store:
+        whole = Window(since=NOW - 2 * DAY_MS)
+        assert (store.get_stats(whole).source, store.get_stats(whole).raw_from) == ("rows", None)
+        with begin() as connection:
+            connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < NOW - 1))
+        for answer in (
+            store.get_stats(whole),
+            store.get_provider_stats("a", whole),
+            store.get_routing_accuracy(whole),
+        ):
+            assert answer.source == "buckets"
+            assert answer.raw_from.timestamp() * 1000 == NOW - 1
+            assert "source" not in answer.to_gateway()
+        assert store.get_stats(Window(since=NOW - 1)).source == "rows"
+
+
+def test_a_fold_between_two_statements_of_an_answer_is_noticed(engine, begin, monkeypatch):
+    """On READ COMMITTED the second statement sees what was committed after the first."""
+    with begin() as connection:
+        put(connection, {}, {})
+    with engine.connect() as connection:
+        stale = connection.execute(rollups.standing()).one()
+    folding.fold(begin)
+    given = iter([stale])
+
+    class Session_(Session):
+        def execute(self, statement, *args, **kwargs):
+            if statement is rollups.standing() and (old := next(given, None)):
+                return SimpleNamespace(one=lambda: old)
+            return super().execute(statement, *args, **kwargs)
+
+    with Session_(engine) as session:
+        answer = answers.ask(session, EVERYTHING, 0, NOW, NOW)
+    assert added_up(answer.parts) == from_rows(engine, 0, NOW)
+
+
+# -- whatever happens ------------------------------------------------------------------------------
+
+INSTANTS = st.one_of(
+    st.integers(NOW - 2 * DAY_MS, NOW),
+    st.integers(NOW - 2 * QUARTER_MS, NOW + 2 * QUARTER_MS),
+    st.sampled_from([0, 10, NOW * 1000, 946_684_799_999, 946_684_800_000, NOW + 400 * DAY_MS]),
+)
+RECORDS = st.fixed_dictionaries(
+    {
+        "timestamp": INSTANTS,
+        "provider": st.sampled_from(["a", "A", "é", ""]),
+        "model": st.sampled_from([None, "", "m"]),
+        "tier": st.sampled_from([None, "SIMPLE", "COMPLEX"]),
+        "request_type": st.sampled_from([None, "chat"]),
+        "error_type": st.sampled_from([None, None, "", "E"]),
+        "was_fallback": st.sampled_from([None, False, True]),
+        "quality_score": st.one_of(st.none(), st.floats(-100, 100), st.just(1e300)),
+        "output_tokens": st.one_of(st.none(), st.integers(-5, 100), st.just(2**60)),
+        "latency_ms": st.one_of(st.none(), st.floats(-1e9, 1e9)),
+        "cost_usd": st.one_of(st.none(), st.floats(0, 1), st.just(1e6)),
+    }
+)
+STEPS = st.one_of(
+    st.tuples(st.just("put"), st.lists(RECORDS, min_size=1, max_size=6)),
+    st.tuples(st.just("fold"), st.integers(0, 3)),
+    st.tuples(st.just("killed"), st.integers(0, 12)),
+    st.tuples(st.just("erase"), st.sampled_from(["a", "é"])),
+    st.tuples(st.just("cleanup"), INSTANTS.filter(lambda at: 10 < at <= NOW)),
+    st.tuples(st.just("rebuild"), st.integers(0, 3)),
+)
+WINDOWS = st.tuples(INSTANTS, INSTANTS)
+
+
+class Killed(Exception):
+    pass
+
+
+class History:
+    """What happened to a database, and what was ever rolled up of it."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.begin = opener(engine)
+        with self.begin() as connection:
+            for table in (TELEMETRY, ROLLUPS, DIMENSIONS, PROGRESS):
+                connection.execute(delete(table))
+        self.known = {}  # rows by id, those too that retention removed when they were folded
+
+    def put(self, records):
+        with self.begin() as connection:
+            put(connection, *records)
+
+    def fold(self, steps):
+        done = []
+        folding.fold(self.begin, on_step=done.append, stop=lambda: len(done) > steps)
+
+    def rebuild(self, steps):
+        done = []
+        folding.rebuild(self.begin, on_step=done.append, stop=lambda: len(done) > steps)
+
+    def killed(self, statements):
+        """Fold, and be killed before a statement: the transaction never ends well."""
+
+        @contextmanager
+        def begin():
+            with self.begin() as connection:
+                execute, left = connection.execute, iter(range(statements))
+
+                def one_more(*args, **kwargs):
+                    if next(left, None) is None:
+                        raise Killed
+                    return execute(*args, **kwargs)
+
+                connection.execute = one_more
+                yield connection
+
+        try:
+            folding.fold(begin)
+        except Killed:
+            pass
+
+    def erase(self, provider):
+        mine = TELEMETRY.c.provider == provider
+        with self.begin() as connection:
+            folding.subtract(connection, mine)
+            erased = connection.execute(delete(TELEMETRY).where(mine).returning(TELEMETRY.c.id))
+            self.forget(set(erased.scalars()))
+
+    def cleanup(self, cutoff):
+        with self.begin() as connection:
+            folded = connection.scalar(rollups.watermark())
+            gone = connection.execute(
+                delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff).returning(TELEMETRY.c.id)
+            )
+            self.forget({i for i in gone.scalars() if folded is None or i > folded})
+
+    def forget(self, ids):
+        self.removed = getattr(self, "removed", set()) | ids
+
+    def do(self, step):
+        name, value = step
+        self.look()
+        getattr(self, name)(value)
+        self.look()
+
+    def look(self):
+        with self.engine.connect() as connection:
+            self.known |= dict(
+                connection.execute(select(TELEMETRY.c.id, TELEMETRY.c.timestamp)).all()
+            )
+
+
+@pytest.fixture(scope="module", params=["sqlite-file", POSTGRES[-1]])
+def place(request, server_of, tmp_path_factory):
+    if request.param == "sqlite-file":
+        url = f"sqlite:///{tmp_path_factory.mktemp('rollups') / 'telemetry.db'}"
+        drop = lambda: None  # noqa: E731
+    else:
+        server = server_of(request.param)
+        url = server.create_database("rollups", "template_head")
+        drop = lambda: server.drop_database("rollups")  # noqa: E731
+    store = Store(settings=StoreSettings(url=url, upgrade_on_open=True))
+    assert store.query() == []
+    yield store.engine
+    store.close()
+    drop()
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(steps=st.lists(STEPS, max_size=9), windows=st.lists(WINDOWS, min_size=1, max_size=4))
+def test_whatever_happens_the_answer_is_that_of_the_rows(place, steps, windows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folding, "STEP_ROWS", 3)
+        patch.setattr(folding, "_PATIENCE_S", 0.0)
+        history = History(place)
+        cleaned = False
+        for step in steps:
+            history.do(step)
+            cleaned |= step[0] == "cleanup"
+            for since, until in [*windows, (0, 2**62), (NOW - DAY_MS, NOW + 1)]:
+                found, raw_from = answered(place, since, until)
+                if raw_from is None:
+                    assert found == from_rows(place, since, until)
+                else:
+                    assert cleaned
+                    assert since < raw_from

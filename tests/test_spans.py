@@ -1,0 +1,84 @@
+"""A window, made up of whole spans and what is left at its ends."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
+from lynkr_store.spans import DAY_MS, HOUR_MS, QUARTER_MS, SPANS_MS, cover, floor_to
+
+NOW = 1_750_000_000_000
+EDGES = [
+    0,
+    -(2**62),
+    2**62,
+    INSTANT_MIN_MS - 1,
+    INSTANT_MIN_MS,
+    INSTANT_MAX_MS - 1,
+    INSTANT_MAX_MS,
+    INSTANT_MAX_MS + 10,
+    floor_to(DAY_MS, NOW),
+    floor_to(HOUR_MS, NOW),
+    floor_to(QUARTER_MS, NOW),
+    floor_to(QUARTER_MS, NOW) - 1,
+    floor_to(QUARTER_MS, NOW) + 1,
+    NOW,
+]
+INSTANTS = st.one_of(
+    st.sampled_from(EDGES),
+    st.integers(NOW - 3 * DAY_MS, NOW + DAY_MS),
+    st.integers(NOW - 2 * QUARTER_MS, NOW + 2 * QUARTER_MS),
+)
+
+
+def times_counted(asked, instant):
+    """How often a row at an instant counts."""
+    if not INSTANT_MIN_MS <= instant < INSTANT_MAX_MS:
+        rolled = 0
+    else:
+        rolled = sum(
+            bucket.since <= floor_to(bucket.span_ms, instant) < bucket.until
+            for bucket in asked.buckets
+        )
+    return rolled + sum(some.sign for some in asked.rows if some.since <= instant < some.until)
+
+
+@given(since=INSTANTS, until=INSTANTS, instant=INSTANTS)
+@example(since=NOW, until=NOW, instant=NOW)
+@example(since=0, until=2**62, instant=NOW)
+@example(since=floor_to(QUARTER_MS, NOW), until=floor_to(QUARTER_MS, NOW) + 1, instant=NOW)
+def test_an_instant_counts_once_inside_the_window_and_never_outside(since, until, instant):
+    asked = cover(since, until, NOW)
+    near = (instant, since, since - 1, until - 1, until, floor_to(QUARTER_MS, since))
+    for at in near:
+        assert times_counted(asked, at) == (since <= at < until), at
+
+
+@given(since=INSTANTS, until=INSTANTS)
+def test_every_cover_has_the_same_shape(since, until):
+    asked, shape = cover(since, until, NOW), cover(0, 0, 0)
+    assert [len(part) for part in asked] == [len(part) for part in shape]
+
+
+@given(since=st.integers(NOW - DAY_MS, NOW), length=st.integers(QUARTER_MS, DAY_MS))
+def test_half_a_quarter_of_rows_is_read_at_an_end_at_most(since, length):
+    for end in cover(since, since + length, since + 2 * DAY_MS).rows:
+        assert end.until - end.since <= QUARTER_MS // 2
+
+
+def test_no_row_is_read_up_to_the_present_where_none_is_later():
+    asked = cover(floor_to(QUARTER_MS, NOW), NOW + 1, NOW)
+    assert [some for some in asked.rows if some.since < some.until] == [
+        (-1, NOW + 1, floor_to(QUARTER_MS, NOW) + QUARTER_MS)
+    ]
+
+
+@given(days=st.integers(3, 4000), since=st.integers(NOW, NOW + DAY_MS))
+def test_a_long_window_is_as_many_buckets_as_it_has_days_and_a_few(days, since):
+    asked = cover(since, since + days * DAY_MS, NOW)
+    number = sum((b.until - b.since) // b.span_ms for b in asked.buckets)
+    assert number <= days + 2 * (24 + 4)
+
+
+def test_the_days_of_every_time_zone_are_whole_quarters():
+    assert DAY_MS % HOUR_MS == HOUR_MS % QUARTER_MS == 0
+    assert INSTANT_MIN_MS % SPANS_MS[-1] == INSTANT_MAX_MS % SPANS_MS[-1] == 0
