@@ -1,0 +1,137 @@
+# ruff: noqa: INP001, S608 - names are this project's own
+"""Databases that are removed when they were measured; rows go in through the bare driver."""
+
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy import make_url
+
+from benchmarks.sample import COLUMNS, Row
+from tests.support.postgres import PgServer, available_servers
+
+Driver = sqlite3.Connection | psycopg.Connection[Any]
+
+_BATCH: Final = 10_000
+_NAMES: Final = ", ".join(COLUMNS)
+_INSERT: Final = (
+    f"INSERT INTO routing_telemetry ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"
+)
+_COPY: Final = f"COPY routing_telemetry ({_NAMES}) FROM STDIN"
+_SQLITE_INDEXES: Final = (
+    "SELECT name, sql FROM sqlite_schema "
+    "WHERE type = 'index' AND tbl_name = 'routing_telemetry' AND sql IS NOT NULL"
+)
+_POSTGRESQL_INDEXES: Final = (
+    "SELECT indexname, indexdef FROM pg_indexes "
+    "WHERE tablename = 'routing_telemetry' AND indexname NOT IN "
+    "(SELECT conname FROM pg_constraint)"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where databases are made.
+
+    Attributes:
+        name: ``sqlite``, or ``postgres`` and the major version.
+        make: Makes an empty database of a name and returns its URL.
+        remove: Removes it.
+    """
+
+    name: str
+    make: Callable[[str], str]
+    remove: Callable[[str], None]
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The URL of an empty database, which is gone in the end."""
+        name = f"bench{next(_numbers)}"
+        try:
+            yield self.make(name)
+        finally:
+            self.remove(name)
+
+
+_numbers = count()
+
+
+@contextmanager
+def sqlite_files() -> Iterator[Place]:
+    """A temporary directory."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def make(name: str) -> str:
+            return f"sqlite:///{folder}/{name}.db"
+
+        def remove(name: str) -> None:
+            for end in ("", "-wal", "-shm"):
+                Path(folder, f"{name}.db{end}").unlink(missing_ok=True)
+
+        yield Place("sqlite", make, remove)
+
+
+@contextmanager
+def postgresql_server() -> Iterator[Place]:
+    """A server of the newest PostgreSQL that is installed, without fsync."""
+    with PgServer(available_servers()[-1]) as server:
+        yield Place(server.name, server.create_database, server.drop_database)
+
+
+@contextmanager
+def every_place() -> Iterator[tuple[Place, ...]]:
+    """SQLite's and PostgreSQL's."""
+    with sqlite_files() as files, postgresql_server() as server:
+        yield files, server
+
+
+def connect(url: str) -> Driver:
+    """The bare driver, each statement its own transaction, with the PRAGMAs of both sides."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return psycopg.connect(url, autocommit=True)
+    connection = sqlite3.connect(str(parsed.database), isolation_level=None)
+    for pragma in ("synchronous = NORMAL", "cache_size = -16000", "temp_store = MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def insert(connection: Driver, rows: Iterable[Row], batch: int = _BATCH) -> None:
+    """Put rows in: ``executemany`` in transactions of ``batch`` rows, or one COPY."""
+    if isinstance(connection, psycopg.Connection):
+        with connection.cursor() as cursor, cursor.copy(_COPY) as copy:
+            for row in rows:
+                copy.write_row(row)
+        return
+    iterator = iter(rows)
+    while several := list(islice(iterator, batch)):
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany(_INSERT, several)
+        connection.execute("COMMIT")
+
+
+@contextmanager
+def without_indexes(connection: Driver) -> Iterator[None]:
+    """Take the table's indexes away, and build them again in the end: many rows go in quicker."""
+    driver: Any = connection
+    sqlite = isinstance(connection, sqlite3.Connection)
+    indexes = driver.execute(_SQLITE_INDEXES if sqlite else _POSTGRESQL_INDEXES).fetchall()
+    for name, _ in indexes:
+        driver.execute(f"DROP INDEX {name}")
+    yield
+    for _, definition in indexes:
+        driver.execute(definition)
+
+
+def settle(connection: Driver) -> None:
+    """What time does to a database: SQLite's WAL goes into the file, PostgreSQL vacuums."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    else:
+        connection.execute("VACUUM ANALYZE routing_telemetry")
