@@ -1,0 +1,56 @@
+# ruff: noqa: INP001, T201 - a script
+"""Run the benchmarks, print one table, write one JSON: ``python -m benchmarks``.
+
+Each part is a module of this folder with a function ``results(scale)``, which gives its lines as
+it measures them. A full run takes about 10 minutes and 10 GB of temporary files.
+"""
+
+import argparse
+import sys
+import time
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from benchmarks.harness import Result, save, show
+
+PARTS: Final = ("ingest", "stats", "size", "lists", "retention", "cache")
+QUICK: Final = 0.02
+
+
+def runnable() -> list[str]:
+    """The parts that are here and give results."""
+    here = [name for name in PARTS if find_spec(f"benchmarks.{name}")]
+    return [name for name in here if hasattr(import_module(f"benchmarks.{name}"), "results")]
+
+
+def run(parts: list[str], scale: float) -> list[Result]:
+    """Every line of the parts; what is done is said on standard error."""
+    found: list[Result] = []
+    for part in parts:
+        began = time.perf_counter()
+        for result in import_module(f"benchmarks.{part}").results(scale):
+            found.append(result)
+            took = time.perf_counter() - began  # with what was made ready for it
+            print(f"{took:6.0f} s  {result.name}, {result.backend}", file=sys.stderr, flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the options and run."""
+    parts = runnable()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="these parts")
+    parser.add_argument("--quick", action="store_true", help="a fiftieth of the rows")
+    parser.add_argument(
+        "--json", type=Path, default=Path(__file__).with_name("results.json"), help="where to"
+    )
+    chosen = parser.parse_args(arguments)
+    found = run(chosen.only, QUICK if chosen.quick else 1.0)
+    show(found)
+    save(found, chosen.json)
+
+
+if __name__ == "__main__":
+    main()

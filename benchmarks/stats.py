@@ -1,0 +1,185 @@
+# ruff: noqa: INP001 - a folder of scripts
+"""What a statistic costs, against the original's SQL on its own schema and against itself.
+
+The same rows lie in both databases. Ours are folded but for the newest 10,000, which no
+maintenance has seen. The present is 1 ms after the newest row, and 3, 6, 9 and 12 minutes later, so
+that windows begin at different places of a quarter-hour. No answer is cached.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from datetime import timedelta
+from itertools import islice
+from typing import Any, Final
+
+from benchmarks.databases import (
+    Place,
+    connect,
+    every_place,
+    insert,
+    settle,
+    sqlite_files,
+    without_indexes,
+)
+from benchmarks.harness import Pairs, Ratio, Result, paired
+from benchmarks.original import Original
+from benchmarks.sample import END_MS, SESSIONS, Sample
+from lynkr_store import Store, StoreSettings, Window, upgrade
+
+DAY: Final = timedelta(days=1)
+MONTH: Final = timedelta(days=30)
+UNFOLDED: Final = 10_000
+
+_MS: Final = timedelta(milliseconds=1)
+_INSTANTS: Final = tuple(END_MS + 1 + minutes * 60_000 for minutes in (0, 3, 6, 9, 12))
+_METHOD: Final = "in turn, 5 instants"
+_PROVIDER: Final = "openrouter"
+
+
+def results(scale: float = 1.0) -> Iterator[Result]:
+    """Every line, as it is measured.
+
+    Args:
+        scale: Of the rows' numbers.
+    """
+    with every_place() as places:
+        for place in places:
+            yield from against_original(place, int(200_000 * scale), DAY)
+            yield from against_original(place, int(1_000_000 * scale), MONTH)
+    with sqlite_files() as files:
+        yield growth(files, int(200_000 * scale), int(2_000_000 * scale))
+
+
+def against_original(place: Place, count: int, span: timedelta) -> Iterator[Result]:
+    """The statistics over the last day, and over the whole span where it is longer."""
+    sample = Sample(count, span)
+    sqlite = place.name == "sqlite"
+    with ExitStack() as stack:
+        store, now = opened(stack, place, sample)
+        original = stack.enter_context(Original(stack.enter_context(place.database())))
+        fill_original(original, sample)
+
+        def line(
+            name: str,
+            length: timedelta,
+            ours: Callable[[Window], Any],
+            theirs: Callable[[int, int], Any],
+            at_least: float | None = None,
+        ) -> Result:
+            pairs = compared(now, length // _MS, ours, theirs)
+            return Result(
+                name=f"{name}, {'24 h' if length == DAY else f'{length.days} d'}",
+                backend=place.name,
+                rows=count,
+                sessions=SESSIONS,
+                method=_METHOD,
+                unit="ms",
+                ours=pairs.ours,
+                baseline=pairs.baseline,
+                against="the original's SQL, schema",
+                ratio=Ratio(pairs.times_faster, "× faster", at_least),
+            )
+
+        yield line("get_stats", DAY, store.get_stats, original.get_stats, 300 if sqlite else 20)
+        if span > DAY:
+            yield line(
+                "get_stats", span, store.get_stats, original.get_stats, 100 if sqlite else 60
+            )
+        yield line(
+            "get_provider_stats",
+            span,
+            lambda window: store.get_provider_stats(_PROVIDER, window),
+            lambda since, until: original.get_provider_stats(_PROVIDER, since, until),
+        )
+        yield line(
+            "get_routing_accuracy",
+            span,
+            store.get_routing_accuracy,
+            original.get_routing_accuracy,
+        )
+
+
+def growth(place: Place, few: int, many: int) -> Result:
+    """`get_stats` of the last day when table and window have more rows, against fewer."""
+    with ExitStack() as stack:
+        small, then = opened(stack, place, Sample(few, DAY))
+        large, now = opened(stack, place, Sample(many, DAY))
+
+        def questions() -> Iterator[tuple[Callable[[], object], Callable[[], object]]]:
+            for instant in _INSTANTS:
+                then[0] = now[0] = instant
+                large.get_stats()
+                small.get_stats()
+                yield from [(large.get_stats, small.get_stats)] * 5
+
+        pairs = paired(questions(), burst=1)
+    return Result(
+        name="get_stats, 24 h, more rows",
+        backend=place.name,
+        rows=many,
+        sessions=SESSIONS,
+        method=_METHOD,
+        unit="ms",
+        ours=pairs.ours,
+        baseline=pairs.baseline,
+        against=f"the same over {few:,} rows",
+        ratio=Ratio(1 / pairs.times_faster, "× the time", at_most=2),
+    )
+
+
+def opened(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store, list[int]]:
+    """A store on the sample's rows, folded but for the newest; its present can be set."""
+    url = stack.enter_context(place.database())
+    now = [_INSTANTS[0]]
+    settings = StoreSettings(url=url, cache_ttl_s=0)
+    unfolded = min(UNFOLDED, sample.count // 10)
+    rows = sample.rows()
+    upgrade(url)
+    with closing(connect(url)) as connection:
+        with without_indexes(connection):
+            insert(connection, islice(rows, sample.count - unfolded))
+        settle(connection)
+        with Store(settings=settings, clock=lambda: now[0]) as store:
+            store.maintain()
+        insert(connection, rows)
+        settle(connection)
+    return stack.enter_context(Store(settings=settings, clock=lambda: now[0])), now
+
+
+def fill_original(original: Original, sample: Sample) -> None:
+    """Give the original the sample's rows."""
+    original.create()
+    with without_indexes(original.connection):
+        insert(original.connection, sample.rows())
+    settle(original.connection)
+
+
+def compared(
+    now: list[int],
+    length_ms: int,
+    ours: Callable[[Window], Any],
+    theirs: Callable[[int, int], Any],
+) -> Pairs:
+    """Ask both at each instant about the time before it.
+
+    Raises:
+        RuntimeError: Their answers differ, so the times compare nothing.
+    """
+
+    def questions() -> Iterator[tuple[Callable[[], object], Callable[[], object]]]:
+        for instant in _INSTANTS:
+            now[0], since = instant, instant - length_ms
+            window = Window(since=since)
+
+            def ask(window: Window = window) -> Any:
+                return ours(window)
+
+            def ask_original(since: int = since, until: int = instant) -> Any:
+                return theirs(since, until)
+
+            answer = ask()
+            if answer is None or answer.to_gateway() != ask_original():
+                raise RuntimeError("the store and the original disagree about the same rows")
+            yield ask, ask_original
+
+    return paired(questions())
