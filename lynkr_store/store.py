@@ -60,8 +60,10 @@ _PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
 
 def _span(window: Window | None = None) -> Hashable:
     """The question's window as it was asked: the default one stays one question as time goes."""
+    if window is None:
+        return None, None
     asked = given(window, Window, "window")
-    return asked.since_ms, asked.until_ms
+    return asked.since, asked.until
 
 
 def _provider_span(provider: str, window: Window | None = None) -> Hashable:

@@ -1,12 +1,15 @@
 """The cache: time moves by hand, threads and tasks meet at barriers."""
 
 import asyncio
+import contextlib
 import inspect
 import threading
 import time
 
 import pytest
+from sqlalchemy import event
 
+from lynkr_store import AsyncStore, Store
 from lynkr_store.cache import TTLCache, cached
 
 
@@ -332,3 +335,49 @@ def test_a_decorated_method_keeps_its_name_and_signature():
     assert list(inspect.signature(Asked.answer).parameters) == ["self", "key"]
     assert inspect.iscoroutinefunction(Asked.later)
     assert not inspect.iscoroutinefunction(Asked.answer)
+
+
+@contextlib.contextmanager
+def slow_queries(engine):
+    """Slow every read of the table down, and list it."""
+    ran = []
+
+    def note(connection, cursor, statement, *_):
+        if "FROM routing_telemetry" in statement:
+            ran.append(statement)
+            time.sleep(0.05)  # so that all others ask meanwhile
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield ran
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_hundred_threads_ask_a_store_and_it_asks_the_database_once(url):
+    with Store(url) as store:
+        store.add_many([{"provider": "ollama"}])
+        barrier, answers = threading.Barrier(100), []
+
+        def ask():
+            barrier.wait(10)
+            answers.append(store.get_stats())
+
+        with slow_queries(store.engine) as ran:
+            in_threads(100, ask)
+    assert len(ran) == 1
+    assert len(answers) == 100
+    assert all(answer is answers[0] for answer in answers)
+    assert answers[0].total_requests == 1
+
+
+def test_a_hundred_tasks_ask_a_store_and_it_asks_the_database_once(url):
+    async def main():
+        async with AsyncStore(url) as store:
+            await store.add_many([{"provider": "ollama"}])
+            with slow_queries(store._engine.sync_engine) as ran:
+                answers = await asyncio.gather(*(store.get_stats() for _ in range(100)))
+        return ran, answers
+
+    ran, answers = asyncio.run(main())
+    assert len(ran) == 1
+    assert all(answer is answers[0] for answer in answers)
+    assert answers[0].total_requests == 1
