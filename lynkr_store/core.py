@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import maintenance, revisions
+from lynkr_store import maintenance, retention, revisions
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
@@ -156,12 +156,14 @@ class Core:
         return self._do(self._database.writing, lambda r: r.add_many(records))
 
     def _do_cleanup(self, older_than: timedelta) -> int:
-        checked_age(older_than)
+        cutoff_ms = self._clock() - checked_age(older_than) // timedelta(milliseconds=1)
         self._open(to_write=True)
         try:
-            return maintenance.delete_older(self._database.engine, older_than, self._clock)
+            deleted = retention.delete_older(self._database, cutoff_ms)
+            retention.give_back(self._database)
         finally:
             self._cache.clear()
+        return deleted
 
     def _do_maintain(self) -> MaintenanceReport:
         self._open(to_write=True)

@@ -47,7 +47,7 @@ from lynkr_store.settings import StoreSettings
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
-_MARGIN: Final = 1.5  # by which a batch may take longer than the last ones
+_MARGIN: Final = 1.5  # by which a write may take longer than the last one
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
@@ -243,7 +243,7 @@ class Database(Forkable):
         self, batch_id: str, rows: Sequence[Row], *, of: str | None = None
     ) -> Counter[str] | None:
         """Store a batch, or a part of one, in one transaction; None where it must go in parts."""
-        with self._begun() as connection:
+        with self._begun_for_batch() as connection:
             if of:
                 enter_parts(connection, of, self._clock())
             refused = self._insert(connection, batch_id, rows)
@@ -269,8 +269,22 @@ class Database(Forkable):
         return refused
 
     @contextmanager
-    def _begun(self) -> Iterator[Connection]:
-        """A connection in a transaction, on SQLite in one that has the write lock."""
+    def _begun_for_batch(self) -> Iterator[Connection]:
+        with self.begun(self._hold_s) as connection:
+            began = time.monotonic()
+            yield connection
+            # a long one is remembered for some batches: what comes is like what came
+            self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
+
+    @contextmanager
+    def begun(self, last_s: float = 0.02) -> Iterator[Connection]:
+        """A transaction that may write, on SQLite with the write lock, and is committed at the end.
+
+        Whoever writes to a file that others share takes its turn here.
+
+        Args:
+            last_s: Seconds for which the lock was held the last time; it will be about as long.
+        """
         if not self._shared_file:
             with self.connected(self.writing) as connection, connection.begin():
                 yield connection
@@ -278,7 +292,7 @@ class Database(Forkable):
         deadline = time.monotonic() + _BUSY_S
         with self.connected(writing_at_once(self.engine)) as connection:
             while True:
-                time.sleep(pause_s(time.time(), _MARGIN * self._hold_s))
+                time.sleep(pause_s(time.time(), _MARGIN * last_s))
                 try:
                     connection.begin()
                 except OperationalError as error:
@@ -287,10 +301,8 @@ class Database(Forkable):
                     time.sleep(again_s())
                 else:
                     break
-            began = time.monotonic()
             yield connection
-            # a long one is remembered for some batches: what comes is like what came
-            self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
+            connection.commit()
 
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:

@@ -1,13 +1,10 @@
-"""What keeps a database in shape: missing indexes, retention. Nothing here runs unasked."""
+"""Builds the indexes that are missing. Nothing here runs unasked."""
 
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Final, assert_never
 
 from sqlalchemy import Connection, Engine, Index, MetaData, String, column, func, select, text
 from sqlalchemy import table as sql_table
-from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateIndex, DropIndex
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
@@ -18,35 +15,11 @@ from lynkr_store.engine import backend_of, writing
 from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES
-from lynkr_store.repository import RoutingRepository
 from lynkr_store.search_path import schema_of, set_path
 
-_BATCH_ROWS: Final = 1_000  # a write of about 50 ms: other writers of the file wait no longer
 _TURN: Final = ADVISORY_LOCK + 2
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
-_PAUSE_S: Final = 0.002  # lets a waiting writer in between
-
-
-def delete_older(engine: Engine, older_than: timedelta, clock: Callable[[], int]) -> int:
-    """Delete the rows older than an age, in short transactions.
-
-    Returns:
-        How many were deleted.
-
-    Raises:
-        BadArgument: A negative age.
-        StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
-    """
-    total = 0
-    while True:
-        with translated(), Session(writing(engine)) as session, session.begin():
-            repository = RoutingRepository(session, clock=clock)
-            deleted = repository.delete_older(older_than, limit=_BATCH_ROWS)
-        total += deleted
-        if deleted < _BATCH_ROWS:
-            return total
-        time.sleep(_PAUSE_S)
 
 
 def build_missing_indexes(engine: Engine) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, assert_never
 
 from sqlalchemy import (
@@ -9,6 +9,7 @@ from sqlalchemy import (
     Delete,
     Insert,
     Select,
+    Table,
     Update,
     delete,
     func,
@@ -16,6 +17,7 @@ from sqlalchemy import (
     literal,
     select,
     tuple_,
+    type_coerce,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -31,6 +33,9 @@ from lynkr_store.models import LEDGER, TELEMETRY
 from lynkr_store.schemas import Cursor, RoutingRow, RoutingRowBrief
 
 _t: Final = TELEMETRY.c
+
+Place = tuple[Any, int]
+"""A row's stored timestamp and its id, by which rows are ordered."""
 
 _SEVERAL: Final = (
     "provider",
@@ -119,12 +124,35 @@ def rows(
     return statement.order_by(_t.timestamp.desc(), _t.id.desc()).limit(limit)
 
 
-def delete_older(cutoff_ms: int, limit: int) -> Delete:
-    """Delete up to ``limit`` of the rows before the cutoff, the oldest first."""
-    oldest = (
-        select(_t.id).where(_t.timestamp < cutoff_ms).order_by(_t.timestamp, _t.id).limit(limit)
-    )
-    return delete(TELEMETRY).where(_t.id.in_(oldest))
+def older(
+    table: Table,
+    cutoff_ms: int,
+    *,
+    after: Place | None = None,
+    upto_id: int | None = None,
+    limit: int,
+) -> Select[*tuple[Any, ...]]:
+    """``id`` and stored ``timestamp`` of rows before the cutoff, by both, the oldest first.
+
+    Args:
+        table: One with these two columns.
+        cutoff_ms: The first moment that is not before.
+        after: Rows up to this place are left out.
+        upto_id: Rows of greater ids are left out.
+        limit: Rows at most.
+    """
+    timestamp = type_coerce(table.c.timestamp, BigInteger)  # as it was stored
+    statement = select(table.c.id, timestamp.label("timestamp")).where(timestamp < cutoff_ms)
+    if after is not None:
+        statement = statement.where(tuple_(timestamp, table.c.id) > tuple_(*after))
+    if upto_id is not None:
+        statement = statement.where(table.c.id <= upto_id)
+    return statement.order_by(timestamp, table.c.id).limit(limit)
+
+
+def delete_rows(table: Table, ids: Sequence[int]) -> Delete:
+    """Delete the rows of these ids."""
+    return delete(table).where(table.c.id.in_(ids))
 
 
 def oldest_timestamp() -> Select[*tuple[Any, ...]]:

@@ -17,7 +17,6 @@ from lynkr_store.faults import Fault, fault_of, translated
 from lynkr_store.filters import (
     RoutingFilter,
     Window,
-    checked_age,
     checked_limit,
     checked_provider,
     given,
@@ -292,22 +291,6 @@ class RoutingRepository:
                         raise
                     raise RowRejected("the database refused a row, and none was added") from None
         return len(rows)
-
-    def delete_older(self, older_than: timedelta, *, limit: int) -> int:
-        """Delete up to ``limit`` of the rows older than an age, the oldest first.
-
-        Returns:
-            How many were deleted; fewer than ``limit`` means that none is left.
-
-        Raises:
-            BadArgument: A negative age or limit.
-            StoreUnavailable: The database cannot be reached.
-        """
-        cutoff = self._clock() - checked_age(older_than) // timedelta(milliseconds=1)
-        with translated():
-            result: Any = self._session.execute(queries.delete_older(cutoff, checked_limit(limit)))
-        deleted: int = result.rowcount
-        return deleted
 
     def _ask(self, question: Question, window: Window | None, **given_: str) -> Answer:
         now = self._clock()

@@ -53,6 +53,7 @@ LEVELS = {
     "repository": 7,
     "database": 8,
     "maintenance": 8,
+    "retention": 9,
     "probe": 9,
     "core": 10,
     "render": 10,

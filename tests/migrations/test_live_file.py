@@ -7,13 +7,21 @@ import sys
 import time
 import zlib
 from contextlib import closing
-from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
 from sqlalchemy import event
 
-from lynkr_store import DowngradeRefused, create_store_engine, maintenance, migrate, revisions
+from lynkr_store import (
+    DowngradeRefused,
+    StoreSettings,
+    create_store_engine,
+    maintenance,
+    migrate,
+    retention,
+    revisions,
+)
+from lynkr_store.database import Database
 from tests.support.gateway import BUSY_S, Gateway, connect
 from tests.support.recorded import INDEXES, gateway_table
 
@@ -236,9 +244,8 @@ def test_a_gateway_goes_on_while_old_rows_are_deleted(path, engine):
     holds = Holds(engine)
     with Gateway(path, "9.4.6") as gateway:
         now_ms = FIRST_MS + rows // 2  # the gateway's own rows are of the first moment
-        deletion, deleted = during(
-            maintenance.delete_older, engine, timedelta(0), clock=lambda: now_ms
-        )
+        database = Database(StoreSettings(), engine)
+        deletion, deleted = during(retention.delete_older, database, now_ms)
         held = holds.take()
         tries = gateway.end()
     print(
