@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import Engine
@@ -24,6 +25,7 @@ from lynkr_store.repository import RoutingRepository, epoch_ms_now
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spool import Spool
+from lynkr_store.upkeep import Upkeep
 from lynkr_store.writer import CLOSE_S, Writer
 
 _T = TypeVar("_T")
@@ -66,6 +68,9 @@ class Core:
             spool_after_s=settings.spool_after_s,
             forget_after_ms=(LEDGER_DAYS - 1) * _DAY_MS,  # a day for clocks that are set
         )
+        keep_up = partial(maintenance.keep_up, self._database, settings, self._clock)
+        self._upkeep = Upkeep(keep_up, settings.maintenance_interval_s)
+        self._database.on_written = self._upkeep.note_rows
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
         # interrupted in its first health(), would keep the writer from opening the database
         revisions.head()
@@ -74,8 +79,9 @@ class Core:
             self._writer.close(0)
         self._sigterm = SigtermHandler(_closing(self)) if settings.handle_sigterm else None
         # also when the store is forgotten, and when the interpreter exits
-        self._finalizer = weakref.finalize(self, _close, self._writer, self._probe, CLOSE_S)
-        for part in (self._writer, self._database, self._probe, self._cache):
+        parts = (self._writer, self._upkeep, self._probe)
+        self._finalizer = weakref.finalize(self, _close, *parts, CLOSE_S)
+        for part in (self._writer, self._database, self._upkeep, self._probe, self._cache):
             on_fork(part)
         if settings.spool_path:
             self._writer.start()  # what an earlier process left is written without being asked
@@ -127,7 +133,7 @@ class Core:
     def _do_close(self, timeout_s: float) -> None:
         self._closed = True
         self._finalizer.detach()
-        _close(self._writer, self._probe, timeout_s)
+        _close(self._writer, self._upkeep, self._probe, timeout_s)
         if self._sigterm:  # only now: the signal may come meanwhile
             self._sigterm.remove()
 
@@ -214,14 +220,17 @@ class Core:
         if to_write and self._database.read_only:
             raise BadArgument("the store was opened read-only; open it without read_only")
         self._database.open()
+        if not self._database.read_only:
+            self._upkeep.start()
 
 
-def _close(writer: Writer, probe: Probe, timeout_s: float) -> None:
-    if writer.is_this_thread:
+def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> None:
+    if writer.is_this_thread or upkeep.is_this_thread:
         # the collector found a forgotten store in here; this thread must not wait for itself
-        threading.Thread(target=_close, args=(writer, probe, timeout_s)).start()
+        threading.Thread(target=_close, args=(writer, upkeep, probe, timeout_s)).start()
         return
     writer.close(timeout_s)
+    upkeep.finish()
     probe.finish()
     probe.database.dispose()
 

@@ -217,15 +217,17 @@ class Database(Forkable):
         return refused
 
     @contextmanager
-    def begun(self) -> Iterator[Connection]:
-        """A short transaction for upkeep, committed in the end.
+    def begun(self, last_s: float = 0.02) -> Iterator[Connection]:
+        """A transaction that may write, on SQLite with the write lock, and is committed at the end.
 
-        On an SQLite file it takes turns with the writer's, and leaves the lock alone as they do.
+        Whoever writes to a file that others share takes its turn here, and with this store's own
+        batches without waiting in vain.
+
+        Args:
+            last_s: Seconds for which the lock was held the last time; it will be about as long.
         """
-        turn = self._gate if self._shared_file else nullcontext()
-        with turn, self._begun() as connection:
+        with self._gate if self._shared_file else nullcontext(), self._begun(last_s) as connection:
             yield connection
-            connection.commit()
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
         if batch_id != self._batch:
@@ -270,21 +272,14 @@ class Database(Forkable):
 
     @contextmanager
     def _begun_for_batch(self) -> Iterator[Connection]:
-        with self.begun(self._hold_s) as connection:
+        with self._begun(self._hold_s) as connection:
             began = time.monotonic()
             yield connection
             # a long one is remembered for some batches: what comes is like what came
             self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
 
     @contextmanager
-    def begun(self, last_s: float = 0.02) -> Iterator[Connection]:
-        """A transaction that may write, on SQLite with the write lock, and is committed at the end.
-
-        Whoever writes to a file that others share takes its turn here.
-
-        Args:
-            last_s: Seconds for which the lock was held the last time; it will be about as long.
-        """
+    def _begun(self, last_s: float) -> Iterator[Connection]:
         if not self._shared_file:
             with self.connected(self.writing) as connection, connection.begin():
                 yield connection

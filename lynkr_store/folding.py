@@ -20,7 +20,7 @@ from lynkr_store.engine import backend_of
 from lynkr_store.measures import columns_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.rollups import NOTHING, Standing
-from lynkr_store.spans import QUARTER_MS, SPANS_MS, ceil_to, floor_to
+from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, floor_to
 
 Begin = Callable[[], AbstractContextManager[Connection]]
 """Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""
@@ -28,6 +28,7 @@ Begin = Callable[[], AbstractContextManager[Connection]]
 STEP_ROWS: Final = 5_000
 """Rows that one transaction folds: 20 ms of SQLite's lock."""
 
+_TRIM_MS: Final = 30 * DAY_MS
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
 
@@ -147,6 +148,25 @@ def _note_removed(connection: Connection) -> None:
     removed = removed_before(connection, stands)
     if removed is not None and removed != stands.raw_from:
         note(connection, "raw_from", removed)
+
+
+def trim(begin: Begin, before_ms: int, *, stop: Callable[[], bool] = lambda: False) -> None:
+    """Delete roll-ups before an instant: whole days whose rows are gone, a month at a time.
+
+    While rows are there, answers need the roll-ups of their time too.
+    """
+    while not stop():
+        with begin() as connection:
+            held_watermark(connection)
+            stands = Standing(*connection.execute(rollups.standing()).one())
+            removed = removed_before(connection, stands)
+            if removed is None or stands.first_bucket is None:
+                return
+            until = min(before_ms, removed)
+            first = connection.scalar(rollups.first_start())
+            if first is None or first + DAY_MS > until:
+                return
+            connection.execute(rollups.trim(min(until, first + _TRIM_MS)))
 
 
 def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:

@@ -1,6 +1,8 @@
 """Builds the indexes that are missing. Nothing here runs unasked."""
 
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Final, assert_never
 
 from sqlalchemy import Connection, Engine, Index, MetaData, String, column, func, select, text
@@ -8,18 +10,68 @@ from sqlalchemy import table as sql_table
 from sqlalchemy.schema import CreateIndex, DropIndex
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
-from lynkr_store import migrate
+from lynkr_store import folding, migrate
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S
+from lynkr_store.database import Database
 from lynkr_store.engine import backend_of, writing
 from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
+from lynkr_store.folding import Folded
 from lynkr_store.models import INDEXES
 from lynkr_store.search_path import schema_of, set_path
+from lynkr_store.settings import StoreSettings
 
 _TURN: Final = ADVISORY_LOCK + 2
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
+
+
+def fold(
+    database: Database,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Folded:
+    """Fold new rows into the roll-ups; see `lynkr_store.folding.fold`.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached; what was folded stays folded.
+    """
+    with translated():
+        return folding.fold(database.begun, stop=stop, on_step=on_step)
+
+
+def keep_up(
+    database: Database,
+    settings: StoreSettings,
+    clock: Callable[[], int],
+    stop: Callable[[], bool],
+) -> None:
+    """What a store does by itself from time to time.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached.
+    """
+    database.open()
+    fold(database, stop=stop)
+    trim(database, settings, clock, stop)
+
+
+def trim(
+    database: Database,
+    settings: StoreSettings,
+    clock: Callable[[], int],
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Delete roll-ups that are too old and whose rows are gone.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached.
+    """
+    age = timedelta(days=settings.rollup_retention_days) // timedelta(milliseconds=1)
+    with translated():
+        folding.trim(database.begun, clock() - age, stop=stop)
 
 
 def build_missing_indexes(engine: Engine) -> tuple[str, ...]:

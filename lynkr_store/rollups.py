@@ -446,6 +446,11 @@ def first_from(instant: int) -> Select[*tuple[Any, ...]]:
     return select(cast(rows.scalar_subquery(), BigInteger), quarters.scalar_subquery())
 
 
+def first_start() -> Select[*tuple[Any, ...]]:
+    """The start of the first day that the roll-ups know, or NULL."""
+    return select(func.min(ROLLUPS.c.start)).where(ROLLUPS.c.span_ms == DAY_MS)
+
+
 def trim(before: int) -> Delete:
     """Delete the roll-ups of the days that end before an instant."""
     return delete(ROLLUPS).where(ROLLUPS.c.start < floor_to(DAY_MS, before))

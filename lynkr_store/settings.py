@@ -71,6 +71,12 @@ class StoreSettings(BaseSettings):
     """Close the store on SIGTERM, then let the handler that was there before run."""
     retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
     """``maintain()`` deletes rows that are older; None keeps them for ever."""
+    rollup_retention_days: Annotated[float, Field(gt=0, le=36_525)] = 400
+    """Days for which roll-ups are kept of times whose rows retention has removed; while the rows
+    are there, their roll-ups are too."""
+    maintenance_interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300
+    """Seconds from one time to the next that the store's own thread folds new rows into the
+    roll-ups; 5,000 rows written make it fold sooner."""
     connect_timeout_s: Annotated[int, Field(ge=1)] = 5
     """Seconds to wait for a PostgreSQL server's answer to a new connection."""
     statement_timeout_s: Annotated[float, Field(gt=0)] = 30.0

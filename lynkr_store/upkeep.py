@@ -63,9 +63,13 @@ class Upkeep(Forkable):
         """Do no more; wait a moment for what is under way."""
         self._stopped = True
         self._bell.put(None)
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(_FINISH_S)
+        if self._thread is not None:
+            self._thread.join(_FINISH_S)
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller runs in the thread."""
+        return self._thread is threading.current_thread()
 
     def after_fork_in_child(self) -> None:
         """Start anew."""

@@ -52,7 +52,7 @@ LEVELS = {
     "inserts": 5,
     "repository": 7,
     "database": 8,
-    "maintenance": 8,
+    "maintenance": 9,
     "retention": 9,
     "probe": 9,
     "core": 10,

@@ -1,22 +1,21 @@
 """Roll-ups change what an answer costs, and never the answer."""
 
-import random
 import threading
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from lynkr_store import Store, StoreSettings, Window, answers, folding, measures, rollups
-from lynkr_store.engine import backend_of, writing
+from lynkr_store.engine import writing
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import NOTHING, Question
-from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, cover, floor_to
+from lynkr_store.spans import DAY_MS, QUARTER_MS, ceil_to, cover, floor_to
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -246,6 +245,27 @@ def test_it_is_remembered_what_was_removed_when_old_rows_come_late(engine, begin
         folding.fold(begin)
 
 
+def test_roll_ups_go_when_they_are_old_and_their_rows_are_gone(engine, begin):
+    today = floor_to(DAY_MS, NOW)
+    with begin() as connection:
+        put(connection, *({"timestamp": today - n * DAY_MS} for n in range(100)))
+    folding.fold(begin)
+    folding.trim(begin, today)
+    assert total(engine) == (100, None), "while the rows are there, their roll-ups are needed"
+    with begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < today - 9 * DAY_MS))
+    folding.trim(begin, today - 20 * DAY_MS - 1)
+    assert total(engine) == (22, today - 9 * DAY_MS)
+    folding.trim(begin, today)
+    assert total(engine) == (10, today - 9 * DAY_MS)
+    folding.trim(begin, today, stop=lambda: True)
+
+
+def total(engine):
+    found, raw_from = answered(engine, 0, NOW)
+    return sum(sums[0] for sums in found.values()), raw_from
+
+
 def test_when_all_rows_are_gone_the_history_is_there(engine, begin):
     with begin() as connection:
         put(connection, {}, {"cost_usd": 0.25})
@@ -288,13 +308,13 @@ def test_a_fold_between_two_statements_of_an_answer_is_noticed(engine, begin, mo
     folding.fold(begin)
     given = iter([stale])
 
-    class Session_(Session):
+    class StaleSession(Session):
         def execute(self, statement, *args, **kwargs):
             if statement is rollups.standing() and (old := next(given, None)):
                 return SimpleNamespace(one=lambda: old)
             return super().execute(statement, *args, **kwargs)
 
-    with Session_(engine) as session:
+    with StaleSession(engine) as session:
         answer = answers.ask(session, EVERYTHING, 0, NOW, NOW)
     assert added_up(answer.parts) == from_rows(engine, 0, NOW)
 
@@ -337,7 +357,7 @@ class Killed(Exception):
 
 
 class History:
-    """What happened to a database, and what was ever rolled up of it."""
+    """What happens to a database."""
 
     def __init__(self, engine):
         self.engine = engine
@@ -345,7 +365,6 @@ class History:
         with self.begin() as connection:
             for table in (TELEMETRY, ROLLUPS, DIMENSIONS, PROGRESS):
                 connection.execute(delete(table))
-        self.known = {}  # rows by id, those too that retention removed when they were folded
 
     def put(self, records):
         with self.begin() as connection:
@@ -375,40 +394,18 @@ class History:
                 connection.execute = one_more
                 yield connection
 
-        try:
+        with suppress(Killed):
             folding.fold(begin)
-        except Killed:
-            pass
 
     def erase(self, provider):
         mine = TELEMETRY.c.provider == provider
         with self.begin() as connection:
             folding.subtract(connection, mine)
-            erased = connection.execute(delete(TELEMETRY).where(mine).returning(TELEMETRY.c.id))
-            self.forget(set(erased.scalars()))
+            connection.execute(delete(TELEMETRY).where(mine))
 
     def cleanup(self, cutoff):
         with self.begin() as connection:
-            folded = connection.scalar(rollups.watermark())
-            gone = connection.execute(
-                delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff).returning(TELEMETRY.c.id)
-            )
-            self.forget({i for i in gone.scalars() if folded is None or i > folded})
-
-    def forget(self, ids):
-        self.removed = getattr(self, "removed", set()) | ids
-
-    def do(self, step):
-        name, value = step
-        self.look()
-        getattr(self, name)(value)
-        self.look()
-
-    def look(self):
-        with self.engine.connect() as connection:
-            self.known |= dict(
-                connection.execute(select(TELEMETRY.c.id, TELEMETRY.c.timestamp)).all()
-            )
+            connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff))
 
 
 @pytest.fixture(scope="module", params=["sqlite-file", POSTGRES[-1]])
@@ -440,8 +437,9 @@ def test_whatever_happens_the_answer_is_that_of_the_rows(place, steps, windows):
         history = History(place)
         cleaned = False
         for step in steps:
-            history.do(step)
-            cleaned |= step[0] == "cleanup"
+            name, value = step
+            getattr(history, name)(value)
+            cleaned |= name == "cleanup"
             for since, until in [*windows, (0, 2**62), (NOW - DAY_MS, NOW + 1)]:
                 found, raw_from = answered(place, since, until)
                 if raw_from is None:
