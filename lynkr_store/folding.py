@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, assert_never
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, select, text
+from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
 from lynkr_store import rollups
 from lynkr_store.answers import removed_before
@@ -142,12 +142,13 @@ def note(connection: Connection, name: str, value: int) -> None:
     connection.execute(rollups.note(backend_of(connection)), {"name": name, "value": value})
 
 
-def _note_removed(connection: Connection) -> None:
+def _note_removed(connection: Connection) -> int | None:
     """Note from when on the rows are there, before late ones hide that older ones were removed."""
     stands = Standing(*connection.execute(rollups.standing()).one())
     removed = removed_before(connection, stands)
     if removed is not None and removed != stands.raw_from:
         note(connection, "raw_from", removed)
+    return removed
 
 
 def trim(begin: Begin, before_ms: int, *, stop: Callable[[], bool] = lambda: False) -> None:
@@ -158,13 +159,12 @@ def trim(begin: Begin, before_ms: int, *, stop: Callable[[], bool] = lambda: Fal
     while not stop():
         with begin() as connection:
             held_watermark(connection)
-            stands = Standing(*connection.execute(rollups.standing()).one())
-            removed = removed_before(connection, stands)
-            if removed is None or stands.first_bucket is None:
+            removed = _note_removed(connection)
+            first = connection.scalar(rollups.first_start())
+            if removed is None or first is None:
                 return
             until = min(before_ms, removed)
-            first = connection.scalar(rollups.first_start())
-            if first is None or first + DAY_MS > until:
+            if first + DAY_MS > until:
                 return
             connection.execute(rollups.trim(min(until, first + _TRIM_MS)))
 
@@ -194,8 +194,7 @@ def rebuild(
     """
     with begin() as connection:
         held_watermark(connection)
-        _note_removed(connection)
-        raw_from = connection.scalar(select(rollups.noted("raw_from")))
+        raw_from = _note_removed(connection)
     after, rows = INSTANT_MIN_MS if raw_from is None else ceil_to(QUARTER_MS, raw_from), 0
     while not stop():
         with begin() as connection:
