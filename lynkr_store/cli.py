@@ -278,15 +278,26 @@ def cleanup(
 
 
 @app.command()
-def maintain(*, url: _Url = None, as_json: _Json = False) -> None:
-    """Build missing indexes and apply the configured retention (LYNKR_STORE_RETENTION_DAYS)."""
+def maintain(
+    *,
+    url: _Url = None,
+    budget: Annotated[str, typer.Option(help="Time for retention: 30s, 10m.")] = "30s",
+    as_json: _Json = False,
+) -> None:
+    """Build missing indexes, apply the configured retention, give free pages back.
+
+    LYNKR_STORE_RETENTION_DAYS is for rows, LYNKR_STORE_TEXT_RETENTION_DAYS for their texts alone.
+    """
+    budget_s = _age(budget).total_seconds()
     with _changing(url) as store:
-        report = store.maintain()
+        report = store.maintain(budget_s=budget_s)
     if as_json:
         _print_json(report.model_dump(mode="json"))
     else:
-        built = ", ".join(report.indexes_built) or "none"
-        print(f"indexes built: {built}; rows deleted: {report.rows_deleted:,}")
+        print(f"indexes built: {', '.join(report.indexes_built) or 'none'}")
+        print(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
+        print(f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}")
+        print(f"bytes freed: {report.bytes_freed:,}")
 
 
 def _engine(url: str) -> AbstractContextManager[Engine]:

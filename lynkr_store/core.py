@@ -171,13 +171,24 @@ class Core:
             self._cache.clear()
         return deleted
 
-    def _do_maintain(self) -> MaintenanceReport:
+    def _do_maintain(self, budget_s: float) -> MaintenanceReport:
+        if not budget_s >= 0:
+            raise BadArgument("budget_s: give seconds, 0 or more")
         self._open(to_write=True)
-        days = self._settings.retention_days
-        return MaintenanceReport(
-            indexes_built=maintenance.build_missing_indexes(self._database.engine),
-            rows_deleted=0 if days is None else self._do_cleanup(timedelta(days=days)),
-        )
+        built = maintenance.build_missing_indexes(self._database.engine)
+        try:
+            retained = retention.retain(
+                self._database,
+                rows_before_ms=self._days_ago(self._settings.retention_days),
+                texts_before_ms=self._days_ago(self._settings.text_retention_days),
+                deadline=time.monotonic() + budget_s,
+            )
+        finally:
+            self._cache.clear()
+        return MaintenanceReport(indexes_built=built, **retained._asdict())
+
+    def _days_ago(self, days: float | None) -> int | None:
+        return None if days is None else self._clock() - int(days * _DAY_MS)
 
     def _do_health(self) -> Health:
         if not self._closed:

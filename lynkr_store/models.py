@@ -225,6 +225,8 @@ class RevisionNote(Base):
 
 TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
 
+SAVINGS: Final = Base.metadata.tables[SavingsEvent.__tablename__]
+
 LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
 
 DIMENSIONS: Final = Base.metadata.tables[Dimension.__tablename__]

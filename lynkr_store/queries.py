@@ -1,6 +1,6 @@
 """Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, assert_never
 
 from sqlalchemy import (
@@ -8,6 +8,7 @@ from sqlalchemy import (
     ColumnElement,
     Delete,
     Insert,
+    Label,
     Select,
     Table,
     Update,
@@ -15,6 +16,7 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    or_,
     select,
     tuple_,
     type_coerce,
@@ -28,9 +30,9 @@ from sqlalchemy.types import NullType
 from lynkr_store.backend import Backend
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
-from lynkr_store.functions import measured
-from lynkr_store.models import LEDGER, TELEMETRY
-from lynkr_store.schemas import Cursor, RoutingRow, RoutingRowBrief
+from lynkr_store.functions import measured, unindexed
+from lynkr_store.models import LEDGER, PROGRESS, TELEMETRY
+from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
 
 _t: Final = TELEMETRY.c
 
@@ -141,13 +143,53 @@ def older(
         upto_id: Rows of greater ids are left out.
         limit: Rows at most.
     """
-    timestamp = type_coerce(table.c.timestamp, BigInteger)  # as it was stored
-    statement = select(table.c.id, timestamp.label("timestamp")).where(timestamp < cutoff_ms)
+    timestamp = _stored(table)
+    statement = select(table.c.id, timestamp).where(timestamp < cutoff_ms)
     if after is not None:
-        statement = statement.where(tuple_(timestamp, table.c.id) > tuple_(*after))
+        place = (literal(value, BigInteger) for value in after)
+        statement = statement.where(tuple_(timestamp, table.c.id) > tuple_(*place))
     if upto_id is not None:
         statement = statement.where(table.c.id <= upto_id)
     return statement.order_by(timestamp, table.c.id).limit(limit)
+
+
+def count_older(
+    table: Table,
+    cutoff_ms: int,
+    *,
+    after: Place | None = None,
+    upto_id: int | None = None,
+    most: int,
+) -> Select[int]:
+    """How many rows `older` would give, counted up to ``most``."""
+    counted = older(table, cutoff_ms, after=after, upto_id=upto_id, limit=most)
+    return select(func.count()).select_from(counted.subquery())
+
+
+def remove_texts(rows: ColumnElement[bool], cutoff_ms: int) -> Update:
+    """Remove what people and models wrote from those of these rows that are before the cutoff.
+
+    Args:
+        rows: A condition on ``id``, by which they are looked for.
+        cutoff_ms: The first moment that is not before.
+    """
+    has_text = or_(*(_t[name].is_not(None) for name in TEXT_FIELDS))
+    return (
+        update(TELEMETRY)
+        .where(rows, unindexed(_t.timestamp) < cutoff_ms, has_text)
+        .values(dict.fromkeys(TEXT_FIELDS))
+    )
+
+
+def count_late(after_id: int, until_ms: int, *, most: int) -> Select[int]:
+    """How many rows above an id are not after an instant, of the first ``most`` above it."""
+    above = select(_stored(TELEMETRY)).where(_t.id > after_id).order_by(_t.id).limit(most)
+    return select(func.count()).where(above.subquery().c.timestamp <= until_ms)
+
+
+def progress(names: Iterable[str]) -> Select[*tuple[Any, ...]]:
+    """Values of the progress, by name."""
+    return select(PROGRESS.c.name, PROGRESS.c.value).where(PROGRESS.c.name.in_(names))
 
 
 def delete_rows(table: Table, ids: Sequence[int]) -> Delete:
@@ -158,6 +200,11 @@ def delete_rows(table: Table, ids: Sequence[int]) -> Delete:
 def oldest_timestamp() -> Select[*tuple[Any, ...]]:
     """The least stored timestamp."""
     return select(func.min(_t.timestamp))
+
+
+def _stored(table: Table) -> Label[Any]:
+    """The timestamp as it was stored, not as an instant."""
+    return type_coerce(table.c.timestamp, BigInteger).label("timestamp")
 
 
 def _matching(criteria: RoutingFilter) -> Iterator[ColumnElement[bool]]:

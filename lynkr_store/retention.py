@@ -9,16 +9,18 @@ PostgreSQL's autovacuum can follow, and a process that is killed loses nothing.
 import math
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Table
 
 from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.database import Database
-from lynkr_store.engine import ensure_begun
+from lynkr_store.engine import backend_of, ensure_begun
 from lynkr_store.faults import translated
-from lynkr_store.models import TELEMETRY
+from lynkr_store.folding import settled_id
+from lynkr_store.models import SAVINGS, TELEMETRY
+from lynkr_store.rollups import NOTHING, last_of_step, note, note_first
 
 _STEP_S: Final = 0.02  # what a step should take, with the lock held
 _PAUSE_S: Final = 0.03
@@ -26,11 +28,61 @@ _ROWS_LEAST: Final = 20  # of a step, or pages
 _ROWS_FIRST: Final = 100
 _ROWS_MOST: Final = 1_000
 
+_COUNTED: Final = 100_000  # of what remains; more would take time for a number that says as much
+_OF_TEXTS: Final = "texts_"  # names of the progress
+_GREATEST_ID: Final = 2**63 - 1
 _INCREMENTAL: Final = 2  # PRAGMA auto_vacuum, of a file that can be made smaller
+
+_id: Final = TELEMETRY.c.id
 
 _Step = Callable[[Connection, int], tuple[int, bool]]
 """Takes a connection in a transaction and a number of rows; returns what it did and whether there
 is more to do."""
+
+
+class Retained(NamedTuple):
+    """What `retain` did and left, as `lynkr_store.schemas.MaintenanceReport` says it."""
+
+    rows_deleted: int
+    rows_remaining: int
+    texts_removed: int
+    texts_remaining: int
+    bytes_freed: int
+
+
+def retain(
+    database: Database,
+    *,
+    rows_before_ms: int | None,
+    texts_before_ms: int | None,
+    deadline: float,
+    upto_id: int | None = None,
+) -> Retained:
+    """Delete old rows, then old texts, then give free pages back, until a deadline.
+
+    Args:
+        database: At this release's revision.
+        rows_before_ms: The first moment whose rows stay; None keeps all.
+        texts_before_ms: The first moment whose texts stay; None keeps all.
+        deadline: On the monotonic clock; what is not done by then is done the next time.
+        upto_id: Rows of greater ids stay, their texts may go.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached; what was done before stays done.
+    """
+    deleted = removed = rows_left = texts_left = 0
+    if rows_before_ms is not None:
+        deleted = delete_older(database, rows_before_ms, upto_id=upto_id, deadline=deadline)
+        deleted += delete_older(database, rows_before_ms, table=SAVINGS, deadline=deadline)
+    if texts_before_ms is not None:
+        removed = remove_texts(database, texts_before_ms, deadline=deadline)
+    freed = give_back(database, deadline=deadline)
+    with translated(), database.connected(database.engine) as connection:
+        if rows_before_ms is not None:
+            rows_left = _count_rows(connection, rows_before_ms)
+        if texts_before_ms is not None:
+            texts_left = _count_texts(connection, texts_before_ms)
+    return Retained(deleted, rows_left, removed, texts_left, freed)
 
 
 def delete_older(
@@ -75,6 +127,100 @@ def delete_older(
     return _in_steps(database, step, deadline)
 
 
+def remove_texts(database: Database, cutoff_ms: int, *, deadline: float = math.inf) -> int:
+    """Remove the texts of the rows before a moment, and leave the rest.
+
+    No row is looked at again and again: the store notes in its own table how far it came, and next
+    time looks at what has become old since then, and at rows that have come since then.
+
+    Args:
+        database: At this release's revision.
+        cutoff_ms: The first moment whose texts stay, in epoch milliseconds.
+        deadline: On the monotonic clock; what is not done by then is done the next time.
+
+    Returns:
+        From how many rows.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached; what was removed before is gone.
+    """
+    with translated():
+        settled = settled_id(database.begun)
+    noted: _Place | None = None  # by us, and exactly
+    exactly: queries.Place = NOTHING, NOTHING
+
+    def step(connection: Connection, limit: int) -> tuple[int, bool]:
+        nonlocal noted, exactly
+        place = _place(connection, cutoff_ms, hold=True)
+        goal = place.upto_id if settled is None else max(settled, place.upto_id)
+        if goal == NOTHING:
+            return 0, False
+        if place.before_ms == NOTHING:
+            place = place._replace(upto_id=goal)  # there is no text that could have come too late
+        if place.upto_id < goal:
+            last = connection.scalar(last_of_step(place.upto_id, goal, limit)) or goal
+            rows, more = _id.between(place.upto_id + 1, last), True
+            place = place._replace(upto_id=last)
+        else:
+            after = exactly if place == noted else place.after
+            older = queries.older(
+                TELEMETRY, cutoff_ms, after=after, upto_id=place.upto_id, limit=limit
+            )
+            found = connection.execute(older).all()
+            rows, more = _id.in_([row.id for row in found]), len(found) == limit
+            exactly = (found[-1].timestamp, found[-1].id) if more else (cutoff_ms, NOTHING)
+            noted = place = _Place(*_whole(*exactly), place.upto_id)
+        removed = connection.execute(queries.remove_texts(rows, cutoff_ms)).rowcount
+        connection.execute(note(backend_of(connection)), place.noted())
+        return removed, more
+
+    return _in_steps(database, step, deadline)
+
+
+class _Place(NamedTuple):
+    """How far the removal of texts has come.
+
+    Rows up to ``upto_id`` that are before this instant, or of it and not above ``before_id``, have
+    no texts.
+    """
+
+    before_ms: int = NOTHING
+    before_id: int = NOTHING
+    upto_id: int = NOTHING
+
+    @property
+    def after(self) -> queries.Place | None:
+        """The place of the last row that was looked at; None before the first."""
+        return None if self.before_ms == NOTHING else (self.before_ms, self.before_id)
+
+    def noted(self) -> list[dict[str, Any]]:
+        """As the table of progress has it."""
+        return [
+            {"name": f"{_OF_TEXTS}{name}", "value": value} for name, value in self._asdict().items()
+        ]
+
+
+def _place(connection: Connection, cutoff_ms: int, *, hold: bool) -> _Place:
+    """How far it has come; where it is held, nobody else goes on before the transaction ends."""
+    nothing = _Place().noted()
+    statement = queries.progress([noted["name"] for noted in nothing])
+    if hold:  # the first of several enters it, and the others wait
+        connection.execute(note_first(backend_of(connection)), nothing)
+        statement = statement.with_for_update()
+    values = {row.name.removeprefix(_OF_TEXTS): row.value for row in connection.execute(statement)}
+    place = _Place(**values)
+    if place.before_ms > cutoff_ms:  # they are kept for longer now: the rows between must be seen
+        place = place._replace(before_ms=cutoff_ms, before_id=NOTHING)
+    return place
+
+
+def _whole(timestamp: float, row_id: int) -> tuple[int, int]:
+    """A place in whole milliseconds, or the next before it: some writers store fractions."""
+    if isinstance(timestamp, int):
+        return timestamp, row_id
+    return math.floor(max(timestamp, NOTHING)), _GREATEST_ID
+
+
 def give_back(database: Database, *, deadline: float = math.inf) -> int:
     """Make an SQLite file smaller by the pages that are free, where the file allows that.
 
@@ -108,6 +254,22 @@ def give_back(database: Database, *, deadline: float = math.inf) -> int:
 
 def _pragma(connection: Connection, name: str) -> int:
     return int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
+
+
+def _count_rows(connection: Connection, cutoff_ms: int) -> int:
+    statements = (
+        queries.count_older(table, cutoff_ms, most=_COUNTED) for table in (TELEMETRY, SAVINGS)
+    )
+    return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
+
+
+def _count_texts(connection: Connection, cutoff_ms: int) -> int:
+    place = _place(connection, cutoff_ms, hold=False)
+    statements = (
+        queries.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
+        queries.count_late(place.upto_id, place.before_ms, most=_COUNTED),
+    )
+    return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 
 
 def _in_steps(database: Database, step: _Step, deadline: float) -> int:

@@ -71,6 +71,8 @@ class StoreSettings(BaseSettings):
     """Close the store on SIGTERM, then let the handler that was there before run."""
     retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
     """``maintain()`` deletes rows that are older; None keeps them for ever."""
+    text_retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
+    """``maintain()`` removes the two texts of rows that are older; None keeps them with the row."""
     rollup_retention_days: Annotated[float, Field(gt=0, le=36_525)] = 400
     """Days for which roll-ups are kept of times whose rows retention has removed; while the rows
     are there, their roll-ups are too."""

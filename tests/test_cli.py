@@ -110,6 +110,10 @@ def test_health_check_and_maintain(url):
     assert json.loads(done("maintain", "--url", url, "--json")) == {
         "indexes_built": [],
         "rows_deleted": 0,
+        "rows_remaining": 0,
+        "texts_removed": 0,
+        "texts_remaining": 0,
+        "bytes_freed": 0,
     }
     assert "indexes built: none" in done("maintain", "--url", url)
 
@@ -117,6 +121,14 @@ def test_health_check_and_maintain(url):
 def test_retention_runs_when_configured(url):
     report = done("maintain", "--url", url, "--json", LYNKR_STORE_RETENTION_DAYS="1")
     assert json.loads(report)["rows_deleted"] == 6
+
+
+def test_text_retention_runs_when_configured_and_within_its_budget(url):
+    def maintained(*options):
+        return done("maintain", "--url", url, *options, LYNKR_STORE_TEXT_RETENTION_DAYS="1")
+
+    assert "texts removed: 0; remaining: 6" in maintained("--budget", "0s")
+    assert "texts removed: 6; remaining: 0" in maintained()
 
 
 def test_cleanup_says_how_many(url):

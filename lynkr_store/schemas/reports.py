@@ -61,4 +61,13 @@ class MaintenanceReport(FrozenOutput):
     indexes_built: tuple[str, ...]
     """Names of the indexes that were missing and are there now."""
     rows_deleted: int
-    """Rows older than the configured retention that were deleted."""
+    """Rows and savings events older than ``retention_days`` that were deleted."""
+    rows_remaining: int
+    """Such that are still there: the time was not enough, or another transaction holds them.
+    Counted up to 100,000."""
+    texts_removed: int
+    """Rows older than ``text_retention_days`` whose texts were removed."""
+    texts_remaining: int
+    """Such that are still to be looked at. Counted up to 100,000."""
+    bytes_freed: int
+    """By how much the SQLite file gets smaller."""
