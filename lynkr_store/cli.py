@@ -282,19 +282,25 @@ def maintain(
     *,
     url: _Url = None,
     budget: Annotated[str, typer.Option(help="Time for retention: 30s, 10m.")] = "30s",
+    rebuild: Annotated[bool, typer.Option(help="Make the roll-ups anew from the rows.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Build missing indexes, apply the configured retention, give free pages back.
+    """Build missing indexes, fold new rows, apply the configured retention, give pages back.
 
     LYNKR_STORE_RETENTION_DAYS is for rows, LYNKR_STORE_TEXT_RETENTION_DAYS for their texts alone.
     """
     budget_s = _age(budget).total_seconds()
-    with _changing(url) as store:
-        report = store.maintain(budget_s=budget_s)
+    with _changing(url) as store, Console(stderr=True).status("at work") as status:
+        report = store.maintain(
+            budget_s=budget_s,
+            rebuild=rebuild,
+            on_step=lambda rows: status.update(f"{rows:,} rows folded"),
+        )
     if as_json:
         _print_json(report.model_dump(mode="json"))
     else:
         print(f"indexes built: {', '.join(report.indexes_built) or 'none'}")
+        print(f"rows folded: {report.rows_folded}")
         print(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
         print(f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}")
         print(f"bytes freed: {report.bytes_freed:,}")

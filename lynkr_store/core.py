@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import maintenance, retention, revisions
+from lynkr_store import maintenance, revisions
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
@@ -165,30 +165,27 @@ class Core:
         cutoff_ms = self._clock() - checked_age(older_than) // timedelta(milliseconds=1)
         self._open(to_write=True)
         try:
-            deleted = retention.delete_older(self._database, cutoff_ms)
-            retention.give_back(self._database)
+            return maintenance.cleanup(self._database, cutoff_ms)
         finally:
             self._cache.clear()
-        return deleted
 
-    def _do_maintain(self, budget_s: float) -> MaintenanceReport:
+    def _do_maintain(
+        self, budget_s: float, on_step: maintenance.OnStep | None, *, rebuild: bool
+    ) -> MaintenanceReport:
         if not budget_s >= 0:
             raise BadArgument("budget_s: give seconds, 0 or more")
         self._open(to_write=True)
-        built = maintenance.build_missing_indexes(self._database.engine)
         try:
-            retained = retention.retain(
+            return maintenance.maintain(
                 self._database,
-                rows_before_ms=self._days_ago(self._settings.retention_days),
-                texts_before_ms=self._days_ago(self._settings.text_retention_days),
-                deadline=time.monotonic() + budget_s,
+                self._settings,
+                self._clock,
+                budget_s=budget_s,
+                rebuild=rebuild,
+                on_step=on_step or (lambda _: None),
             )
         finally:
             self._cache.clear()
-        return MaintenanceReport(indexes_built=built, **retained._asdict())
-
-    def _days_ago(self, days: float | None) -> int | None:
-        return None if days is None else self._clock() - int(days * _DAY_MS)
 
     def _do_health(self) -> Health:
         if not self._closed:

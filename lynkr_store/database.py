@@ -21,6 +21,7 @@ from lynkr_store.engine import (
     create_reading_engine,
     create_store_engine,
     disposing,
+    ensure_begun,
     forget_connections,
     is_memory,
     parse_url,
@@ -227,6 +228,7 @@ class Database(Forkable):
             last_s: Seconds for which the lock was held the last time; it will be about as long.
         """
         with self._gate if self._shared_file else nullcontext(), self._begun(last_s) as connection:
+            ensure_begun(connection)  # on a host's engine too
             yield connection
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Final, assert_never
 
 from sqlalchemy import Connection, Engine, Index, MetaData, String, column, func, select, text
@@ -10,36 +9,58 @@ from sqlalchemy import table as sql_table
 from sqlalchemy.schema import CreateIndex, DropIndex
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
-from lynkr_store import folding, migrate
+from lynkr_store import folding, migrate, retention, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S
 from lynkr_store.database import Database
 from lynkr_store.engine import backend_of, writing
 from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
-from lynkr_store.folding import Folded
 from lynkr_store.models import INDEXES
+from lynkr_store.retention import Retained
+from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.search_path import schema_of, set_path
 from lynkr_store.settings import StoreSettings
 
+BUDGET_S: Final = 30.0
+"""Seconds for retention: a tenth of the time between two of a store's own, by default."""
+
+OnStep = Callable[[int], None]
+"""Told after each step of a fold how many rows were folded so far."""
+
+_DAY_MS: Final = 86_400_000
 _TURN: Final = ADVISORY_LOCK + 2
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
 
 
-def fold(
+def maintain(
     database: Database,
+    settings: StoreSettings,
+    clock: Callable[[], int],
     *,
-    stop: Callable[[], bool] = lambda: False,
-    on_step: Callable[[int], None] = lambda _: None,
-) -> Folded:
-    """Fold new rows into the roll-ups; see `lynkr_store.folding.fold`.
+    budget_s: float = BUDGET_S,
+    rebuild: bool = False,
+    on_step: OnStep = lambda _: None,
+) -> MaintenanceReport:
+    """Do all that keeps a database in shape; see `lynkr_store.Store.maintain`.
 
     Raises:
-        StoreUnavailable: The database cannot be reached; what was folded stays folded.
+        StoreUnavailable: The database cannot be reached; what was done before stays done.
     """
-    with translated():
-        return folding.fold(database.begun, stop=stop, on_step=on_step)
+    built = build_missing_indexes(database.engine)
+    folded = fold(database, on_step=on_step)
+    if rebuild:
+        with translated():
+            folded += folding.rebuild(
+                database.begun, on_step=lambda rows: on_step(folded + rows)
+            ).rows
+    retained = retain(database, settings, clock, budget_s)
+    with translated(), database.connected(database.engine) as connection:
+        lag = connection.scalar(rollups.lag()) or 0
+    return MaintenanceReport(
+        indexes_built=built, rows_folded=folded, rollup_lag=lag, **retained._asdict()
+    )
 
 
 def keep_up(
@@ -48,30 +69,83 @@ def keep_up(
     clock: Callable[[], int],
     stop: Callable[[], bool],
 ) -> None:
-    """What a store does by itself from time to time.
+    """What a store does by itself from time to time: fold, and retain where that is configured.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
     """
     database.open()
     fold(database, stop=stop)
-    trim(database, settings, clock, stop)
+    if not stop():
+        retain(database, settings, clock, BUDGET_S if _retains(settings) else 0)
 
 
-def trim(
+def fold(
     database: Database,
-    settings: StoreSettings,
-    clock: Callable[[], int],
+    *,
     stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Delete roll-ups that are too old and whose rows are gone.
+    on_step: OnStep = lambda _: None,
+) -> int:
+    """Fold new rows into the roll-ups, and return how many; see `lynkr_store.folding.fold`.
 
     Raises:
-        StoreUnavailable: The database cannot be reached.
+        StoreUnavailable: The database cannot be reached; what was folded stays folded.
     """
-    age = timedelta(days=settings.rollup_retention_days) // timedelta(milliseconds=1)
     with translated():
-        folding.trim(database.begun, clock() - age, stop=stop)
+        return folding.fold(database.begun, stop=stop, on_step=on_step).rows
+
+
+def retain(
+    database: Database, settings: StoreSettings, clock: Callable[[], int], budget_s: float
+) -> Retained:
+    """Apply the configured retention to rows, texts and roll-ups; see `lynkr_store.retention`.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached; what was done before stays done.
+    """
+    now = clock()
+    rows_before, texts_before, rollups_before = (
+        None if days is None else now - int(days * _DAY_MS)
+        for days in (
+            settings.retention_days,
+            settings.text_retention_days,
+            settings.rollup_retention_days,
+        )
+    )
+    retained = retention.retain(
+        database,
+        rows_before_ms=rows_before,
+        texts_before_ms=texts_before,
+        deadline=time.monotonic() + budget_s,
+        upto_id=folded_upto(database),
+    )
+    if rollups_before is not None:
+        with translated():
+            folding.trim(database.begun, rollups_before)
+    return retained
+
+
+def cleanup(database: Database, cutoff_ms: int) -> int:
+    """Delete the rows before a moment, which the roll-ups remember; return how many.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
+    """
+    fold(database)
+    deleted = retention.delete_older(database, cutoff_ms, upto_id=folded_upto(database))
+    retention.give_back(database)
+    return deleted
+
+
+def folded_upto(database: Database) -> int:
+    """The id up to which rows are in the roll-ups; others must not be deleted by retention."""
+    with translated(), database.connected(database.engine) as connection:
+        folded: int | None = connection.scalar(select(rollups.noted("folded")))
+    return rollups.NOTHING if folded is None else folded
+
+
+def _retains(settings: StoreSettings) -> bool:
+    return settings.retention_days is not None or settings.text_retention_days is not None
 
 
 def build_missing_indexes(engine: Engine) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Table
 from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.database import Database
-from lynkr_store.engine import backend_of, ensure_begun
+from lynkr_store.engine import backend_of
 from lynkr_store.faults import translated
 from lynkr_store.folding import settled_id
 from lynkr_store.models import SAVINGS, TELEMETRY
@@ -278,7 +278,6 @@ def _in_steps(database: Database, step: _Step, deadline: float) -> int:
     while time.monotonic() < deadline:
         with translated(), database.begun(took_s) as connection:
             began = time.monotonic()
-            ensure_begun(connection)  # on a host's engine too
             done, more = step(connection, rows)
         total += done
         if not more:

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
     cast,
     delete,
     func,
@@ -114,7 +115,8 @@ def standing() -> Select[*tuple[Any, ...]]:
 def lag() -> Select[*tuple[Any, ...]]:
     """How many ids lie above the watermark; NULL where there is no row."""
     newest, oldest = (select(which(_t.id)).scalar_subquery() for which in (func.max, func.min))
-    return select(newest - func.coalesce(noted("folded"), oldest - 1))
+    folded = noted("folded")
+    return select(newest - case((folded >= oldest, folded), else_=oldest - 1))
 
 
 def noted(name: str) -> ScalarSelect[int]:

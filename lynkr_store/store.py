@@ -34,6 +34,7 @@ from lynkr_store.filters import (
     given,
 )
 from lynkr_store.lifecycle import Forkable, on_fork
+from lynkr_store.maintenance import BUDGET_S
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-_BUDGET_S: Final = 30.0  # a tenth of the time between two calls, if there are five minutes
 _PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
 
 
@@ -228,18 +228,29 @@ class Store(Core):
         """
         return self._do_cleanup(older_than)
 
-    def maintain(self, *, budget_s: float = _BUDGET_S) -> MaintenanceReport:
-        """Build indexes that an adoption left out, apply the configured retention, free pages.
+    def maintain(
+        self,
+        *,
+        budget_s: float = BUDGET_S,
+        rebuild: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> MaintenanceReport:
+        """Build missing indexes, fold new rows, apply the configured retention, free pages.
+
+        All in short steps, beside writers; interrupted, it is gone on with the next time.
 
         Args:
-            budget_s: Seconds for the latter two, which are done in short steps; what is left is
-                done the next time, and the report says how much that is.
+            budget_s: Seconds for retention and pages; what is left is done the next time, and the
+                report says how much that is.
+            rebuild: Make the roll-ups anew from the rows; what is known of a time whose rows are
+                gone stays.
+            on_step: Told after each step of folding how many rows were folded so far.
 
         Raises:
             BadArgument: ``budget_s`` is negative or NaN.
             StoreUnavailable: The database cannot be reached.
         """
-        return self._do_maintain(budget_s)
+        return self._do_maintain(budget_s, on_step, rebuild=rebuild)
 
     def health(self) -> Health:
         """The account of every record and the state of the database, within 50 ms. Never raises."""
@@ -388,9 +399,15 @@ class AsyncStore(Core):
         """See `Store.cleanup`."""
         return await asyncio.to_thread(self._do_cleanup, older_than)
 
-    async def maintain(self, *, budget_s: float = _BUDGET_S) -> MaintenanceReport:
-        """See `Store.maintain`."""
-        return await asyncio.to_thread(self._do_maintain, budget_s)
+    async def maintain(
+        self,
+        *,
+        budget_s: float = BUDGET_S,
+        rebuild: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> MaintenanceReport:
+        """See `Store.maintain`; ``on_step`` is called in a thread."""
+        return await asyncio.to_thread(self._do_maintain, budget_s, on_step, rebuild=rebuild)
 
     async def health(self) -> Health:
         """See `Store.health`."""

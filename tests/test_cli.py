@@ -109,13 +109,17 @@ def test_health_check_and_maintain(url):
     assert f"revision {revisions.head()}" in done("check", "--url", url)
     assert json.loads(done("maintain", "--url", url, "--json")) == {
         "indexes_built": [],
+        "rows_folded": 6,
+        "rollup_lag": 0,
         "rows_deleted": 0,
         "rows_remaining": 0,
         "texts_removed": 0,
         "texts_remaining": 0,
         "bytes_freed": 0,
     }
-    assert "indexes built: none" in done("maintain", "--url", url)
+    said = done("maintain", "--url", url, "--rebuild")
+    assert "indexes built: none" in said
+    assert "rows folded: 6" in said
 
 
 def test_retention_runs_when_configured(url):

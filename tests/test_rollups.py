@@ -202,6 +202,24 @@ def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
     assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
 
 
+def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
+    def lag():
+        with begin() as connection:
+            return connection.scalar(rollups.lag())
+
+    assert lag() is None
+    with begin() as connection:
+        put(connection, {}, {}, {})
+        assert connection.scalar(rollups.lag()) == 3
+        folding.held_watermark(connection)
+    assert lag() == 3
+    folding.fold(begin)
+    assert lag() == 0
+    with begin() as connection:
+        put(connection, {})
+    assert lag() == 1
+
+
 def test_what_retention_removed_stays_in_whole_quarters(engine, begin):
     start = floor_to(DAY_MS, NOW) - DAY_MS
     with begin() as connection:

@@ -60,6 +60,11 @@ class MaintenanceReport(FrozenOutput):
 
     indexes_built: tuple[str, ...]
     """Names of the indexes that were missing and are there now."""
+    rows_folded: int
+    """Rows that were added to the roll-ups, or counted anew by a rebuild."""
+    rollup_lag: int
+    """Rows, at most, that are not in the roll-ups: they came meanwhile, or, on PostgreSQL,
+    transactions that may have written rows before them were still open."""
     rows_deleted: int
     """Rows and savings events older than ``retention_days`` that were deleted."""
     rows_remaining: int
