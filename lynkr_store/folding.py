@@ -19,7 +19,7 @@ from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of
 from lynkr_store.measures import columns_of
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rollups import NOTHING, Standing
+from lynkr_store.rollups import NOTHING, Rows, Standing
 from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, floor_to
 
 Begin = Callable[[], AbstractContextManager[Connection]]
@@ -122,7 +122,7 @@ def _fold_step(connection: Connection, upto: int) -> tuple[int, int]:
         return 0, folded
     _note_removed(connection)
     last = connection.scalar(rollups.last_of_step(folded, upto, STEP_ROWS)) or upto
-    rows = _add(connection, rollups.folded_rows(folded, last))
+    rows = _add(connection, rollups.rows_of_step(), {"after": folded, "upto": last})
     note(connection, "folded", last)
     return rows, last
 
@@ -177,7 +177,7 @@ def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
         condition: Which rows; those above the watermark are in no roll-up.
     """
     folded = held_watermark(connection)
-    _add(connection, rollups.up_to(folded, condition), sign=-1)
+    _add(connection, rollups.folded_rows(folded, condition), {}, sign=-1)
     connection.execute(rollups.drop_empty())
 
 
@@ -212,21 +212,26 @@ def rebuild(
 
 def _recount(connection: Connection, start: int) -> int:
     """Make the roll-ups of one quarter anew, and those of the hour and the day it is in."""
-    condition = rollups.rows_of_quarter(start, held_watermark(connection))
+    rows = rollups.rows_of_quarter()
+    given = {
+        "quarter_since": start,
+        "quarter_until": start + QUARTER_MS,
+        "folded": held_watermark(connection),
+    }
     starts = {span: floor_to(span, start) for span in SPANS_MS}
     connection.execute(rollups.drop_buckets(starts))
-    connection.execute(rollups.enter_dimensions(condition))
-    quarters = connection.execute(rollups.quarters_of(condition)).mappings().all()
+    connection.execute(rows.enter_dimensions, given)
+    quarters = connection.execute(rows.quarters, given).mappings().all()
     _write(connection, {_key(QUARTER_MS, quarter): _measures(quarter) for quarter in quarters})
     for span in SPANS_MS[1:]:
         connection.execute(rollups.sum_of_quarters(span, starts[span]))
     return sum(int(quarter["requests"]) for quarter in quarters)
 
 
-def _add(connection: Connection, condition: ColumnElement[bool], sign: int = 1) -> int:
+def _add(connection: Connection, rows: Rows, given: dict[str, int], sign: int = 1) -> int:
     """Add the rows to the roll-ups of every length; return how many they are."""
-    connection.execute(rollups.enter_dimensions(condition))
-    quarters = connection.execute(rollups.quarters_of(condition)).mappings().all()
+    connection.execute(rows.enter_dimensions, given)
+    quarters = connection.execute(rows.quarters, given).mappings().all()
     sums: dict[_Key, Counter[str]] = defaultdict(Counter)
     for quarter in quarters:
         measured = _measures(quarter)

@@ -53,6 +53,7 @@ NOTHING: Final = -(2**63)
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""
 
+_KEYS_AND_MEASURES: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
 _BY: Final = ("provider", "model", "tier", "request_type")
 _t: Final = TELEMETRY.c
 _in_domain: Final = and_(_t.timestamp >= INSTANT_MIN_MS, _t.timestamp < INSTANT_MAX_MS)
@@ -317,45 +318,59 @@ def newest_id() -> Select[*tuple[Any, ...]]:
     return select(func.max(_t.id))
 
 
-def folded_rows(after: int, upto: int) -> ColumnElement[bool]:
-    """The rows with ``after < id <= upto``, as a condition."""
-    return and_(_t.id > after, _t.id <= upto)
+class Rows(NamedTuple):
+    """Statements on some rows.
+
+    Attributes:
+        enter_dimensions: Enters the combinations of their dimensions that are not there.
+        quarters: Their measures by quarter and dimension: ``start``, ``dimension_id``, measures.
+    """
+
+    enter_dimensions: Insert
+    quarters: Select[*tuple[Any, ...]]
 
 
-def up_to(folded: int, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Of some rows those up to the watermark, as a condition."""
-    return and_(condition, unindexed(_t.id) <= folded)
+@cache
+def rows_of_step() -> Rows:
+    """The rows with ``after < id <= upto``."""
+    return rows_where(_t.id > _whole_number("after"), _t.id <= _whole_number("upto"))
 
 
-def rows_of_quarter(start: int, folded: int) -> ColumnElement[bool]:
-    """The rows of one quarter up to the watermark, as a condition."""
-    return up_to(folded, and_(_t.timestamp >= start, _t.timestamp < start + QUARTER_MS))
+@cache
+def rows_of_quarter() -> Rows:
+    """The rows of ``[quarter_since, quarter_until)`` up to the watermark ``folded``."""
+    return rows_where(*_folded_in("quarter"))
 
 
-def enter_dimensions(condition: ColumnElement[bool]) -> Insert:
-    """Enter the combinations of the rows' dimensions that are not there."""
+def folded_rows(folded: int, condition: ColumnElement[bool]) -> Rows:
+    """Of some rows those up to the watermark."""
+    return rows_where(condition, unindexed(_t.id) <= folded)
+
+
+def rows_where(*conditions: ColumnElement[bool]) -> Rows:
+    """Statements on the rows that meet all conditions and name an instant in its domain."""
     mine = [_t[name] for name in _BY]
-    rows = select(*mine).where(condition, _in_domain).distinct().subquery()
+    rows = select(*mine).where(*conditions, _in_domain).distinct().subquery()
     new = (
         select(*(rows.c[name] for name in _BY))
         .select_from(rows.outerjoin(DIMENSIONS, _same_dimensions(rows)))
         .where(DIMENSIONS.c.id.is_(None))
     )
-    return insert(DIMENSIONS).from_select(list(_BY), new)
-
-
-def quarters_of(condition: ColumnElement[bool]) -> Select[*tuple[Any, ...]]:
-    """The rows' measures by quarter and dimension: ``start``, ``dimension_id``, the measures."""
     instant = cast(_t.timestamp, BigInteger)
-    start = instant - instant % QUARTER_MS
-    joined = TELEMETRY.join(DIMENSIONS, _same_dimensions(TELEMETRY))
-    rows = _each_row(
-        select(start.label("start"), DIMENSIONS.c.id.label("dimension_id"), *measures.of_a_row())
-        .select_from(joined)
-        .where(condition, _in_domain)
+    each = _each_row(
+        select(
+            (instant - instant % QUARTER_MS).label("start"),
+            DIMENSIONS.c.id.label("dimension_id"),
+            *measures.of_a_row(),
+        )
+        .select_from(TELEMETRY.join(DIMENSIONS, _same_dimensions(TELEMETRY)))
+        .where(*conditions, _in_domain)
     )
-    keys = (rows.c.start, rows.c.dimension_id)
-    return select(*keys, *measures.of_rows(rows.c)).group_by(*keys)
+    keys = (each.c.start, each.c.dimension_id)
+    return Rows(
+        insert(DIMENSIONS).from_select(list(_BY), new),
+        select(*keys, *measures.of_rows(each.c)).group_by(*keys),
+    )
 
 
 def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
@@ -364,6 +379,7 @@ def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
     return and_(DIMENSIONS.c.provider == unindexed(rows.c.provider), *others)
 
 
+@cache
 def add_to_rollups(backend: Backend) -> Insert:
     """Add measures to a roll-up, which is made if it is not there."""
     into = _insert_or(backend, ROLLUPS)
@@ -372,6 +388,7 @@ def add_to_rollups(backend: Backend) -> Insert:
     )
 
 
+@cache
 def note(backend: Backend) -> Insert:
     """Set a value of the progress; takes ``name`` and ``value``."""
     into = _insert_or(backend, PROGRESS)
@@ -419,7 +436,6 @@ def _bucket(span_ms: int, start: int) -> ColumnElement[bool]:
 
 def sum_of_quarters(span_ms: int, start: int) -> Insert:
     """Make the roll-ups of a longer span of those of its quarters."""
-    names = list(measures.columns_of())
     quarters = (
         select(
             literal(span_ms, BigInteger),
@@ -434,7 +450,7 @@ def sum_of_quarters(span_ms: int, start: int) -> Insert:
         )
         .group_by(ROLLUPS.c.dimension_id)
     )
-    return insert(ROLLUPS).from_select(["span_ms", "start", "dimension_id", *names], quarters)
+    return insert(ROLLUPS).from_select(_KEYS_AND_MEASURES, quarters)
 
 
 def first_from(instant: int) -> Select[*tuple[Any, ...]]:
