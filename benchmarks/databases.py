@@ -14,6 +14,7 @@ import psycopg
 from sqlalchemy import make_url
 
 from benchmarks.sample import COLUMNS, Row
+from lynkr_store.backend import Backend
 from tests.support.postgres import PgServer, available_servers
 
 Driver = sqlite3.Connection | psycopg.Connection[Any]
@@ -41,11 +42,13 @@ class Place:
 
     Attributes:
         name: ``sqlite``, or ``postgres`` and the major version.
+        backend: Which of the two it is.
         make: Makes an empty database of a name and returns its URL.
         remove: Removes it.
     """
 
     name: str
+    backend: Backend
     make: Callable[[str], str]
     remove: Callable[[str], None]
 
@@ -74,14 +77,14 @@ def sqlite_files() -> Iterator[Place]:
             for end in ("", "-wal", "-shm"):
                 Path(folder, f"{name}.db{end}").unlink(missing_ok=True)
 
-        yield Place("sqlite", make, remove)
+        yield Place("sqlite", Backend.SQLITE, make, remove)
 
 
 @contextmanager
 def postgresql_server() -> Iterator[Place]:
     """A server of the newest PostgreSQL that is installed, without fsync."""
     with PgServer(available_servers()[-1]) as server:
-        yield Place(server.name, server.create_database, server.drop_database)
+        yield Place(server.name, Backend.POSTGRESQL, server.create_database, server.drop_database)
 
 
 @contextmanager
