@@ -143,7 +143,7 @@ def opened(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store, list[
     """A store on the sample's rows, folded but for the newest; its present can be set."""
     url = stack.enter_context(place.database())
     now = [_INSTANTS[0]]
-    settings = StoreSettings(url=url, cache_ttl_s=0)
+    settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)  # unasked: none
     unfolded = min(UNFOLDED, sample.count // 10)
     rows = sample.rows()
     upgrade(url)
