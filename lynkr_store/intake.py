@@ -244,21 +244,25 @@ class Intake:
             self._counting = False
 
 
-def unpacked(queued: Queued) -> tuple[Any, int]:
+def unpacked(queued: Queued) -> tuple[Any, int, bool]:
     """What was submitted, and if it names no instant, that of the call in epoch milliseconds.
 
-    Its containers are copies that no caller can reach. None is a record that cannot be read.
+    Its containers are copies that no caller can reach. None is a record that cannot be read. The
+    third says that it is of builtin types alone, subclasses of them excluded.
     """
     _, packed, request, response = queued
     if type(packed) is _Unpacked:
-        return packed
+        return *packed, False
     record = unpackb(packed, ext_hook=_instant)
     stamp_ms = record.pop(_STAMP, 0)
+    plain = True
     if request is not None:
         record["request_text"] = request
+        plain = type(request) is str
     if response is not None:
         record["response_text"] = response
-    return record, stamp_ms
+        plain = plain and type(response) is str
+    return record, stamp_ms, plain
 
 
 def _packable(value: object) -> ormsgpack.Ext:

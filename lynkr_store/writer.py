@@ -32,7 +32,7 @@ from tenacity import (
 
 from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
-from lynkr_store.ingest import Row, TextPolicy, cause_of, row_of
+from lynkr_store.ingest import Row, TextPolicy, cause_of, row_of, row_of_plain
 from lynkr_store.intake import Intake, Queued, unpacked
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
@@ -709,12 +709,14 @@ def _checked_rows(
     mended: Counter[str] = Counter()
     for record in records:
         try:
-            row, causes = row_of(*unpacked(record), policy)
+            what, stamp_ms, plain = unpacked(record)
+            row, causes = (row_of_plain if plain else row_of)(what, stamp_ms, policy)
         except ValidationError as error:
             rejected[cause_of(error)] += 1
         except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row
             rejected["wrong_type"] += 1
         else:
             rows.append(row)
-            mended.update(causes)
+            if causes:
+                mended.update(causes)
     return rows, rejected, mended

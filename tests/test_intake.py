@@ -253,7 +253,7 @@ def test_a_hostile_record_is_queued_to_be_rejected(record):
     intake = intake_of()
     assert intake.submit(record) is True
     [queued] = everything(intake).records
-    what, _ = unpacked(queued)
+    what, _, _ = unpacked(queued)
     assert what is None or isinstance(what, dict)
     assert intake.refused() == {}
 
@@ -289,7 +289,7 @@ def test_containers_are_copied_at_the_call(other):
     inner.append("late")
     value["late"] = True
     [queued] = everything(intake).records
-    record, _ = unpacked(queued)
+    record, _, _ = unpacked(queued)
     assert record["candidates"] == [1, {"deep": ["kept"]}, other]
     assert set(record["attributes"]) == {"inner", "tuple"}
     assert record["attributes"]["inner"] == [1, {"deep": ["kept"]}, other]
@@ -308,7 +308,7 @@ def test_bytes_where_a_container_may_stand_are_not_taken_for_one():
     for value in (bytearray(b"x"), b"x", memoryview(b"x")):
         intake.submit({"provider": "p", "attributes": value})
     for queued in everything(intake).records:
-        record, _ = unpacked(queued)
+        record, _, _ = unpacked(queued)
         assert not isinstance(record["attributes"], str | dict | list)
 
 
@@ -528,7 +528,7 @@ def test_a_record_comes_out_as_it_went_in(fields, texts):
     record = {**fields, "request_text": texts[0], "response_text": texts[1]}
     assert intake.submit(dict(record))
     [queued] = everything(intake).records
-    unpacked_record, stamp_ms = unpacked(queued)
+    unpacked_record, stamp_ms, _ = unpacked(queued)
     assert stamp_ms == NOW or record.get("timestamp") is not None
     wanted = {name: value for name, value in record.items() if value is not None}
     assert alike(

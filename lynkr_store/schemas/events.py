@@ -27,9 +27,10 @@ TEXT_FIELDS: Final = ("request_text", "response_text")
 NAME_MAX_CHARS: Final = 512
 """Characters kept of every other text that is no JSON: PostgreSQL's indexes hold 2,704 bytes."""
 
-_JSON_FIELDS: Final = ("candidates", "cache_decision", "attributes")
-LONG_FIELDS: Final = (*TEXT_FIELDS, *_JSON_FIELDS)
-"""The fields of free text: those two, and JSON of any content."""
+JSON_FIELDS: Final = ("candidates", "cache_decision", "attributes")
+"""The fields of JSON text of any content."""
+LONG_FIELDS: Final = (*TEXT_FIELDS, *JSON_FIELDS)
+"""The fields of free text: those two, and the JSON ones."""
 
 
 def mend_text(text: str) -> tuple[str, str | None]:
@@ -64,6 +65,12 @@ def _instant_in_domain(value: object) -> object:
     return ms
 
 
+encoded: Final = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
+).encode
+"""A value as JSON text, as the gateway writes it; ValueError, TypeError or RecursionError where
+JSON has no form for a part of it."""
+
 _NO_JSON: Final = "give JSON text, or an object or list that JSON can express"
 
 
@@ -81,8 +88,11 @@ def _as_json(value: object, causes: list[str]) -> str:
     if not isinstance(value, Mapping | list | tuple):
         raise ValueError(_NO_JSON)
     try:
-        text = json.dumps(_finite(value, causes), ensure_ascii=False, separators=(",", ":"))
-    except (TypeError, RecursionError):
+        try:
+            text = encoded(value)
+        except (TypeError, ValueError):
+            text = encoded(_finite(value, causes))
+    except (TypeError, ValueError, RecursionError):
         raise ValueError(_NO_JSON) from None
     text, cause = mend_text(text)
     if cause:
@@ -242,7 +252,7 @@ def _mend(name: str, value: object, causes: list[str]) -> object:
     elif isinstance(value, float) and not math.isfinite(value):
         causes.append("not_finite")
         return None
-    elif name in _JSON_FIELDS and isinstance(value, Mapping | list | tuple):
+    elif name in JSON_FIELDS and isinstance(value, Mapping | list | tuple):
         with suppress(ValueError):  # its validator says what is wrong
             return _as_json(value, causes)
     return value
