@@ -1,13 +1,14 @@
 """Puts rows into the table: each batch once, and a row that is refused costs that row alone."""
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
-from lynkr_store import queries
+from lynkr_store import bulk, queries
 from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of, ensure_begun
@@ -153,9 +154,21 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
         Exception: Whatever the driver raised.
     """
     ensure_begun(connection)
+    try:
+        with _savepoint(connection):
+            bulk.send(connection, rows)
+    except DBAPIError as error:
+        if not bulk.is_not_copied(error):
+            raise
+        with _savepoint(connection):
+            connection.execute(bulk.insert_rows(), rows)
+
+
+@contextmanager
+def _savepoint(connection: Connection) -> Iterator[None]:
     savepoint = connection.begin_nested()
     try:
-        connection.execute(queries.insert_rows(), rows)
+        yield
     except BaseException:
         with suppress(Exception):  # the first error is the one to tell
             savepoint.rollback()
@@ -181,7 +194,7 @@ def _whose(connection: Connection, rows: Sequence[Row]) -> Fault:
     for row in rows:
         savepoint = connection.begin_nested()
         try:
-            connection.execute(queries.insert_rows(), row)
+            connection.execute(bulk.insert_rows(), row)
         except Exception as error:  # noqa: BLE001 - the caller has the one to tell
             with suppress(Exception):
                 savepoint.rollback()

@@ -7,14 +7,12 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Delete,
-    Insert,
     Label,
     Select,
     Table,
     Update,
     delete,
     func,
-    insert,
     literal,
     or_,
     select,
@@ -56,11 +54,6 @@ _BOUNDED: Final = {
     "input_tokens": COUNT,
     "output_tokens": COUNT,
 }
-
-
-def insert_rows() -> Insert:
-    """Insert rows given as one mapping each, of every column but ``id``."""
-    return insert(TELEMETRY)
 
 
 def enter_batch(

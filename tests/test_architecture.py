@@ -49,6 +49,7 @@ LEVELS = {
     "rollups": 5,
     "answers": 6,
     "folding": 7,
+    "bulk": 4,
     "inserts": 5,
     "repository": 7,
     "database": 8,

@@ -1,0 +1,124 @@
+"""Hands rows to the driver by the quickest way that it has.
+
+On SQLite that is one INSERT of many rows: Python's driver lets go of the interpreter at each step
+of a statement, and beside a thread that is at work waits up to 5 ms to get it back
+(`sys.setswitchinterval`); ``executemany`` makes a step of every row. On PostgreSQL it is COPY.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
+from typing import Any, Final
+
+from sqlalchemy import Connection, Dialect, Float, Insert, Integer, insert
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+
+from lynkr_store.backend import Backend
+from lynkr_store.engine import backend_of
+from lynkr_store.ingest import Row
+from lynkr_store.models import TELEMETRY
+
+_MOST_ROWS: Final = 128  # of a statement; its 5,760 values are well below SQLite's 32,766
+
+_SQLITE: Final[Dialect] = sqlite.dialect()
+_POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
+
+_NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
+
+
+def insert_rows() -> Insert:
+    """The slower way, which each driver and every table has; rows are given as mappings."""
+    return insert(TELEMETRY)
+
+
+def send(connection: Connection, rows: Sequence[Row]) -> None:
+    """Insert rows in order, in the transaction that was begun.
+
+    Args:
+        connection: Synchronous, or under an asynchronous one.
+        rows: One or more, each with the first one's columns.
+
+    Raises:
+        Exception: Whatever the driver raised, as SQLAlchemy presents it.
+    """
+    columns = tuple(rows[0])
+    values_of = itemgetter(*columns)
+    if backend_of(connection) is Backend.SQLITE:
+        for part in _parts(rows):
+            flat = tuple(chain.from_iterable(map(values_of, part)))
+            try:
+                connection.exec_driver_sql(_insert_of(columns, len(part)), flat)
+            except DBAPIError as error:
+                error.statement = _insert_of(columns, 1)  # the others repeat it
+                raise
+    elif connection.dialect.is_async:  # psycopg's COPY has to be awaited there
+        connection.execute(insert_rows(), rows)
+    else:
+        _copy(connection, columns, map(values_of, rows))
+
+
+def is_not_copied(error: DBAPIError) -> bool:
+    """Whether the table takes no COPY, but may take an INSERT."""
+    return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
+
+
+def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """The rows in parts of powers of two, so that the statements are few and stay prepared."""
+    at = 0
+    while left := len(rows) - at:
+        size = min(_MOST_ROWS, 1 << left.bit_length() - 1)
+        yield rows[at : at + size]
+        at += size
+
+
+@lru_cache
+def _insert_of(columns: tuple[str, ...], count: int) -> str:
+    row = f"({', '.join('?' * len(columns))})"
+    into = _into(_SQLITE, columns)
+    return f"INSERT INTO {into} VALUES {', '.join([row] * count)}"  # noqa: S608 - names and ?
+
+
+@lru_cache
+def _copy_of(columns: tuple[str, ...]) -> tuple[str, list[str]]:
+    types = [_type_name(TELEMETRY.c[name].type.dialect_impl(_POSTGRESQL)) for name in columns]
+    return f"COPY {_into(_POSTGRESQL, columns)} FROM STDIN", types
+
+
+def _into(dialect: Dialect, columns: Iterable[str]) -> str:
+    names = dialect.identifier_preparer
+    return f"{names.format_table(TELEMETRY)} ({', '.join(map(names.quote, columns))})"
+
+
+def _copy(
+    connection: Connection, columns: tuple[str, ...], tuples: Iterable[tuple[Any, ...]]
+) -> None:
+    statement, types = _copy_of(columns)
+    driver: Any = connection.connection.driver_connection
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            copy.set_types(types)
+            for row in tuples:
+                copy.write_row(row)
+    except connection.dialect.loaded_dbapi.Error as error:
+        lost = driver.closed  # which a connection that broke is too
+        if lost:
+            connection.invalidate()  # not for this error: the pool would log it, and the row's text
+        raise DBAPIError.instance(
+            statement,
+            None,
+            error,
+            connection.dialect.loaded_dbapi.Error,
+            hide_parameters=True,
+            connection_invalidated=lost,
+            dialect=connection.dialect,
+        ) from error
+
+
+def _type_name(column_type: Any) -> str:
+    """What psycopg calls the type; without it, a flag would go as t or f."""
+    impl = getattr(column_type, "impl_instance", column_type)
+    if isinstance(impl, Integer):
+        return "int8"
+    return "float8" if isinstance(impl, Float) else "text"
