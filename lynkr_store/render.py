@@ -65,6 +65,7 @@ def stats_report(
         ("under-provisioned", accuracy.under_provisioned, accuracy.under_provisioned_pct),
     ):
         head.add_row(name, f"{percent} %  ({count:,})")
+    _say_source(head, stats)
     yield head
 
     slowest = max((p.avg_latency or 0 for p in providers.values()), default=0)
@@ -96,6 +97,11 @@ def stats_report(
     yield table
 
 
+def _say_source(table: Table, figures: RoutingStats | ProviderStats) -> None:
+    if figures.raw_from is not None:
+        table.add_row("whole quarter-hours before", f"{figures.raw_from:%Y-%m-%d %H:%M:%S} UTC")
+
+
 def provider_report(name: str, figures: ProviderStats) -> RenderableType:
     """One provider's figures."""
     table = _table("", "", title=_printable(name))
@@ -108,6 +114,7 @@ def provider_report(name: str, figures: ProviderStats) -> RenderableType:
     table.add_row("tokens per second", _or_dash(figures.avg_tokens_per_second))
     table.add_row("cost", cost(figures.total_cost))
     table.add_row("unpriced requests", f"{figures.unpriced_requests:,}")
+    _say_source(table, figures)
     return table
 
 

@@ -68,6 +68,16 @@ def test_stats_say_what_a_person_reads_first(url):
     assert "under-provisioned" in said
 
 
+def test_stats_say_when_rows_were_removed(url):
+    assert "quarter-hours" not in done("stats", "--url", url, *WHOLE)
+    assert json.loads(done("cleanup", "--url", url, "--older-than", "1d", "--json")) is not None
+    for options in ([], ["--provider", "ollama"]):
+        assert "whole quarter-hours before" in done("stats", "--url", url, *options, *WHOLE)
+    shown = json.loads(done("stats", "--url", url, *WHOLE, "--json"))
+    assert shown["totalRequests"] == 6
+    assert "source" not in shown
+
+
 def test_stats_of_one_provider(url):
     said = done("stats", "--url", url, "--provider", "ollama", *WHOLE)
     assert "fallback rate" in said
