@@ -77,7 +77,7 @@ def keep_up(
     database.open()
     fold(database, stop=stop)
     if not stop():
-        retain(database, settings, clock, BUDGET_S if _retains(settings) else 0)
+        retain(database, settings, clock, BUDGET_S if _retains(settings) else 0, stop)
 
 
 def fold(
@@ -96,14 +96,18 @@ def fold(
 
 
 def retain(
-    database: Database, settings: StoreSettings, clock: Callable[[], int], budget_s: float
+    database: Database,
+    settings: StoreSettings,
+    clock: Callable[[], int],
+    budget_s: float,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Retained:
     """Apply the configured retention to rows, texts and roll-ups; see `lynkr_store.retention`.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
     """
-    now = clock()
+    now, deadline = clock(), time.monotonic() + budget_s
     rows_before, texts_before, rollups_before = (
         None if days is None else now - int(days * _DAY_MS)
         for days in (
@@ -116,7 +120,7 @@ def retain(
         database,
         rows_before_ms=rows_before,
         texts_before_ms=texts_before,
-        deadline=time.monotonic() + budget_s,
+        stop=lambda: stop() or time.monotonic() >= deadline,
         upto_id=folded_upto(database),
     )
     if rollups_before is not None:

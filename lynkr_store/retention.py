@@ -22,11 +22,11 @@ from lynkr_store.folding import settled_id
 from lynkr_store.models import SAVINGS, TELEMETRY
 from lynkr_store.rollups import NOTHING, last_of_step, note, note_first
 
-_STEP_S: Final = 0.02  # what a step should take, with the lock held
-_PAUSE_S: Final = 0.03
+_STEP_S: Final = 0.012  # what a step should take, with the lock held
+_PAUSE_S: Final = 0.026
 _ROWS_LEAST: Final = 20  # of a step, or pages
 _ROWS_FIRST: Final = 100
-_ROWS_MOST: Final = 1_000
+_ROWS_MOST: Final = 500
 
 _COUNTED: Final = 100_000  # of what remains; more would take time for a number that says as much
 _OF_TEXTS: Final = "texts_"  # names of the progress
@@ -35,9 +35,15 @@ _INCREMENTAL: Final = 2  # PRAGMA auto_vacuum, of a file that can be made smalle
 
 _id: Final = TELEMETRY.c.id
 
+_Stop = Callable[[], bool]
+
 _Step = Callable[[Connection, int], tuple[int, bool]]
 """Takes a connection in a transaction and a number of rows; returns what it did and whether there
 is more to do."""
+
+
+def _never() -> bool:
+    return False
 
 
 class Retained(NamedTuple):
@@ -55,16 +61,16 @@ def retain(
     *,
     rows_before_ms: int | None,
     texts_before_ms: int | None,
-    deadline: float,
+    stop: _Stop,
     upto_id: int | None = None,
 ) -> Retained:
-    """Delete old rows, then old texts, then give free pages back, until a deadline.
+    """Delete old rows, then old texts, then give free pages back, until told to stop.
 
     Args:
         database: At this release's revision.
         rows_before_ms: The first moment whose rows stay; None keeps all.
         texts_before_ms: The first moment whose texts stay; None keeps all.
-        deadline: On the monotonic clock; what is not done by then is done the next time.
+        stop: Asked before each step whether to leave the rest to the next time.
         upto_id: Rows of greater ids stay, their texts may go.
 
     Raises:
@@ -72,11 +78,11 @@ def retain(
     """
     deleted = removed = rows_left = texts_left = 0
     if rows_before_ms is not None:
-        deleted = delete_older(database, rows_before_ms, upto_id=upto_id, deadline=deadline)
-        deleted += delete_older(database, rows_before_ms, table=SAVINGS, deadline=deadline)
+        deleted = delete_older(database, rows_before_ms, upto_id=upto_id, stop=stop)
+        deleted += delete_older(database, rows_before_ms, table=SAVINGS, stop=stop)
     if texts_before_ms is not None:
-        removed = remove_texts(database, texts_before_ms, deadline=deadline)
-    freed = give_back(database, deadline=deadline)
+        removed = remove_texts(database, texts_before_ms, stop=stop)
+    freed = give_back(database, stop=stop)
     with translated(), database.connected(database.engine) as connection:
         if rows_before_ms is not None:
             rows_left = _count_rows(connection, rows_before_ms)
@@ -91,7 +97,7 @@ def delete_older(
     *,
     table: Table = TELEMETRY,
     upto_id: int | None = None,
-    deadline: float = math.inf,
+    stop: _Stop = _never,
 ) -> int:
     """Delete the rows before a moment, the oldest first.
 
@@ -103,7 +109,7 @@ def delete_older(
         cutoff_ms: The first moment that stays, in epoch milliseconds.
         table: One with ``id`` and ``timestamp``.
         upto_id: Rows of greater ids stay.
-        deadline: On the monotonic clock; what is not done by then stays.
+        stop: Asked before each step whether to leave it at that.
 
     Returns:
         How many were deleted.
@@ -124,10 +130,10 @@ def delete_older(
         done = connection.execute(queries.delete_rows(table, [row.id for row in found]))
         return done.rowcount, len(found) == limit
 
-    return _in_steps(database, step, deadline)
+    return _in_steps(database, step, stop)
 
 
-def remove_texts(database: Database, cutoff_ms: int, *, deadline: float = math.inf) -> int:
+def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) -> int:
     """Remove the texts of the rows before a moment, and leave the rest.
 
     No row is looked at again and again: the store notes in its own table how far it came, and next
@@ -136,7 +142,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, deadline: float = math.i
     Args:
         database: At this release's revision.
         cutoff_ms: The first moment whose texts stay, in epoch milliseconds.
-        deadline: On the monotonic clock; what is not done by then is done the next time.
+        stop: Asked before each step whether to leave the rest to the next time.
 
     Returns:
         From how many rows.
@@ -174,7 +180,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, deadline: float = math.i
         connection.execute(note(backend_of(connection)), place.noted())
         return removed, more
 
-    return _in_steps(database, step, deadline)
+    return _in_steps(database, step, stop)
 
 
 class _Place(NamedTuple):
@@ -221,7 +227,7 @@ def _whole(timestamp: float, row_id: int) -> tuple[int, int]:
     return math.floor(max(timestamp, NOTHING)), _GREATEST_ID
 
 
-def give_back(database: Database, *, deadline: float = math.inf) -> int:
+def give_back(database: Database, *, stop: _Stop = _never) -> int:
     """Make an SQLite file smaller by the pages that are free, where the file allows that.
 
     One that was not made with ``auto_vacuum = INCREMENTAL``, a gateway's say, keeps them for new
@@ -249,7 +255,7 @@ def give_back(database: Database, *, deadline: float = math.inf) -> int:
 
     if database.backend is not Backend.SQLITE:
         return 0
-    return _in_steps(database, step, deadline)
+    return _in_steps(database, step, stop)
 
 
 def _pragma(connection: Connection, name: str) -> int:
@@ -272,10 +278,10 @@ def _count_texts(connection: Connection, cutoff_ms: int) -> int:
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 
 
-def _in_steps(database: Database, step: _Step, deadline: float) -> int:
+def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
     """Take steps, each in a transaction, until one was the last; add up what they did."""
     total, rows, took_s = 0, _ROWS_FIRST, _STEP_S
-    while time.monotonic() < deadline:
+    while not stop():
         with translated(), database.begun(took_s) as connection:
             began = time.monotonic()
             done, more = step(connection, rows)

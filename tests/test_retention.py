@@ -15,10 +15,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import event, func, insert, select, text
 
-from lynkr_store import BadArgument, Store, StoreSettings, retention
+from lynkr_store import BadArgument, Store, StoreSettings, maintenance, retention
 from lynkr_store.models import SAVINGS, TELEMETRY
 from tests.conftest import POSTGRES
-from tests.support.stores import looked
+from tests.support.stores import eventually, looked
 
 NOW = 1_750_000_000_000
 DAY = 86_400_000
@@ -44,15 +44,15 @@ def texts_of(store):
     return found
 
 
-@pytest.fixture(params=POSTGRES)
+@pytest.fixture(params=POSTGRES[-1:])
 def postgres_head(request, new_url):
     return new_url(request.param, at_head=True)
 
 
-@pytest.fixture
-def open_sync(url):
-    """Open a store on the same database; what differs from `open_store` is in the stores alone."""
-    opened = []
+@pytest.fixture(params=["sqlite-file", *POSTGRES[-1:]])
+def open_sync(request, new_url):
+    """Open a store on the same database; the stores differ in how they wait alone."""
+    url, opened = new_url(request.param, at_head=True), []
 
     def open_(**options):
         opened.append(Store(settings=StoreSettings(url=url, **options), clock=lambda: NOW))
@@ -107,6 +107,7 @@ def stop_after(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(retention, "time", clock)
+    monkeypatch.setattr(maintenance, "time", clock)
 
     def stop(steps):
         clock.steps = steps
@@ -128,8 +129,8 @@ def test_rows_go_in_steps_that_are_transactions(open_store, small_steps):
     assert len(rows_of(store)) == 1
 
 
-def test_maintain_deletes_rows_and_savings_that_are_older(open_store):
-    store = open_store(clock=lambda: NOW, retention_days=1.5)
+def test_maintain_deletes_rows_and_savings_that_are_older(open_sync):
+    store = open_sync(retention_days=1.5)
     store.add_many([record(days * DAY) for days in (0, 1, 2, 3)])
     with store._database.writing.begin() as connection:
         for age in (DAY, 2 * DAY):
@@ -159,8 +160,8 @@ def test_nothing_goes_that_nobody_asked_for(open_sync):
     assert texts_of(store) == {1000: True}
 
 
-def test_a_budget_ends_it_and_the_report_says_what_remains(open_store, small_steps, stop_after):
-    store = open_store(clock=lambda: NOW, retention_days=1)
+def test_a_budget_ends_it_and_the_report_says_what_remains(open_sync, small_steps, stop_after):
+    store = open_sync(retention_days=1)
     store.add_many([record(2 * DAY) for _ in range(10)])
     stop_after(2)
     report = store.maintain(budget_s=5)
@@ -171,6 +172,21 @@ def test_a_budget_ends_it_and_the_report_says_what_remains(open_store, small_ste
     stop_after(math.inf)
     report = store.maintain(budget_s=5)
     assert (report.rows_deleted, report.rows_remaining) == (4, 0)
+
+
+def test_a_store_that_closes_ends_its_own_retention(url, small_steps, monkeypatch):
+    monkeypatch.setattr(retention, "_PAUSE_S", 0.05)
+    options = {"retention_days": 1, "maintenance_interval_s": 0.01}
+    store = Store(settings=StoreSettings(url=url, **options), clock=lambda: NOW)
+    store.add_many([record(2 * DAY) for _ in range(3_000)])
+    with transactions(store) as done:
+        store.record(record(0))  # starts it
+        assert store.flush(30)
+        eventually(lambda: sum("DELETE" in said for said in done) > 2)
+        store.close()
+        before = sum("DELETE" in said for said in done)
+        eventually(lambda: not any("upkeep" in t.name for t in threading.enumerate()))
+        assert sum("DELETE" in said for said in done) <= before + 1
 
 
 def test_what_remains_is_counted_up_to_a_bound(open_sync, monkeypatch):
@@ -191,7 +207,7 @@ def test_rows_above_an_id_stay(open_sync):
     store = open_sync(retention_days=1)
     store.add_many([record(2 * DAY) for _ in range(10)])
     ids = sorted(row.id for row in rows_of(store))
-    left = {"deadline": math.inf, "upto_id": ids[6], "texts_before_ms": None}
+    left = {"stop": lambda: False, "upto_id": ids[6], "texts_before_ms": None}
     kept = retention.retain(store._database, rows_before_ms=NOW - DAY, **left)
     assert (kept.rows_deleted, kept.rows_remaining) == (7, 3)
     assert sorted(row.id for row in rows_of(store)) == ids[7:]
@@ -422,7 +438,7 @@ def test_an_adopted_file_keeps_its_pages_for_new_rows(tmp_path):
 KILLED = """
 import sys
 from datetime import timedelta
-from lynkr_store import Store, StoreSettings, retention
+from lynkr_store import Store, StoreSettings, maintenance, retention
 retention._PAUSE_S = 0.001
 store = Store(settings=StoreSettings(url=sys.argv[1], retention_days=2, text_retention_days=1),
               clock=lambda: int(sys.argv[2]))
