@@ -125,7 +125,7 @@ def retain(
     )
     if rollups_before is not None:
         with translated():
-            folding.trim(database.begun, rollups_before)
+            folding.trim(database.begun, rollups_before, stop=stop)
     return retained
 
 
