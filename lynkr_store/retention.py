@@ -22,7 +22,10 @@ from lynkr_store.folding import settled_id
 from lynkr_store.models import SAVINGS, TELEMETRY
 from lynkr_store.rollups import NOTHING, last_of_step, note, note_first
 
-_STEP_S: Final = 0.012  # what a step should take, with the lock held
+_STEP_S: Final = {  # what a step should take
+    Backend.SQLITE: 0.012,  # others wait meanwhile
+    Backend.POSTGRESQL: 0.1,
+}
 _PAUSE_S: Final = 0.026
 _ROWS_LEAST: Final = 20  # of a step, or pages
 _ROWS_FIRST: Final = 100
@@ -280,7 +283,7 @@ def _count_texts(connection: Connection, cutoff_ms: int) -> int:
 
 def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
     """Take steps, each in a transaction, until one was the last; add up what they did."""
-    total, rows, took_s = 0, _ROWS_FIRST, _STEP_S
+    total, rows, took_s = 0, _ROWS_FIRST, _STEP_S[database.backend]
     while not stop():
         with translated(), database.begun(took_s) as connection:
             began = time.monotonic()
@@ -289,12 +292,12 @@ def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
         if not more:
             break
         took_s = time.monotonic() - began
-        rows = _next_rows(rows, took_s)
+        rows = _next_rows(rows, took_s, _STEP_S[database.backend])
         time.sleep(_PAUSE_S)
     return total
 
 
-def _next_rows(rows: int, took_s: float) -> int:
+def _next_rows(rows: int, took_s: float, should_s: float) -> int:
     """How many rows a step may have that takes as long as it should; not many more than before."""
-    wanted = min(rows * _STEP_S / max(took_s, _STEP_S / 2), _ROWS_MOST)
+    wanted = min(rows * should_s / max(took_s, should_s / 2), _ROWS_MOST)
     return max(int(wanted), _ROWS_LEAST)

@@ -216,11 +216,11 @@ def test_rows_above_an_id_stay(open_sync):
 def test_a_step_takes_about_as_long_as_it_should():
     rows = retention._ROWS_FIRST
     for _ in range(20):
-        rows = retention._next_rows(rows, rows * 0.0001)
-    assert rows * 0.0001 == pytest.approx(retention._STEP_S, rel=0.1)
-    assert retention._next_rows(100, 0.0) == 200, "it grows at most twofold"
-    assert retention._next_rows(900, 0.0) == retention._ROWS_MOST
-    assert retention._next_rows(100, 10.0) == retention._ROWS_LEAST
+        rows = retention._next_rows(rows, rows * 0.0001, 0.02)
+    assert rows * 0.0001 == pytest.approx(0.02, rel=0.1)
+    assert retention._next_rows(100, 0.0, 0.02) == 200, "it grows at most twofold"
+    assert retention._next_rows(400, 0.0, 0.02) == retention._ROWS_MOST
+    assert retention._next_rows(100, 10.0, 0.02) == retention._ROWS_LEAST
 
 
 def test_a_row_that_another_transaction_holds_stays(postgres_head):
