@@ -4,11 +4,11 @@ On a gateway's file a revision meets columns, tables and indexes that the gatewa
 script (``--sql``) nothing can be looked up, and everything is written out.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from alembic import context, op
-from sqlalchemy import Column, Connection, func, inspect, literal, select
+from sqlalchemy import Column, Connection, TextClause, func, inspect, literal, select
 from sqlalchemy import table as sql_table
 
 from lynkr_store.adopt import (
@@ -34,8 +34,8 @@ def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
             op.add_column(table, column)
 
 
-def create_indexes(table: str, indexes: dict[str, list[str]]) -> None:
-    """Create the missing indexes, on a table without rows.
+def create_indexes(table: str, indexes: Mapping[str, Sequence[str | TextClause]]) -> None:
+    """Create the missing indexes, of columns and expressions, on a table without rows.
 
     An index of a table with rows can take long to build, and an upgrade holds the write lock:
     ``maintain()`` builds it afterwards.

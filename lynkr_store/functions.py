@@ -63,6 +63,57 @@ def _floor_sqlite(element: floor_plus_half, compiler: SQLCompiler, **kw: Any) ->
     return f"(CAST({x} AS INTEGER) - (CAST({x} AS INTEGER) > {x}))"
 
 
+class each_id(FunctionElement[int]):  # noqa: N801
+    """The ids that a scalar subquery of ``id`` selects, one a row, in the column ``value``.
+
+    The subquery may be correlated with what stands before it in the same FROM: SQLite allows that
+    to a function's argument, and not to a subquery.
+    """
+
+    type = BigInteger()
+    name = "each_id"
+    inherit_cache = True
+
+
+@compiles(each_id, "postgresql")
+def _each_postgresql(element: each_id, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"unnest(ARRAY{_inner(element, compiler, kw)})"
+
+
+@compiles(each_id, "sqlite")
+def _each_sqlite(element: each_id, compiler: SQLCompiler, **kw: Any) -> str:
+    ids = _inner(element, compiler, kw)
+    return f"json_each((SELECT json_group_array(id) FROM {ids}))"  # noqa: S608 - compiled SQL
+
+
+def _inner(element: each_id, compiler: SQLCompiler, kw: dict[str, Any]) -> str:
+    # an argument, and no member of FROM: else it would not be correlated with the others there
+    return compiler.process(element.clauses, **{**kw, "asfrom": False})
+
+
+class one_of(FunctionElement[Any]):  # noqa: N801
+    """What a column equals when it equals the value, said so that an index in its order is used.
+
+    To PostgreSQL a column that equals a constant has no part in the order of the rows. It then
+    likes to walk the newest rows of all in search of the value, the more so the more of them the
+    whole table has; where it became rare, that takes long. An array of one is no constant, so
+    that only an index which begins with the column has the order asked for.
+    """
+
+    name = "one_of"
+    inherit_cache = True
+
+
+@compiles(one_of, "postgresql")
+def _one_of_postgresql(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"ANY (ARRAY[{compiler.process(element.clauses, **kw)}])"
+
+
+@compiles(one_of, "sqlite")
+def _one_of_sqlite(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return compiler.process(element.clauses, **kw)
+
+
 class unindexed(FunctionElement[Any]):  # noqa: N801
     """The same value, which SQLite's planner takes for no reason to use an index.
 

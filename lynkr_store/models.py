@@ -7,7 +7,16 @@ table's: the gateway would make them again under these.
 
 from typing import Final
 
-from sqlalchemy import BigInteger, Identity, Index, Integer, MetaData, text
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    cast,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from lynkr_store.columns import (
@@ -98,6 +107,9 @@ class RoutingTelemetry(Base):
         Index("idx_telemetry_tier", "tier"),
         Index("idx_telemetry_timestamp", "timestamp"),  # every window, and the newest rows first
         Index("idx_telemetry_session_id", "session_id", "timestamp"),  # one session in order
+        # the store's own: the newest rows of a tier, of a model; a third stands below
+        Index("ix_routing_telemetry_tier_timestamp", "tier", "timestamp"),
+        Index("ix_routing_telemetry_model_timestamp", "model", "timestamp"),
         {"sqlite_autoincrement": True},
     )
 
@@ -224,6 +236,17 @@ class RevisionNote(Base):
 
 
 TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
+
+FAILED: Final[ColumnElement[int]] = cast(TELEMETRY.c.error_type.is_not(None), Integer)
+"""1 where a row has an error type, else 0."""
+
+# The newest rows of a provider, of its errors, and of all errors: those of each provider, merged.
+Index(
+    "ix_routing_telemetry_provider_failed_timestamp",
+    TELEMETRY.c.provider,
+    FAILED,
+    TELEMETRY.c.timestamp,
+)
 
 SAVINGS: Final = Base.metadata.tables[SavingsEvent.__tablename__]
 

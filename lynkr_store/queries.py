@@ -1,9 +1,11 @@
 """Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, Final, assert_never
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     Delete,
@@ -11,13 +13,16 @@ from sqlalchemy import (
     Select,
     Table,
     Update,
+    column,
     delete,
     func,
     literal,
     or_,
     select,
+    true,
     tuple_,
     type_coerce,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -28,8 +33,8 @@ from sqlalchemy.types import NullType
 from lynkr_store.backend import Backend
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
-from lynkr_store.functions import measured, unindexed
-from lynkr_store.models import LEDGER, PROGRESS, TELEMETRY
+from lynkr_store.functions import each_id, measured, one_of, unindexed
+from lynkr_store.models import FAILED, LEDGER, PROGRESS, TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
 
 _t: Final = TELEMETRY.c
@@ -54,6 +59,28 @@ _BOUNDED: Final = {
     "input_tokens": COUNT,
     "output_tokens": COUNT,
 }
+
+_PAGE: Final = select(*(c for c in _t if c.name in RoutingRow.model_fields))
+_BRIEF_PAGE: Final = select(*(c for c in _t if c.name in RoutingRowBrief.model_fields))
+_VALUE: Final = column("value", BigInteger)
+_NEWEST: Final = (_t.timestamp.desc(), _t.id.desc())
+_INDEXED: Final = (("session_id",), ("model",), ("provider", "has_error"), ("tier",))
+"""Dimensions that an index has before the timestamp; first those of few rows to a value."""
+_MAX_HEADS: Final = 100  # SQLite takes 500 terms in one UNION ALL
+
+
+def _heads_of_errors() -> CTE:
+    """Every provider, found by a step in its index for each."""
+    after = TELEMETRY.alias("after")
+    first = select(func.min(after.c.provider).label("provider")).cte("providers", recursive=True)
+    following = select(func.min(after.c.provider)).where(after.c.provider > first.c.provider)
+    known = first.c.provider.is_not(None)
+    providers = first.union_all(select(following.scalar_subquery()).where(known))
+    named = providers.c.provider.is_not(None)
+    return select(providers.c.provider, literal(1).label("has_error")).where(named).cte("heads")
+
+
+_HEADS_OF_ERRORS: Final = _heads_of_errors()
 
 
 def enter_batch(
@@ -105,18 +132,23 @@ def rows(
     before: Cursor | None,
     include_text: bool,
 ) -> Select[*tuple[Any, ...]]:
-    """Rows by ``(timestamp, id)`` descending, those after the cursor in this order."""
-    model = RoutingRow if include_text else RoutingRowBrief
-    statement = select(*(column for column in _t if column.name in model.model_fields))
-    statement = statement.where(*_matching(criteria))
-    if since_ms is not None:
-        statement = statement.where(_t.timestamp >= since_ms)
-    if until_ms is not None:
-        statement = statement.where(_t.timestamp < until_ms)
-    if before is not None:
-        place = literal(before.timestamp, _raw_type(before)), literal(before.id, BigInteger)
-        statement = statement.where(tuple_(_t.timestamp, _t.id) < tuple_(*place))
-    return statement.order_by(_t.timestamp.desc(), _t.id.desc()).limit(limit)
+    """Rows by ``(timestamp, id)`` descending, those after the cursor in this order.
+
+    An index has the rows of one value in this order: at most ``limit`` are read of each value that
+    is asked for, and put together.
+    """
+    page = _PAGE if include_text else _BRIEF_PAGE
+    within = tuple(_within(since_ms, until_ms, before))
+    heads = _heads(criteria)
+    if heads is None:
+        return page.where(*_matching(criteria), *within).order_by(*_NEWEST).limit(limit)
+    rest = criteria.model_copy(update=dict.fromkeys(heads.c.keys()))
+    under_head = _under(heads).where(*_matching(rest, indexed=False), *within).limit(limit)
+    found = each_id(under_head.scalar_subquery()).table_valued(_VALUE, name="value")
+    ids = select(found.c.value).select_from(heads.join(found, true()))
+    # two steps, for the texts are then read of these alone
+    newest = select(_t.id).where(_t.id.in_(ids)).order_by(*_NEWEST).limit(limit).correlate(None)
+    return page.where(_t.id.in_(newest)).order_by(*_NEWEST)
 
 
 def older(
@@ -200,22 +232,79 @@ def _stored(table: Table) -> Label[Any]:
     return type_coerce(table.c.timestamp, BigInteger).label("timestamp")
 
 
-def _matching(criteria: RoutingFilter) -> Iterator[ColumnElement[bool]]:
+def _heads(criteria: RoutingFilter) -> CTE | None:
+    """What the first columns of an index are to equal: a column for each dimension, named like it.
+
+    None where no index begins with what is asked for, or the values are very many.
+    """
+    if criteria.has_error and criteria.session_id is None and criteria.provider is None:
+        return _HEADS_OF_ERRORS
+    for names in _INDEXED:
+        if getattr(criteria, names[0]) is not None:
+            heads = list(product(*(_values(criteria, name) for name in names)))
+            if len(heads) <= _MAX_HEADS:
+                return union_all(*(select(*head) for head in heads)).cte("heads")
+    return None
+
+
+def _values(criteria: RoutingFilter, name: str) -> list[ColumnElement[Any]]:
+    values = getattr(criteria, name)
+    if name == "has_error":
+        values = (False, True) if values is None else (values,)
+    type_ = _indexed(name).type
+    return [literal(value, type_).label(name) for value in values]
+
+
+def _under(heads: CTE) -> Select[int]:
+    """The ids of the rows under one head, the newest first."""
+    (first, head), *others = ((_indexed(name), head) for name, head in heads.c.items())
+    return (
+        select(_t.id)
+        .where(first == one_of(head), *(other == value for other, value in others))
+        .order_by(first.desc(), *_NEWEST)
+        .correlate(heads)
+    )
+
+
+def _indexed(name: str) -> ColumnElement[Any]:
+    return FAILED if name == "has_error" else _t[name]
+
+
+def _within(
+    since_ms: int | None, until_ms: int | None, before: Cursor | None
+) -> Iterator[ColumnElement[bool]]:
+    if since_ms is not None:
+        yield _t.timestamp >= since_ms
+    # Of two bounds from above SQLite's index takes either, so that which follows is left out; from
+    # another writer's odd timestamp nothing follows here.
+    if until_ms is not None and before is not None and type(before.timestamp) is int:
+        if before.timestamp < until_ms:
+            until_ms = None
+        else:
+            before = None
+    if until_ms is not None:
+        yield _t.timestamp < until_ms
+    if before is not None:
+        place = literal(before.timestamp, _raw_type(before)), literal(before.id, BigInteger)
+        yield tuple_(_t.timestamp, _t.id) < tuple_(*place)
+
+
+def _matching(criteria: RoutingFilter, *, indexed: bool = True) -> Iterator[ColumnElement[bool]]:
     for name in _SEVERAL:
         values = getattr(criteria, name)
         if values is not None:
-            yield _t[name] == values[0] if len(values) == 1 else _t[name].in_(values)
+            asked = _t[name] if indexed else unindexed(_t[name])
+            yield asked == values[0] if len(values) == 1 else asked.in_(values)
     if criteria.has_error is not None:
         yield _t.error_type.is_not(None) if criteria.has_error else _t.error_type.is_(None)
     if criteria.was_fallback is not None:
         yield _flag("was_fallback", value=criteria.was_fallback)
     for name, domain in _BOUNDED.items():
-        value = measured(_t[name], domain)
         low, high = getattr(criteria, f"min_{name}"), getattr(criteria, f"max_{name}")
         if low is not None:
-            yield value >= literal(low)
+            yield measured(_t[name], domain) >= literal(low)
         if high is not None:
-            yield value <= literal(high)
+            yield measured(_t[name], domain) <= literal(high)
 
 
 def _flag(name: str, *, value: bool) -> ColumnElement[bool]:

@@ -62,7 +62,7 @@ def _migrate(connection: Connection) -> None:
         undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
         ddl.refuse_early(connection, {script.revision for script in undone})
     context.configure(connection=connection, **migrate.options())
-    with context.begin_transaction():
+    with migrate.comparing(), context.begin_transaction():
         context.run_migrations()
 
 

@@ -19,7 +19,7 @@ from lynkr_store import ddl
 from lynkr_store.exceptions import AdoptionRefused
 
 revision = "0009"
-down_revision = "0007"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 rolling = True

@@ -131,7 +131,7 @@ def test_a_refused_downgrade_has_changed_nothing_on_the_way(empty_engine, change
 def test_a_downgrade_may_be_told_in_steps(empty_engine):
     migrate.upgrade(empty_engine)
     migrate.downgrade(empty_engine, "-1")
-    assert revision_of(empty_engine) == "0006"
+    assert revision_of(empty_engine) == "0007"
     migrate.downgrade(empty_engine, "0005-2")
     assert revision_of(empty_engine) == "0003"
     migrate.downgrade(empty_engine, "base")

@@ -23,14 +23,14 @@ from lynkr_store import (
 )
 from lynkr_store.database import Database
 from tests.support.gateway import BUSY_S, Gateway, connect
-from tests.support.recorded import INDEXES, gateway_table
+from tests.support.recorded import INDEXES, OWN_INDEXES, gateway_table
 
 pytestmark = pytest.mark.slow
 
 ROWS = 1_000_000
 FIRST_MS = 1_750_000_000_000
 PRESENT = ("idx_telemetry_provider", "idx_telemetry_timestamp")
-MISSING = {*INDEXES} - {*PRESENT}
+MISSING = {*INDEXES, *OWN_INDEXES} - {*PRESENT}
 HOLD_S = 1.0
 """The longest that any write of ours may keep a gateway waiting, which waits for 3 s."""
 

@@ -19,6 +19,7 @@ from lynkr_store import (
     LynkrStoreError,
     Store,
     create_store_engine,
+    maintenance,
     migrate,
     revisions,
 )
@@ -27,7 +28,7 @@ from lynkr_store.models import Base
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008"]
 
 
 def revision_of(engine):
@@ -69,6 +70,7 @@ def test_rows_survive_every_step_up_down_and_up(empty_engine):
         with empty_engine.connect() as connection:
             assert rows(connection) == stored
     migrate.upgrade(empty_engine)
+    maintenance.build_missing_indexes(empty_engine)
     with empty_engine.connect() as connection:
         assert rows(connection) == stored
         assert migrate.drift(connection) == []

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from lynkr_store.models import TELEMETRY
+
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LYNKR_STORE_TEST_DATA", ROOT.parent / "shared" / "data"))
 
@@ -43,6 +45,8 @@ INDEXES = {
     "idx_telemetry_timestamp": "(timestamp)",
     "idx_telemetry_session_id": "(session_id, timestamp)",
 }
+OWN_INDEXES = tuple(index.name for index in TELEMETRY.indexes if index.name not in INDEXES)
+"""Those of the table that the gateway does not make."""
 SAVINGS = (
     "CREATE TABLE savings_events (id INTEGER PRIMARY KEY AUTOINCREMENT, "
     "timestamp INTEGER NOT NULL, category TEXT NOT NULL, tokens_saved INTEGER NOT NULL)"

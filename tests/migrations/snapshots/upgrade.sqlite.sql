@@ -142,7 +142,21 @@ DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0007';
 
 INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0007', 1, '0006', '0.1.0');
 
--- Running upgrade 0007 -> 0009
+-- Running upgrade 0007 -> 0008
+
+CREATE INDEX ix_routing_telemetry_tier_timestamp ON routing_telemetry (tier, timestamp);
+
+CREATE INDEX ix_routing_telemetry_model_timestamp ON routing_telemetry (model, timestamp);
+
+CREATE INDEX ix_routing_telemetry_provider_failed_timestamp ON routing_telemetry (provider, CAST((error_type IS NOT NULL) AS INTEGER), timestamp);
+
+UPDATE lynkr_store_alembic_version SET version_num='0008' WHERE lynkr_store_alembic_version.version_num = '0007';
+
+DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0008';
+
+INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0008', 1, '0007', '0.1.0');
+
+-- Running upgrade 0008 -> 0009
 
 CREATE TABLE routing_dimensions (
     id INTEGER NOT NULL, 
@@ -197,11 +211,11 @@ CREATE TABLE lynkr_store_progress (
 )
  WITHOUT ROWID;
 
-UPDATE lynkr_store_alembic_version SET version_num='0009' WHERE lynkr_store_alembic_version.version_num = '0007';
+UPDATE lynkr_store_alembic_version SET version_num='0009' WHERE lynkr_store_alembic_version.version_num = '0008';
 
 DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0009';
 
-INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0009', 1, '0007', '0.1.0');
+INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0009', 1, '0008', '0.1.0');
 
 COMMIT;
 
