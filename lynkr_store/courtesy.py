@@ -17,6 +17,10 @@ gateway's 3 s."""
 GAP_S: Final = 0.13
 """For how long: the 100 ms after which a waiting writer looks again, and a margin."""
 
+PAUSE_S: Final = 0.026
+"""From one of several short writes to the next: in its first 128 ms a writer that found the lock
+taken looks again after 25 ms at most, so it gets in after one of them."""
+
 _AGAIN_S: Final = (0.002, 0.02)
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, text
 from lynkr_store import rollups
 from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
+from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of
 from lynkr_store.measures import columns_of
@@ -67,6 +68,7 @@ def fold(
         on_step(rows)
         if last >= upto:
             return Folded(rows, done=True)
+        time.sleep(PAUSE_S)
     return Folded(rows, done=False)
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Table
 
 from lynkr_store import queries
 from lynkr_store.backend import Backend
+from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
 from lynkr_store.engine import backend_of
 from lynkr_store.faults import translated
@@ -26,7 +27,6 @@ _STEP_S: Final = {  # what a step should take
     Backend.SQLITE: 0.012,  # others wait meanwhile
     Backend.POSTGRESQL: 0.1,
 }
-_PAUSE_S: Final = 0.026
 _ROWS_LEAST: Final = 20  # of a step, or pages
 _ROWS_FIRST: Final = 100
 _ROWS_MOST: Final = 500
@@ -293,7 +293,7 @@ def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
             break
         took_s = time.monotonic() - began
         rows = _next_rows(rows, took_s, _STEP_S[database.backend])
-        time.sleep(_PAUSE_S)
+        time.sleep(PAUSE_S)
     return total
 
 
