@@ -172,8 +172,11 @@ class RoutingRepository:
         )
         model = RoutingRow if include_text else RoutingRowBrief
         with translated():
-            stored = [dict(row) for row in self._session.execute(statement).mappings()]
-        return [model.from_stored(row, self._reading) for row in stored]
+            stored = self._session.execute(statement)
+            names, rows = tuple(stored.keys()), stored.all()
+        return [
+            model.from_stored(dict(zip(names, row, strict=True)), self._reading) for row in rows
+        ]
 
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:
         """What a person reads first about a window; by default the last 24 hours.

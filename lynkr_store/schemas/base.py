@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, Self, TypeVar
 
 from immutabledict import immutabledict
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
@@ -27,6 +27,22 @@ class FrozenOutput(BaseModel):
     """A model of what the store answers: a field that a newer release added is ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> Self:
+        """An instance with exactly these values, one for each field, which become its own.
+
+        What `model_construct` does, without looking each field up: a seventh of the time.
+        """
+        made = cls.__new__(cls)
+        for name, value in (
+            ("__dict__", values),
+            ("__pydantic_fields_set__", set(values)),
+            ("__pydantic_extra__", None),
+            ("__pydantic_private__", None),
+        ):
+            object.__setattr__(made, name, value)
+        return made
 
 
 def _sorted_frozen(value: Mapping[str, _V]) -> Mapping[str, _V]:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Final, Self, cast
+from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import Field
 
@@ -180,7 +180,7 @@ class RoutingRowBrief(FrozenOutput):
         raw = stored["timestamp"]
         raw = epoch_ms(raw) if isinstance(raw, datetime) else raw
         values["cursor"] = Cursor.model_construct(timestamp=raw, id=stored["id"])
-        return cast("Self", cls.model_construct(None, **values))
+        return cls._of(values)
 
     @classmethod
     def _readers(cls) -> Mapping[str, Callable[[Reading, object], object]]:
