@@ -1,5 +1,7 @@
 """Roll-ups change what an answer costs, and never the answer."""
 
+import os
+import signal
 import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -8,10 +10,19 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, event, insert, select
 from sqlalchemy.orm import Session
 
-from lynkr_store import Store, StoreSettings, Window, answers, folding, measures, rollups
+from lynkr_store import (
+    Store,
+    StoreSettings,
+    Window,
+    answers,
+    create_store_engine,
+    folding,
+    measures,
+    rollups,
+)
 from lynkr_store.engine import writing
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import NOTHING, Question
@@ -219,6 +230,50 @@ def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
     with begin() as connection:
         put(connection, {})
     assert lag() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("work", [folding.fold, folding.rebuild])
+def test_after_kill_9_behind_any_statement_it_is_gone_on_with(url, engine, work, monkeypatch):
+    monkeypatch.setattr(folding, "STEP_ROWS", 3)
+    monkeypatch.setattr(folding, "PAUSE_S", 0)
+    begin = opener(engine)
+    moments = 0
+    while not (done := _killed_after(moments, url, engine, work)):
+        moments += 1
+        with begin() as connection:
+            assert done is False
+            put(connection, {"timestamp": NOW - 1000 - moments, "cost_usd": 0.1})
+        assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
+        folding.fold(begin)
+    assert moments > 12
+    assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
+    assert folding.fold(begin) == (0, True)
+    print(f"{moments} moments")
+
+
+def _killed_after(statements, url, engine, work):
+    """Do the work in a process that is killed behind so many statements; whether it did it all."""
+    with opener(engine)() as connection:
+        put(connection, *({"timestamp": NOW - n} for n in range(1, 8)))
+    engine.dispose()
+    child = os.fork()
+    if child == 0:
+        own = create_store_engine(url)
+        left = iter(range(statements))
+
+        def kill(*_):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        event.listen(own, "after_cursor_execute", kill)
+        event.listen(own, "commit", kill)
+        try:
+            work(opener(own))
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return not os.WIFSIGNALED(status)
 
 
 def test_what_retention_removed_stays_in_whole_quarters(engine, begin):
