@@ -25,6 +25,9 @@ _MOST_ROWS: Final = 128  # of a statement; its 5,760 values are well below SQLit
 _SQLITE: Final[Dialect] = sqlite.dialect()
 _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
 
+_IN_USE: Final = "lynkr_store_columns"
+_DEFAULTED: Final = frozenset(c.name for c in TELEMETRY.c if c.server_default is not None)
+
 _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
 
@@ -43,7 +46,7 @@ def send(connection: Connection, rows: Sequence[Row]) -> None:
     Raises:
         Exception: Whatever the driver raised, as SQLAlchemy presents it.
     """
-    columns = tuple(rows[0])
+    columns = _in_use(connection, rows)
     values_of = itemgetter(*columns)
     if backend_of(connection) is Backend.SQLITE:
         for part in _parts(rows):
@@ -57,6 +60,19 @@ def send(connection: Connection, rows: Sequence[Row]) -> None:
         connection.execute(insert_rows(), rows)
     else:
         _copy(connection, columns, map(values_of, rows))
+
+
+def _in_use(connection: Connection, rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns in which these rows, or earlier ones on the connection, have a value.
+
+    The others are NULL without being named. Python's SQLite driver looks for an adapter of every
+    None: that was 6 µs of the 16 that a row took, of whose 45 values 18 were None. Earlier rows
+    count so that statements stay the same, and prepared.
+    """
+    used: set[str] = connection.info.setdefault(_IN_USE, set(_DEFAULTED))
+    idle = (name for name in rows[0] if name not in used)
+    used.update([name for name in idle if set(map(itemgetter(name), rows)) != {None}])
+    return tuple(name for name in rows[0] if name in used)
 
 
 def is_not_copied(error: DBAPIError) -> bool:

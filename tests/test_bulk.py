@@ -109,6 +109,26 @@ def test_columns_that_the_rows_lack_have_their_defaults(engine):
     ]
 
 
+def test_columns_come_into_use_and_stay_null_elsewhere(engine):
+    """A column of which no row has a value is not named; one with a default always is."""
+    bare = dict.fromkeys(row()) | {"provider": "p", "timestamp": NOW, "request_id": "r"}
+    with writing(engine).begin() as connection:
+        send(connection, [bare])
+        send(connection, [bare, bare | {"tier": "T", "stream": False}])
+        send(connection, [bare | {"error_type": ""}, bare])
+        send(connection, [bare | {"was_fallback": True, "input_tokens": 0}])
+    found = stored(engine, "tier", "stream", "error_type", "input_tokens", "was_fallback", "pinned")
+    nothing = (None,) * 6
+    assert found == [
+        nothing,
+        nothing,
+        ("T", False, *(None,) * 4),
+        (None, None, "", *(None,) * 3),
+        nothing,
+        (None, None, None, 0, True, None),
+    ]
+
+
 def test_a_row_that_is_refused_leaves_none_and_the_transaction_whole(engine):
     execute(engine, "CREATE UNIQUE INDEX once ON routing_telemetry (request_id)")
     with writing(engine).begin() as connection:
