@@ -1,7 +1,8 @@
 """From what a caller recorded to the row that is stored: checked, mended, redacted, completed."""
 
+import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,8 +38,29 @@ class TextPolicy:
     redact: Callable[[str], str] | None = None
 
 
+def new_ids() -> Iterator[str]:
+    """UUIDs of version 4, as many as are wanted.
+
+    The system is asked for chance once in 64 times. Each time lets go of the interpreter, which
+    beside threads that are at work may take 5 ms to get back.
+    """
+    while True:
+        digits = os.urandom(64 * 16).hex()
+        for at in range(0, len(digits), 32):
+            d = digits[at : at + 32]  # not by uuid.UUID, which takes twice as long
+            variant = "89ab"[int(d[16], 16) % 4]
+            yield f"{d[:8]}-{d[8:12]}-4{d[13:16]}-{variant}{d[17:20]}-{d[20:]}"
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
 def row_of(
-    record: Mapping[str, Any] | RoutingEvent, stamp_ms: int, policy: TextPolicy
+    record: Mapping[str, Any] | RoutingEvent,
+    stamp_ms: int,
+    policy: TextPolicy,
+    new_id: Callable[[], str] = _new_id,
 ) -> tuple[Row, tuple[str, ...]]:
     """Make the row of one record.
 
@@ -46,6 +68,7 @@ def row_of(
         record: What was recorded.
         stamp_ms: The instant of a record that names none, in epoch milliseconds.
         policy: What is kept of the texts.
+        new_id: Names a record that has no ``request_id``.
 
     Returns:
         The row, and one cause for each value that was mended.
@@ -60,30 +83,32 @@ def row_of(
         record = {k: v for k, v in vars(record).items() if k in RoutingEvent.model_fields}
     event = RoutingEvent.model_validate(record)
     row = vars(event).copy()
-    return row, earlier + event.mended + _completed(row, stamp_ms, policy)
+    return row, earlier + event.mended + _completed(row, stamp_ms, policy, new_id)
 
 
 def row_of_plain(
-    record: dict[str, Any], stamp_ms: int, policy: TextPolicy
+    record: dict[str, Any],
+    stamp_ms: int,
+    policy: TextPolicy,
+    new_id: Callable[[], str] = _new_id,
 ) -> tuple[Row, tuple[str, ...]]:
-    """As `row_of`, in a fifth of the time where nothing is to be mended.
+    """As `row_of`, in a third of the time where nothing is to be mended.
 
-    Args:
-        record: As `lynkr_store.schemas.plain_row` wants it.
-        stamp_ms: See there.
-        policy: See there.
+    The record is of builtin types alone; see `lynkr_store.schemas.plain_row`.
     """
     row = plain_row(record)
     if row is None:
-        return row_of(record, stamp_ms, policy)
-    return row, _completed(row, stamp_ms, policy)
+        return row_of(record, stamp_ms, policy, new_id)
+    return row, _completed(row, stamp_ms, policy, new_id)
 
 
-def _completed(row: Row, stamp_ms: int, policy: TextPolicy) -> tuple[str, ...]:
+def _completed(
+    row: Row, stamp_ms: int, policy: TextPolicy, new_id: Callable[[], str]
+) -> tuple[str, ...]:
     """Fill in what a checked record left out, and apply the policy; a cause for what was mended."""
     mended: tuple[str, ...] = ()
     if row["request_id"] is None:
-        row["request_id"] = str(uuid.uuid4())
+        row["request_id"] = new_id()
     if row["timestamp"] is None:
         row["timestamp"] = stamp_ms
     if not policy.capture:

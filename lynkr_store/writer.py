@@ -32,7 +32,7 @@ from tenacity import (
 
 from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
-from lynkr_store.ingest import Row, TextPolicy, cause_of, row_of, row_of_plain
+from lynkr_store.ingest import Row, TextPolicy, cause_of, new_ids, row_of, row_of_plain
 from lynkr_store.intake import Intake, Queued, unpacked
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
@@ -707,10 +707,11 @@ def _checked_rows(
     rows: list[Row] = []
     rejected: Counter[str] = Counter()
     mended: Counter[str] = Counter()
+    new_id = new_ids().__next__
     for record in records:
         try:
             what, stamp_ms, plain = unpacked(record)
-            row, causes = (row_of_plain if plain else row_of)(what, stamp_ms, policy)
+            row, causes = (row_of_plain if plain else row_of)(what, stamp_ms, policy, new_id)
         except ValidationError as error:
             rejected[cause_of(error)] += 1
         except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row

@@ -1,9 +1,11 @@
 """What goes in and what comes out, without a database."""
 
 import copy
+import itertools
 import json
 import math
 import pickle
+import uuid
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -13,12 +15,18 @@ from pydantic import ValidationError
 
 from lynkr_store import Cursor, RoutingEvent, RoutingRow, RoutingRowBrief, RoutingStats
 from lynkr_store.domains import half_up
-from lynkr_store.ingest import TextPolicy, cause_of, row_of
+from lynkr_store.ingest import TextPolicy, cause_of, new_ids, row_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.schemas import Reading, epoch_ms, plain_row, utc
 from tests.factories import EventFactory, RecordFactory
 
 NOW = 1_750_000_000_000
+
+
+def test_new_ids_are_random_uuids():
+    found = [uuid.UUID(text) for text in itertools.islice(new_ids(), 200)]
+    assert len(set(found)) == 200
+    assert {(one.version, one.variant) for one in found} == {(4, uuid.RFC_4122)}
 
 
 def test_an_event_has_a_field_for_every_column():
