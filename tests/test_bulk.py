@@ -110,7 +110,7 @@ def test_columns_that_the_rows_lack_have_their_defaults(engine):
 
 
 def test_columns_come_into_use_and_stay_null_elsewhere(engine):
-    """A column of which no row has a value is not named; one with a default always is."""
+    """Those of which no row has a value are NULL, also where the table has a default."""
     bare = dict.fromkeys(row()) | {"provider": "p", "timestamp": NOW, "request_id": "r"}
     with writing(engine).begin() as connection:
         send(connection, [bare])
