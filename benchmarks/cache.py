@@ -1,83 +1,84 @@
-# ruff: noqa: INP001, T201 - a script
-"""What a cached answer costs: `get_stats` and its like, asked again within the time to live."""
+# ruff: noqa: INP001 - a folder of scripts
+"""What a cached answer costs: a statistic asked again within the time to live."""
 
 import asyncio
-import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
+from datetime import timedelta
+from typing import Any, Final
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.databases import connect, insert, sqlite_files
+from benchmarks.harness import Result, Spread
+from benchmarks.sample import END_MS, SESSIONS, Sample
+from lynkr_store import AsyncStore, Store, StoreSettings, Window, upgrade
 
-from lynkr_store import AsyncStore, Store, StoreSettings, Window
+CALLS: Final = 20_000
+RUNS: Final = 7
+TARGET_US: Final = 5
 
-CALLS = 20_000
-_HOUR_S = 3_600
-
-
-def results(runs: int = 7) -> list[dict[str, Any]]:
-    """One row for each question: its name, and the least and the median cost of a call."""
-    with tempfile.TemporaryDirectory() as directory:
-        settings = StoreSettings(url=f"sqlite:///{directory}/telemetry.db", cache_ttl_s=_HOUR_S)
-        with Store(settings=settings) as store:
-            store.add_many([{"provider": "ollama"}])
-            rows = [
-                _row(f"cached {name}", [_each(ask) for _ in range(runs)])
-                for name, ask in _questions(store).items()
-            ]
-        return rows + asyncio.run(_awaited(settings, runs))
+_SAMPLE: Final = Sample(1_000, timedelta(days=1))
 
 
-async def _awaited(settings: StoreSettings, runs: int) -> list[dict[str, Any]]:
-    async with AsyncStore(settings=settings) as store:
+def results(scale: float = 1.0) -> Iterator[Result]:
+    """One line for each question, and for each that is awaited.
+
+    Args:
+        scale: Of the calls' number; the rows, of which the cost knows nothing, stay.
+    """
+    calls = int(CALLS * scale)
+    with sqlite_files() as files, files.database() as url:
+        upgrade(url)
+        with closing(connect(url)) as connection:
+            insert(connection, _SAMPLE.rows())
+        settings = StoreSettings(url=url, cache_ttl_s=3_600)
+        with Store(settings=settings, clock=lambda: END_MS + 1) as store:
+            for name, ask in _questions(store).items():
+                yield _line(name, calls, [_each(ask, calls) for _ in range(RUNS)])
+        yield from asyncio.run(_awaited(settings, calls))
+
+
+async def _awaited(settings: StoreSettings, calls: int) -> list[Result]:
+    async with AsyncStore(settings=settings, clock=lambda: END_MS + 1) as store:
         return [
-            _row(f"cached await {name}", [await _each_awaited(ask) for _ in range(runs)])
+            _line(f"await {name}", calls, [await _each_awaited(ask, calls) for _ in range(RUNS)])
             for name, ask in _questions(store).items()
         ]
 
 
-def _questions(store: Any) -> dict[str, Callable[[], Any]]:
+def _questions(store: Store | AsyncStore) -> dict[str, Callable[[], Any]]:
     window = Window(since=0)
     return {
-        "get_stats()": store.get_stats,
-        "get_stats(window)": lambda: store.get_stats(window),
-        "get_provider_stats()": lambda: store.get_provider_stats("ollama"),
+        "get_stats, cached": store.get_stats,
+        "get_stats of a window, cached": lambda: store.get_stats(window),
+        "get_provider_stats, cached": lambda: store.get_provider_stats("ollama"),
     }
 
 
-def _each(ask: Callable[[], object]) -> float:
+def _each(ask: Callable[[], object], calls: int) -> float:
     ask()
     began = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         ask()
-    return (time.perf_counter() - began) / CALLS
+    return (time.perf_counter() - began) / calls
 
 
-async def _each_awaited(ask: Callable[[], Awaitable[object]]) -> float:
+async def _each_awaited(ask: Callable[[], Awaitable[object]], calls: int) -> float:
     await ask()
     began = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         await ask()
-    return (time.perf_counter() - began) / CALLS
+    return (time.perf_counter() - began) / calls
 
 
-def _row(name: str, seconds: list[float]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "min": min(seconds) * 1e6,
-        "median": statistics.median(seconds) * 1e6,
-        "unit": "µs",
-    }
-
-
-def main() -> None:
-    """Print the rows."""
-    for row in results():
-        print(f"{row['name']:32} {row['min']:6.2f} {row['median']:6.2f} {row['unit']}")
-
-
-if __name__ == "__main__":
-    main()
+def _line(name: str, calls: int, seconds: list[float]) -> Result:
+    return Result(
+        name=name,
+        backend="sqlite",
+        rows=_SAMPLE.count,
+        sessions=SESSIONS,
+        method=f"{RUNS} times {calls:,} calls",
+        unit="µs a call",
+        ours=Spread.of(seconds, 1e6),
+        at_most=TARGET_US,
+    )

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tests.support.postgres import available_servers
 
-_WIDTH: Final = 190
+_WIDTH: Final = 220
 _HEADINGS: Final = {  # whether it is a number
     "what": False,
     "backend": False,
@@ -70,13 +70,7 @@ class Ratio:
     @property
     def target(self) -> str:
         """The target in words, and whether it was missed."""
-        if self.at_least is not None:
-            said, met = f"≥ {self.at_least:g}", self.value >= self.at_least
-        elif self.at_most is not None:
-            said, met = f"≤ {self.at_most:g}", self.value <= self.at_most
-        else:
-            return ""
-        return said if met else f"{said} missed"
+        return _target(self.value, self.at_least, self.at_most)
 
 
 @dataclass(frozen=True)
@@ -94,6 +88,7 @@ class Result:
         baseline: What it is compared with, measured in the same run, in turn; None: nothing.
         against: What the baseline is.
         ratio: Of the two.
+        at_most: The target of the store's median, where that has one, and not the ratio.
     """
 
     name: str
@@ -106,6 +101,14 @@ class Result:
     baseline: Spread | None = None
     against: str = ""
     ratio: Ratio | None = None
+    at_most: float | None = None
+
+    @property
+    def target(self) -> str:
+        """The target in words, and whether it was missed."""
+        if self.ratio and self.at_most is None:
+            return self.ratio.target
+        return _target(self.ours.median, None, self.at_most)
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def show(results: Sequence[Result], console: Console | None = None) -> None:
             result.against,
             *_spread(result.baseline),
             f"{_figure(result.ratio.value)} {result.ratio.means}" if result.ratio else "",
-            result.ratio.target if result.ratio else "",
+            result.target,
         )
     console = console or Console(width=max(Console().width, _WIDTH))
     console.print(table)
@@ -190,12 +193,24 @@ def save(results: Sequence[Result], path: Path) -> None:
     path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def _target(value: float, at_least: float | None, at_most: float | None) -> str:
+    if at_least is not None:
+        said, met = f"≥ {at_least:g}", value >= at_least
+    elif at_most is not None:
+        said, met = f"≤ {at_most:g}", value <= at_most
+    else:
+        return ""
+    return said if met else f"{said} missed"
+
+
 def _spread(spread: Spread | None) -> tuple[str, str]:
     return (_figure(spread.least), _figure(spread.median)) if spread else ("", "")
 
 
 def _figure(value: float) -> str:
     """Three digits that count."""
+    if not value:
+        return "0"
     for limit, digits in ((100, 0), (10, 1), (1, 2)):
         if abs(value) >= limit:
             return f"{value:,.{digits}f}"

@@ -3,6 +3,7 @@
 import inspect
 import json
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -101,7 +102,12 @@ def test_the_originals_sql_gives_the_stores_answers(both: Any) -> None:
     assert original.get_provider_stats("openrouter", *nothing) is None
 
     session = next(SAMPLE.rows())[AT["session_id"]]
-    for named in ({}, {"provider": "bedrock"}, {"tier": "SIMPLE"}, {"session_id": session}):
+    for named in (
+        {},
+        {"provider": "bedrock"},
+        {"tier": "SIMPLE"},
+        {"session_id": session},
+    ):
         mine = store.query(RoutingFilter(**named), limit=50)
         rows = [row_of(row) for row in original.query(**named, limit=50)]
         assert rows == [row.to_gateway() for row in mine]
@@ -146,6 +152,14 @@ LINES = {
         "get_stats, 24 h, more rows",
     ],
     "size": ["file size"],
+    "cache": [
+        "get_stats, cached",
+        "get_stats of a window, cached",
+        "get_provider_stats, cached",
+        "await get_stats, cached",
+        "await get_stats of a window, cached",
+        "await get_provider_stats, cached",
+    ],
 }
 
 
@@ -157,9 +171,15 @@ def test_each_part_gives_its_lines(part: str) -> None:
     for result in results:
         assert result.rows > 0, result.name
         assert result.sessions and result.method and result.unit, result.name
-        assert result.baseline and 0 < result.baseline.least <= result.baseline.median
-        assert 0 < result.ours.least <= result.ours.median
-        assert result.against and result.ratio and result.ratio.means and result.ratio.value > 0
+        spreads = [result.ours, *([result.baseline] if result.baseline else [])]
+        assert all(0 <= spread.least <= spread.median for spread in spreads), result.name
+        assert bool(result.baseline) == bool(result.against), result.name
+        if result.ratio:
+            assert result.baseline and result.ratio.means and result.ratio.value > 0, result.name
+
+
+def test_each_part_of_the_command_has_its_lines_here() -> None:
+    assert tuple(sorted(LINES)) == tuple(sorted(command.PARTS))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +194,24 @@ def test_each_part_gives_its_lines(part: str) -> None:
 )
 def test_a_target_that_was_missed_says_so(ratio: harness.Ratio, target: str) -> None:
     assert ratio.target == target
+
+
+def test_a_target_of_the_figure_itself_takes_the_ratios_place() -> None:
+    ratio = harness.Ratio(0.5, "× faster", at_least=300)
+    for at_most, target in ((None, "≥ 300 missed"), (5, "≤ 5"), (4, "≤ 4 missed")):
+        result = harness.Result(
+            name="list",
+            backend="sqlite",
+            rows=1,
+            sessions="12 each",
+            method="once",
+            unit="ms",
+            ours=harness.Spread(3, 5),
+            ratio=ratio,
+            at_most=at_most,
+        )
+        assert result.target == target
+        assert replace(result, ratio=None).target == (target if at_most else "")
 
 
 def test_the_command_prints_one_table_and_writes_the_same_as_json(
