@@ -15,7 +15,7 @@ from typing import Final
 
 from benchmarks.harness import Result, save, show
 
-PARTS: Final = ("size", "stats", "cache")
+PARTS: Final = ("size", "stats", "lists", "cache")
 QUICK: Final = 0.02
 
 

@@ -3,7 +3,7 @@
 
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
@@ -20,11 +20,6 @@ from tests.support.postgres import PgServer, available_servers
 Driver = sqlite3.Connection | psycopg.Connection[Any]
 
 _BATCH: Final = 10_000
-_NAMES: Final = ", ".join(COLUMNS)
-_INSERT: Final = (
-    f"INSERT INTO routing_telemetry ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))})"
-)
-_COPY: Final = f"COPY routing_telemetry ({_NAMES}) FROM STDIN"
 _SQLITE_INDEXES: Final = (
     "SELECT name, sql FROM sqlite_schema "
     "WHERE type = 'index' AND tbl_name = 'routing_telemetry' AND sql IS NOT NULL"
@@ -105,18 +100,25 @@ def connect(url: str) -> Driver:
     return connection
 
 
-def insert(connection: Driver, rows: Iterable[Row], batch: int = _BATCH) -> None:
-    """Put rows in: ``executemany`` in transactions of ``batch`` rows, or one COPY."""
-    if isinstance(connection, psycopg.Connection):
-        with connection.cursor() as cursor, cursor.copy(_COPY) as copy:
-            for row in rows:
-                copy.write_row(row)
-        return
+def insert(
+    connection: Driver,
+    rows: Iterable[Row],
+    batch: int = _BATCH,
+    columns: Sequence[str] = COLUMNS,
+) -> None:
+    """Put rows in by ``executemany`` or COPY, in transactions of ``batch`` rows."""
+    into = f"routing_telemetry ({', '.join(columns)})"
     iterator = iter(rows)
     while several := list(islice(iterator, batch)):
-        connection.execute("BEGIN IMMEDIATE")
-        connection.executemany(_INSERT, several)
-        connection.execute("COMMIT")
+        if isinstance(connection, psycopg.Connection):
+            with connection.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
+                for row in several:
+                    copy.write_row(row)
+        else:
+            marks = ", ".join("?" * len(columns))
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(f"INSERT INTO {into} VALUES ({marks})", several)
+            connection.execute("COMMIT")
 
 
 @contextmanager

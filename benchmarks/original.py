@@ -73,6 +73,7 @@ class Original:
     """
 
     def __init__(self, url: str) -> None:
+        self.url = url
         self.connection: Driver = connect(url)
         self._mark = "?" if isinstance(self.connection, sqlite3.Connection) else "%s"
 
@@ -148,10 +149,27 @@ class Original:
             "underProvisionedPct": _percent(under, total),
         }
 
-    def query(self, *, since: int | None = None, limit: int = 100, **equal: str) -> list[Any]:
-        """Rows, newest first: all columns of those whose ``provider`` (and so on) is the value."""
-        clauses = [f"{name} = ?" for name in equal]
-        values: list[Any] = list(equal.values())
+    def query(
+        self,
+        *,
+        since: int | None = None,
+        has_error: bool = False,
+        limit: int = 100,
+        **equal: str | Sequence[str],
+    ) -> list[Any]:
+        """Rows, newest first: all columns of those whose ``provider`` (and so on) is the value.
+
+        It has neither ``has_error`` nor several values: these are its statement with that much
+        more in it.
+        """
+        clauses: list[str] = []
+        values: list[Any] = []
+        for name, value in equal.items():
+            several = [value] if isinstance(value, str) else value
+            clauses.append(f"{name} IN ({', '.join('?' * len(several))})")
+            values += several
+        if has_error:
+            clauses.append("error_type IS NOT NULL")
         if since is not None:
             clauses.append("timestamp >= ?")
             values.append(since)

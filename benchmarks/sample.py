@@ -3,6 +3,7 @@
 
 The tier decides provider and model; a fallback takes over in 3 % of the requests. 1.5 % fail, and
 what they did not measure is NULL. A tier, a provider and a model are rare: 50 in 1,000,000 rows.
+One provider was given up after the first third: a fallback of 3,000 rows in 1,000,000.
 Timestamps are spread evenly over the span.
 """
 
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 Row = tuple[Any, ...]
+Record = dict[str, Any]
 
 COLUMNS: Final = (
     "request_id",
@@ -60,6 +62,7 @@ END_MS: Final = int(datetime(2026, 3, 2, 9, 7, 30, tzinfo=UTC).timestamp() * 1_0
 REQUEST_CHARS: Final = 1_200
 RESPONSE_CHARS: Final = 800
 
+_FLAGS: Final = ("was_fallback", "pinned")
 _AT_A_TIME: Final = 40
 _PER_SESSION: Final = 12
 _RARE_EVERY: Final = 20_000
@@ -107,6 +110,8 @@ _TIERS: Final = {
 }
 _RARE_TIER: Final = "EXPERT"
 _RARE: Final = _Model("vertex", "gemini-2.5-pro", 25, 1.25, 10.0)
+_FORMER_TIER: Final = "MEDIUM"
+_FORMER: Final = _Model("together", "mixtral-8x7b-instruct", 12, 0.60, 0.60)
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ class Sample:
             tier = rng.choices(tiers, shares)[0]
             fallback = rng.random() < _FALLBACKS
             model = _TIERS[tier].fallback if fallback else _TIERS[tier].main
+            if fallback and tier == _FORMER_TIER and number * 3 < self.count:
+                model = _FORMER
             if number % _RARE_EVERY == _RARE_EVERY // 2:
                 tier, fallback, model = _RARE_TIER, False, _RARE
             failed = rng.random() < _ERRORS
@@ -182,6 +189,16 @@ class Sample:
                 None if failed else tokens_in // 2,
                 None,
             )
+
+    def records(self) -> Iterator[Record]:
+        """The rows as a caller records them: what was measured alone, and attributes of its own."""
+        for number, row in enumerate(self.rows()):
+            record = {
+                name: value for name, value in zip(COLUMNS, row, strict=True) if value is not None
+            }
+            record.update({name: bool(record[name]) for name in _FLAGS})
+            record["attributes"] = {"region": "eu", "attempt": number % 3, "tags": ["a", "b"]}
+            yield record
 
 
 def _session(rng: random.Random) -> str:

@@ -8,29 +8,19 @@ quarter-hour. No answer is cached.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from datetime import timedelta
-from itertools import islice
 from typing import Any, Final
 
-from benchmarks.databases import (
-    Place,
-    connect,
-    every_place,
-    insert,
-    settle,
-    sqlite_files,
-    without_indexes,
-)
+from benchmarks.databases import Place, every_place, sqlite_files
+from benchmarks.filled import filled_original, filled_store
 from benchmarks.harness import Pairs, Ratio, Result, paired
-from benchmarks.original import Original
 from benchmarks.sample import END_MS, SESSIONS, Sample
-from lynkr_store import Store, StoreSettings, Window, upgrade
+from lynkr_store import Window
 from lynkr_store.backend import Backend
 
 DAY: Final = timedelta(days=1)
 MONTH: Final = timedelta(days=30)
-UNFOLDED: Final = 10_000
 
 _MS: Final = timedelta(milliseconds=1)
 _INSTANTS: Final = tuple(END_MS + 1 + minutes * 60_000 for minutes in (0, 3, 6, 9, 12))
@@ -64,9 +54,8 @@ def against_original(place: Place, count: int, span: timedelta) -> Iterator[Resu
     sample = Sample(count, span)
     lengths = sorted({DAY, span})
     with ExitStack() as stack:
-        store, now = opened(stack, place, sample)
-        original = stack.enter_context(Original(stack.enter_context(place.database())))
-        fill_original(original, sample)
+        store, now = filled_store(stack, place, sample)
+        original = filled_original(stack, place, sample)
 
         def line(
             name: str,
@@ -114,8 +103,8 @@ def against_original(place: Place, count: int, span: timedelta) -> Iterator[Resu
 def growth(place: Place, few: int, many: int) -> Result:
     """`get_stats` of the last day when table and window have more rows, against fewer."""
     with ExitStack() as stack:
-        small, then = opened(stack, place, Sample(few, DAY))
-        large, now = opened(stack, place, Sample(many, DAY))
+        small, then = filled_store(stack, place, Sample(few, DAY))
+        large, now = filled_store(stack, place, Sample(many, DAY))
 
         def questions() -> Iterator[tuple[Callable[[], object], Callable[[], object]]]:
             for instant in _INSTANTS:
@@ -137,33 +126,6 @@ def growth(place: Place, few: int, many: int) -> Result:
         against=f"the same over {few:,} rows",
         ratio=Ratio(1 / pairs.times_faster, "× the time", at_most=2),
     )
-
-
-def opened(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store, list[int]]:
-    """A store on the sample's rows, folded but for the newest; its present can be set."""
-    url = stack.enter_context(place.database())
-    now = [_INSTANTS[0]]
-    settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)  # unasked: none
-    unfolded = min(UNFOLDED, sample.count // 10)
-    rows = sample.rows()
-    upgrade(url)
-    with closing(connect(url)) as connection:
-        with without_indexes(connection):
-            insert(connection, islice(rows, sample.count - unfolded))
-        settle(connection)
-        with Store(settings=settings, clock=lambda: now[0]) as store:
-            store.maintain()
-        insert(connection, rows)
-        settle(connection)
-    return stack.enter_context(Store(settings=settings, clock=lambda: now[0])), now
-
-
-def fill_original(original: Original, sample: Sample) -> None:
-    """Give the original the sample's rows."""
-    original.create()
-    with without_indexes(original.connection):
-        insert(original.connection, sample.rows())
-    settle(original.connection)
 
 
 def compared(

@@ -54,6 +54,8 @@ def test_the_sample_is_what_it_says() -> None:
     assert len(set(column["request_type"])) == 3
     for rare, value in (("provider", "vertex"), ("tier", "EXPERT"), ("model", "gemini-2.5-pro")):
         assert column[rare].count(value) == 2, rare
+    former = [number for number, name in enumerate(column["provider"]) if name == "together"]
+    assert 60 < len(former) < 180 and former[-1] < len(rows) / 3
     for row in rows:
         if row[AT["error_type"]]:
             assert row[AT["latency_ms"]] is row[AT["quality_score"]] is row[AT["cost_usd"]] is None
@@ -105,6 +107,7 @@ def test_the_originals_sql_gives_the_stores_answers(both: Any) -> None:
     for named in (
         {},
         {"provider": "bedrock"},
+        {"provider": ["bedrock", "azure-openai"], "has_error": True},
         {"tier": "SIMPLE"},
         {"session_id": session},
     ):
@@ -152,6 +155,21 @@ LINES = {
         "get_stats, 24 h, more rows",
     ],
     "size": ["file size"],
+    "lists": [
+        "list: all",
+        "list: provider",
+        "list: provider, rare",
+        "list: provider, former",
+        "list: provider, absent",
+        "list: 3 providers",
+        "list: tier",
+        "list: tier, rare",
+        "list: model",
+        "list: model, rare",
+        "list: errors",
+        "list: errors of a provider",
+        "list: session",
+    ],
     "cache": [
         "get_stats, cached",
         "get_stats of a window, cached",
@@ -163,7 +181,13 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("part", LINES)
+LONG = {"lists"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=[pytest.mark.slow] if part in LONG else []) for part in LINES],
+)
 def test_each_part_gives_its_lines(part: str) -> None:
     results = command.run([part], 0.001)
     assert all(isinstance(result, harness.Result) for result in results)

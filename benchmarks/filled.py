@@ -1,0 +1,46 @@
+# ruff: noqa: INP001 - a folder of scripts
+"""A store and the original with the sample's rows in them, ready to be asked."""
+
+from contextlib import ExitStack, closing
+from itertools import islice
+from typing import Final
+
+from benchmarks.databases import Place, connect, insert, settle, without_indexes
+from benchmarks.original import Original
+from benchmarks.sample import END_MS, Sample
+from lynkr_store import Store, StoreSettings, upgrade
+
+UNFOLDED: Final = 10_000
+
+
+def filled_store(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store, list[int]]:
+    """A store, without a cache, whose rows are folded but for the newest.
+
+    Returns:
+        The store, and its present in epoch milliseconds, which can be set.
+    """
+    url = stack.enter_context(place.database())
+    now = [END_MS + 1]
+    settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)  # unasked: none
+    unfolded = min(UNFOLDED, sample.count // 10)
+    rows = sample.rows()
+    upgrade(url)
+    with closing(connect(url)) as connection:
+        with without_indexes(connection):
+            insert(connection, islice(rows, sample.count - unfolded))
+        settle(connection)
+        with Store(settings=settings, clock=lambda: now[0]) as store:
+            store.maintain()
+        insert(connection, rows)
+        settle(connection)
+    return stack.enter_context(Store(settings=settings, clock=lambda: now[0])), now
+
+
+def filled_original(stack: ExitStack, place: Place, sample: Sample) -> Original:
+    """The original."""
+    original = stack.enter_context(Original(stack.enter_context(place.database())))
+    original.create()
+    with without_indexes(original.connection):
+        insert(original.connection, sample.rows())
+    settle(original.connection)
+    return original
