@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import time
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import databases, harness
+from benchmarks.neighbour import neighbour
 from benchmarks.original import Original
 from benchmarks.sample import COLUMNS, END_MS, REQUEST_CHARS, RESPONSE_CHARS, Sample
 from lynkr_store import RoutingFilter, Store, StoreSettings, Window
@@ -140,6 +142,21 @@ def test_pairs_are_timed_in_turn() -> None:
     assert pairs.times_faster > 0
 
 
+def test_the_neighbour_tells_how_long_it_waited_and_what_failed(new_url: Any) -> None:
+    url = new_url("sqlite-file", at_head=True)
+    with closing(databases.connect(url)) as connection:
+        with neighbour(url) as told:
+            connection.execute("BEGIN IMMEDIATE")
+            time.sleep(0.3)
+            connection.execute("COMMIT")
+        [[longest_s, failures]] = told
+        assert 0.2 < longest_s < 3 and failures == 0
+        count, rest = divmod(
+            connection.execute("SELECT count(*) FROM routing_telemetry").fetchone()[0], 3
+        )
+        assert count >= 1 and rest == 0
+
+
 LINES = {
     "stats": [
         "get_stats, 24 h",
@@ -170,6 +187,12 @@ LINES = {
         "list: errors of a provider",
         "list: session",
     ],
+    "retention": [
+        "retention: longest stall",
+        "retention: failed inserts",
+        "retention: memory growth",
+        "retention: whole",
+    ],
     "cache": [
         "get_stats, cached",
         "get_stats of a window, cached",
@@ -181,7 +204,7 @@ LINES = {
 }
 
 
-LONG = {"lists"}
+LONG = {"lists", "retention"}
 
 
 @pytest.mark.parametrize(
