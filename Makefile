@@ -33,8 +33,7 @@ test-slow: $(VENV)/dev.stamp ## the tests that take longer
 test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k postgres
 
-bench: $(VENV)/dev.stamp ## recording, answers and file size against the bare drivers, in one run
-	$(BIN)/python benchmarks/ingest.py
+bench: $(VENV)/dev.stamp ## the store against the bare drivers and the original, in one run and one table
 	$(BIN)/python -m benchmarks
 
 snapshots: $(VENV)/dev.stamp ## write the committed schema of both backends anew, after a new revision

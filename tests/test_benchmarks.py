@@ -19,6 +19,7 @@ from benchmarks.original import Original
 from benchmarks.sample import COLUMNS, END_MS, REQUEST_CHARS, RESPONSE_CHARS, Sample
 from lynkr_store import RoutingFilter, Store, StoreSettings, Window
 from lynkr_store.models import TELEMETRY
+from lynkr_store.schemas import plain_row
 from tests.conftest import ON_DISK
 
 DAY = timedelta(days=1)
@@ -61,6 +62,13 @@ def test_the_sample_is_what_it_says() -> None:
     for row in rows:
         if row[AT["error_type"]]:
             assert row[AT["latency_ms"]] is row[AT["quality_score"]] is row[AT["cost_usd"]] is None
+
+
+def test_the_samples_records_are_taken_as_they_are() -> None:
+    for record, row in zip(SAMPLE.records(), SAMPLE.rows(), strict=True):
+        plain = plain_row(record)  # None where a value is wrong, or would be mended
+        assert plain is not None and json.loads(plain["attributes"])
+        assert [plain[name] for name in COLUMNS] == list(row)
 
 
 @pytest.fixture(params=ON_DISK)
@@ -158,6 +166,13 @@ def test_the_neighbour_tells_how_long_it_waited_and_what_failed(new_url: Any) ->
 
 
 LINES = {
+    "ingest": [
+        "record, flush, fold",
+        "record, flush, fold",
+        "record(), mean",
+        "record(), p50",
+        "record(), p99",
+    ],
     "stats": [
         "get_stats, 24 h",
         "get_provider_stats, 24 h",
@@ -204,7 +219,7 @@ LINES = {
 }
 
 
-LONG = {"lists", "retention"}
+LONG = {"ingest", "lists", "retention"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+# ruff: noqa: INP001 - a folder of scripts
+"""What a call of `record` costs its caller while the writer runs."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from benchmarks.databases import sqlite_files
+from benchmarks.harness import Result, Spread
+from benchmarks.sample import SESSIONS, Record
+from lynkr_store import Store, StoreSettings
+
+RUNS: Final = 3
+BURST: Final = 5_000
+THREADS: Final = 8
+TARGET_US: Final = 3
+
+MANY_ROWS: Final = 1_000_000
+"""A queue's bounds that no sample reaches, so that nothing is dropped."""
+MANY_BYTES: Final = 4 * 2**30
+
+_LONG_S: Final = 600
+
+
+def results(records: list[Record]) -> Iterator[Result]:
+    """The mean of one thread's calls, and percentiles of those of several threads."""
+    means = [mean for _ in range(RUNS) for mean in _means(records)]
+    yield _line("record(), mean", len(records), f"CPU, {BURST:,} a time", means, TARGET_US)
+    taken = [_by_threads(records) for _ in range(RUNS)]
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        found = [times[int(len(times) * share)] for times in taken]
+        method = f"{THREADS} threads, {RUNS} times"
+        yield _line(f"record(), {name}", len(records), method, found, None)
+
+
+def _line(
+    name: str, count: int, method: str, microseconds: list[float], at_most: float | None
+) -> Result:
+    return Result(
+        name=name,
+        backend="sqlite",
+        rows=count,
+        sessions=SESSIONS,
+        method=method,
+        unit="µs a call",
+        ours=Spread.of(microseconds),
+        at_most=at_most,
+    )
+
+
+def _means(records: list[Record]) -> Iterator[float]:
+    """Microseconds of CPU a call on one thread, of each burst; the writer is empty before it."""
+    with _opened(len(records)) as store:
+        for at in range(0, len(records), BURST):
+            burst = records[at : at + BURST]
+            began = time.thread_time()
+            for record in burst:
+                store.record(**record)
+            yield (time.thread_time() - began) / len(burst) * 1e6
+            store.flush(_LONG_S)
+
+
+def _by_threads(records: list[Record]) -> list[float]:
+    """Microseconds of each call, in order of length; the threads call at the same time."""
+    taken: list[float] = []
+
+    def caller(part: list[Record]) -> None:
+        now, mine = time.perf_counter_ns, []
+        for record in part:
+            began = now()
+            store.record(**record)
+            mine.append((now() - began) / 1_000)
+        taken.extend(mine)
+
+    with _opened(len(records)) as store:
+        threads = [
+            threading.Thread(target=caller, args=(records[number::THREADS],))
+            for number in range(THREADS)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return sorted(taken)
+
+
+@contextmanager
+def _opened(count: int) -> Iterator[Store]:
+    """A store that has written before and takes so many records.
+
+    Raises:
+        RuntimeError: It did not store them all, so the times mean nothing.
+    """
+    with sqlite_files() as files, files.database() as url:
+        settings = StoreSettings(url=url, queue_max_rows=MANY_ROWS, queue_max_bytes=MANY_BYTES)
+        with Store(settings=settings) as store:
+            store.record(provider="first")
+            store.flush(_LONG_S)
+            yield store
+            store.flush(_LONG_S)
+            if store.health().written != count + 1:
+                raise RuntimeError("records were lost")
