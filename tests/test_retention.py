@@ -87,7 +87,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(retention, "_ROWS_FIRST", 3)
     monkeypatch.setattr(retention, "_ROWS_LEAST", 3)
     monkeypatch.setattr(retention, "_ROWS_MOST", 3)
-    monkeypatch.setattr(retention, "_PAUSE_S", 0)
+    monkeypatch.setattr(retention, "PAUSE_S", 0)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_budget_ends_it_and_the_report_says_what_remains(open_sync, small_step
 
 
 def test_a_store_that_closes_ends_its_own_retention(url, small_steps, monkeypatch):
-    monkeypatch.setattr(retention, "_PAUSE_S", 0.05)
+    monkeypatch.setattr(retention, "PAUSE_S", 0.05)
     options = {"retention_days": 1, "maintenance_interval_s": 0.01}
     store = Store(settings=StoreSettings(url=url, **options), clock=lambda: NOW)
     store.add_many([record(2 * DAY) for _ in range(3_000)])
@@ -439,7 +439,7 @@ KILLED = """
 import sys
 from datetime import timedelta
 from lynkr_store import Store, StoreSettings, maintenance, retention
-retention._PAUSE_S = 0.001
+retention.PAUSE_S = 0.001
 store = Store(settings=StoreSettings(url=sys.argv[1], retention_days=2, text_retention_days=1),
               clock=lambda: int(sys.argv[2]))
 print("ready", flush=True)

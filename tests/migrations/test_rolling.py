@@ -290,17 +290,26 @@ class EarlierRelease:
                         assert row[column.name] == expected
 
 
+KEYS = {
+    "routing_telemetry": "request_id",
+    "savings_events": "category",
+    "ingest_batches": "batch_id",
+    "routing_dimensions": "provider",
+    "routing_rollups": "start",
+    "lynkr_store_progress": "name",
+}
+
+
 def _key(table):
-    return {"routing_telemetry": "request_id", "savings_events": "category"}.get(
-        table.name, "batch_id"
-    )
+    return KEYS[table.name]
 
 
 def _values(table, name, number):
     """A value for each column that the database does not number by itself."""
     kinds = {int: number % 2, float: number + 0.5, str: name}
     values = {c.name: kinds[c.type.python_type] for c in table.c if c.name != "id"}
-    return values | ({"timestamp": NOW + number} if "timestamp" in values else {})
+    own = {"timestamp": NOW + number, "start": int.from_bytes(name.encode())}
+    return values | {column: value for column, value in own.items() if column in values}
 
 
 def get_on_for_a_while(workers):
