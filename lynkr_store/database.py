@@ -218,6 +218,12 @@ class Database(Forkable):
         return refused
 
     @contextmanager
+    def looked(self) -> Iterator[Connection]:
+        """A transaction that reads."""
+        with self.connected(self.engine) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
     def begun(self, last_s: float = 0.02) -> Iterator[Connection]:
         """A transaction that may write, on SQLite with the write lock, and is committed at the end.
 

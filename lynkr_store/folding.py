@@ -6,7 +6,7 @@ rows' sums are added. A fold that is killed has done whole steps.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, assert_never
 
@@ -20,14 +20,14 @@ from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of
 from lynkr_store.measures import columns_of
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rollups import NOTHING, Rows, Standing
+from lynkr_store.rollups import NOTHING, Standing
 from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, floor_to
 
 Begin = Callable[[], AbstractContextManager[Connection]]
 """Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""
 
 STEP_ROWS: Final = 5_000
-"""Rows that one transaction folds: 20 ms of SQLite's lock."""
+"""Rows that one step folds: 20 ms, of which SQLite's lock is held for about 3."""
 
 _TRIM_MS: Final = 30 * DAY_MS
 _POLL_S: Final = 0.01
@@ -44,13 +44,15 @@ class Folded(NamedTuple):
 def fold(
     begin: Begin,
     *,
+    look: Begin | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Folded:
     """Fold what is above the watermark, in steps.
 
     Args:
-        begin: Opens a transaction.
+        begin: Opens a transaction that may write.
+        look: Opens one that reads, in which most of the work is done: on SQLite without its lock.
         stop: Asked before each step whether to leave it at that.
         on_step: Told after each step how many rows were folded so far.
 
@@ -62,8 +64,7 @@ def fold(
     if upto is None:
         return Folded(0, done=False)
     while not stop():
-        with begin() as connection:
-            step, last = _fold_step(connection, upto)
+        step, last = _fold_step(begin, look or begin, upto)
         rows += step
         on_step(rows)
         if last >= upto:
@@ -117,16 +118,32 @@ def _wait_for_writers(begin: Begin) -> bool:
     return True
 
 
-def _fold_step(connection: Connection, upto: int) -> tuple[int, int]:
+def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
     """Fold some rows; return how many, and the watermark."""
-    folded = held_watermark(connection)
-    if folded >= upto:
-        return 0, folded
-    _note_removed(connection)
-    last = connection.scalar(rollups.last_of_step(folded, upto, STEP_ROWS)) or upto
-    rows = _add(connection, rollups.rows_of_step(), {"after": folded, "upto": last})
-    note(connection, "folded", last)
-    return rows, last
+    rows = rollups.rows_of_step()
+    with look() as connection:
+        folded: int = connection.execute(rollups.folded()).scalar_one()
+        if folded >= upto:
+            return 0, folded
+        last = connection.scalar(rollups.last_of_step(folded, upto, STEP_ROWS)) or upto
+        given = {"after": folded, "upto": last}
+        new = connection.execute(rows.new_dimensions, given).first()
+    if new:
+        with begin() as connection:
+            held_watermark(connection)
+            connection.execute(rows.enter_dimensions, given)
+    with look() as connection:
+        quarters = connection.execute(rows.quarters, given).mappings().all()
+    with begin() as connection:
+        now = held_watermark(connection)
+        if now != folded:
+            return 0, now  # another folder was quicker
+        _note_removed(connection)
+        if connection.scalar(rows.number, given) != _requests(quarters):  # some were deleted since
+            quarters = connection.execute(rows.quarters, given).mappings().all()
+        _add(connection, quarters)
+        note(connection, "folded", last)
+    return _requests(quarters), last
 
 
 def held_watermark(connection: Connection) -> int:
@@ -178,8 +195,8 @@ def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
         connection: In a transaction of its own.
         condition: Which rows; those above the watermark are in no roll-up.
     """
-    folded = held_watermark(connection)
-    _add(connection, rollups.folded_rows(folded, condition), {}, sign=-1)
+    rows = rollups.folded_rows(held_watermark(connection), condition)
+    _add(connection, connection.execute(rows.quarters).mappings().all(), sign=-1)
     connection.execute(rollups.drop_empty())
 
 
@@ -227,13 +244,11 @@ def _recount(connection: Connection, start: int) -> int:
     _write(connection, {_key(QUARTER_MS, quarter): _measures(quarter) for quarter in quarters})
     for span in SPANS_MS[1:]:
         connection.execute(rollups.sum_of_quarters(span, starts[span]))
-    return sum(int(quarter["requests"]) for quarter in quarters)
+    return _requests(quarters)
 
 
-def _add(connection: Connection, rows: Rows, given: dict[str, int], sign: int = 1) -> int:
-    """Add the rows to the roll-ups of every length; return how many they are."""
-    connection.execute(rows.enter_dimensions, given)
-    quarters = connection.execute(rows.quarters, given).mappings().all()
+def _add(connection: Connection, quarters: Sequence[RowMapping], sign: int = 1) -> None:
+    """Add what was measured by quarter to the roll-ups of every length."""
     sums: dict[_Key, Counter[str]] = defaultdict(Counter)
     for quarter in quarters:
         measured = _measures(quarter)
@@ -242,6 +257,9 @@ def _add(connection: Connection, rows: Rows, given: dict[str, int], sign: int = 
             for name, value in measured.items():
                 so_far[name] += sign * value
     _write(connection, sums)
+
+
+def _requests(quarters: Sequence[RowMapping]) -> int:
     return sum(int(quarter["requests"]) for quarter in quarters)
 
 

@@ -92,7 +92,7 @@ def fold(
         StoreUnavailable: The database cannot be reached; what was folded stays folded.
     """
     with translated():
-        return folding.fold(database.begun, stop=stop, on_step=on_step).rows
+        return folding.fold(database.begun, look=database.looked, stop=stop, on_step=on_step).rows
 
 
 def retain(
@@ -143,9 +143,9 @@ def cleanup(database: Database, cutoff_ms: int) -> int:
 
 def folded_upto(database: Database) -> int:
     """The id up to which rows are in the roll-ups; others must not be deleted by retention."""
-    with translated(), database.connected(database.engine) as connection:
-        folded: int | None = connection.scalar(select(rollups.noted("folded")))
-    return rollups.NOTHING if folded is None else folded
+    with translated(), database.looked() as connection:
+        folded: int = connection.execute(rollups.folded()).scalar_one()
+    return folded
 
 
 def _retains(settings: StoreSettings) -> bool:

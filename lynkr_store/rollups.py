@@ -304,6 +304,12 @@ def _whole_number(name: str) -> BindParameter[int]:
 # -- what a fold writes ------------------------------------------------------------------------
 
 
+@cache
+def folded() -> Select[*tuple[Any, ...]]:
+    """The watermark, without a hold on it."""
+    return select(func.coalesce(noted("folded"), NOTHING))
+
+
 def watermark() -> Select[*tuple[Any, ...]]:
     """The watermark; on PostgreSQL nobody else moves it before the transaction ends."""
     return select(PROGRESS.c.value).where(PROGRESS.c.name == "folded").with_for_update()
@@ -325,12 +331,17 @@ class Rows(NamedTuple):
     """Statements on some rows.
 
     Attributes:
-        enter_dimensions: Enters the combinations of their dimensions that are not there.
+        new_dimensions: The combinations of their dimensions that are not known.
+        enter_dimensions: Enters these.
         quarters: Their measures by quarter and dimension: ``start``, ``dimension_id``, measures.
+            Without those whose dimensions are not known.
+        number: How many they are.
     """
 
+    new_dimensions: Select[*tuple[Any, ...]]
     enter_dimensions: Insert
     quarters: Select[*tuple[Any, ...]]
+    number: Select[int]
 
 
 @cache
@@ -371,8 +382,10 @@ def rows_where(*conditions: ColumnElement[bool]) -> Rows:
     )
     keys = (each.c.start, each.c.dimension_id)
     return Rows(
+        new,
         insert(DIMENSIONS).from_select(list(_BY), new),
         select(*keys, *measures.of_rows(each.c)).group_by(*keys),
+        select(func.count()).select_from(TELEMETRY).where(*conditions, _in_domain),
     )
 
 

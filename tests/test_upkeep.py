@@ -113,9 +113,14 @@ def test_without_threads_it_is_tried_the_next_time(begin_upkeep, monkeypatch):
 def test_a_child_has_one_of_its_own(begin_upkeep):
     upkeep = begin_upkeep(lambda _: None, LONG_S)
     upkeep.note_rows(1)
+    parents, bell = upkeep._thread, upkeep._bell
     upkeep.after_fork_in_child()
     assert upkeep._thread is None
     assert upkeep._rows == 0
+    upkeep.finish()
+    bell.put(None)
+    parents.join(30)
+    assert not parents.is_alive()
 
 
 def test_a_store_folds_what_it_writes(url):
