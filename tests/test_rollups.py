@@ -536,13 +536,30 @@ def place(request, server_of, tmp_path_factory):
     drop()
 
 
-@settings(
-    max_examples=60,
+RELAXED = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(steps=st.lists(STEPS, max_size=9), windows=st.lists(WINDOWS, min_size=1, max_size=4))
+HISTORIES = {
+    "steps": st.lists(STEPS, max_size=9),
+    "windows": st.lists(WINDOWS, min_size=1, max_size=4),
+}
+
+
+@settings(RELAXED, max_examples=30)
+@given(**HISTORIES)
 def test_whatever_happens_the_answer_is_that_of_the_rows(place, steps, windows):
+    check_history(place, steps, windows)
+
+
+@pytest.mark.slow
+@settings(RELAXED, max_examples=400)
+@given(**HISTORIES)
+def test_whatever_happens_many_times_the_answer_is_that_of_the_rows(place, steps, windows):
+    check_history(place, steps, windows)
+
+
+def check_history(place, steps, windows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folding, "STEP_ROWS", 3)
         patch.setattr(folding, "_PATIENCE_S", 0.0)

@@ -275,7 +275,8 @@ class EarlierRelease:
             key, written = _key(table), self.written[table.name]
             assert len(written) > 30, "it did not get far"
             now = MetaData()
-            now.reflect(self._engine, only=[table.name])
+            with migrate.comparing():
+                now.reflect(self._engine, only=[table.name])
             with self._engine.connect() as connection:
                 rows = connection.execute(select(now.tables[table.name])).mappings().all()
             stored = {row[key]: row for row in rows}
