@@ -138,6 +138,10 @@ def _words(error: DBAPIError) -> tuple[str, bool]:
     diagnosis = getattr(driver, "diag", None)
     if diagnosis is None or not driver.sqlstate:
         return line, True
-    if diagnosis.context or diagnosis.message_detail:  # a trigger's words, a COPY's line, a row
+    database = driver.sqlstate.startswith(_DATABASE_STATES)
+    # a COPY's own context repeats the row's line, and the message of a fault of the database's
+    # does not; any other context is a trigger's, which may say what it likes
+    copying = (diagnosis.context or "").startswith("COPY ")
+    if diagnosis.message_detail or (diagnosis.context and not (copying and database)):
         return f"{type(driver).__name__} ({driver.sqlstate})", False
-    return line, driver.sqlstate.startswith(_DATABASE_STATES)
+    return line, database and not diagnosis.context
