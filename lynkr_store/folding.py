@@ -226,6 +226,7 @@ def rebuild(
             rows += _recount(connection, min(starts))
         on_step(rows)
         after = min(starts) + QUARTER_MS
+        time.sleep(PAUSE_S)
     return Folded(rows, done=False)
 
 
