@@ -6,7 +6,7 @@ from sqlalchemy import Connection, RowMapping
 from sqlalchemy.orm import Session
 
 from lynkr_store import rollups
-from lynkr_store.rollups import LONG_BACKLOG, NOTHING, Question, Standing
+from lynkr_store.rollups import LONG_BACKLOG, Question, Standing
 from lynkr_store.spans import QUARTER_MS, cover, floor_to
 
 
@@ -39,23 +39,22 @@ def ask(
     incomplete = None
     while True:
         stands = Standing(*session.execute(rollups.standing()).one())
-        folded = NOTHING if stands.folded is None else stands.folded
-        backlog = 0 if stands.newest is None else stands.newest - folded
+        backlog = 0 if stands.newest is None else stands.newest - stands.folded
         removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
         asked = cover(since, until, now, removed)
         rows = session.execute(
             rollups.answer(question, long_backlog=backlog > LONG_BACKLOG),
-            rollups.parameters(asked, since, until, folded) | given,
+            rollups.parameters(asked, since, until, stands.folded) | given,
         ).mappings()
         parts = [row for row in rows if row["requests"]]
         about = {part["part"]: part["requests"] for part in parts if not part["sign"]}
-        if about["folded"] != folded:
+        if about["folded"] != stands.folded:
             continue  # a fold came between, and its rows would count twice or not at all
         if about.get("known") != about.get("there"):
             # rows at an end of the window were removed: there it becomes one of whole quarters
-            for start, end in asked.ends:
+            for start, end in filter(any, asked.ends):  # one that is not ragged is empty
                 known, there = session.execute(
-                    rollups.counts_of_quarter(), {"start": start, "end": end, "folded": folded}
+                    rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
                 ).one()
                 if known != there:
                     since, until, incomplete = min(since, start), max(until, end), end
@@ -86,8 +85,7 @@ def removed_before(connection: Connection, stands: Standing) -> int | None:
         else:
             start = floor_to(QUARTER_MS, stands.oldest_row)
             known, there = connection.execute(
-                rollups.counts_of_quarter(),
-                {"start": start, "end": start + QUARTER_MS, "folded": stands.folded},
+                rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
             ).one()
             if stands.first_bucket < start or known != there:
                 found = stands.oldest_row

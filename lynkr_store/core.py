@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -24,13 +24,12 @@ from lynkr_store.probe import Probe
 from lynkr_store.repository import RoutingRepository, epoch_ms_now
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings
+from lynkr_store.spans import DAY_MS
 from lynkr_store.spool import Spool
 from lynkr_store.upkeep import Upkeep
 from lynkr_store.writer import CLOSE_S, Writer
 
 _T = TypeVar("_T")
-
-_DAY_MS: Final = 86_400_000
 
 
 class Core:
@@ -66,7 +65,7 @@ class Core:
             interval_s=settings.flush_interval_s,
             spool=_spool_maker(settings) if settings.spool_path and not read_only else None,
             spool_after_s=settings.spool_after_s,
-            forget_after_ms=(LEDGER_DAYS - 1) * _DAY_MS,  # a day for clocks that are set
+            forget_after_ms=(LEDGER_DAYS - 1) * DAY_MS,  # a day for clocks that are set
         )
         keep_up = partial(maintenance.keep_up, self._database, settings, self._clock)
         self._upkeep = Upkeep(keep_up, settings.maintenance_interval_s)

@@ -233,11 +233,7 @@ def rebuild(
 def _recount(connection: Connection, start: int) -> int:
     """Make the roll-ups of one quarter anew, and those of the hour and the day it is in."""
     rows = rollups.rows_of_quarter()
-    given = {
-        "quarter_since": start,
-        "quarter_until": start + QUARTER_MS,
-        "folded": held_watermark(connection),
-    }
+    given = rollups.quarter(start, held_watermark(connection))
     starts = {span: floor_to(span, start) for span in SPANS_MS}
     connection.execute(rollups.drop_buckets(starts))
     connection.execute(rows.enter_dimensions, given)

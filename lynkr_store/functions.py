@@ -3,7 +3,7 @@
 There is no default compilation: an unsupported database fails loudly.
 """
 
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 from sqlalchemy import (
     BigInteger,
@@ -12,15 +12,19 @@ from sqlalchemy import (
     Double,
     Integer,
     Label,
+    Table,
     case,
     cast,
     func,
     literal,
 )
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from lynkr_store.backend import Backend
 from lynkr_store.domains import Domain
 
 # A sum's two halves: each stays within 64 bits for more than four billion rows.
@@ -159,6 +163,17 @@ def _same_postgresql(element: same, compiler: SQLCompiler, **kw: Any) -> str:
 def _same_sqlite(element: same, compiler: SQLCompiler, **kw: Any) -> str:
     one, other = (compiler.process(clause, **kw) for clause in element.clauses)
     return f"({one} IS {other})"
+
+
+def inserting(backend: Backend, table: Table) -> Any:
+    """The dialect's own INSERT, which can say what is done ON CONFLICT."""
+    match backend:
+        case Backend.SQLITE:
+            return sqlite_insert(table)
+        case Backend.POSTGRESQL:
+            return postgresql_insert(table)
+        case _:
+            assert_never(backend)
 
 
 def scaled(column: ColumnElement[Any], domain: Domain) -> ColumnElement[int]:

@@ -15,12 +15,12 @@ from lynkr_store.engine import backend_of, ensure_begun
 from lynkr_store.faults import Fault, fault_of, refusal
 from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
+from lynkr_store.spans import DAY_MS
 
 LEDGER_DAYS: Final = 30
 """Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost
 longer ago, is not tried again: whether it is stored can no longer be told."""
 
-_DAY_MS: Final = 86_400_000
 _EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 
 PART_ROWS: Final = 100
@@ -88,7 +88,7 @@ def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
 
 def expire_ledger(connection: Connection, now_ms: int) -> None:
     """Forget up to 1,000 batches that are older than `LEDGER_DAYS`."""
-    cutoff = now_ms - LEDGER_DAYS * _DAY_MS
+    cutoff = now_ms - LEDGER_DAYS * DAY_MS
     connection.execute(queries.expire_batches(cutoff, _EXPIRED_ROWS))
 
 

@@ -21,6 +21,7 @@ from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.search_path import schema_of, set_path
 from lynkr_store.settings import StoreSettings
+from lynkr_store.spans import DAY_MS
 
 BUDGET_S: Final = 30.0
 """Seconds for retention: a tenth of the time between two of a store's own, by default."""
@@ -28,7 +29,6 @@ BUDGET_S: Final = 30.0
 OnStep = Callable[[int], None]
 """Told after each step of a fold how many rows were folded so far."""
 
-_DAY_MS: Final = 86_400_000
 _TURN: Final = ADVISORY_LOCK + 2
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
@@ -109,7 +109,7 @@ def retain(
     """
     now, deadline = clock(), time.monotonic() + budget_s
     rows_before, texts_before, rollups_before = (
-        None if days is None else now - int(days * _DAY_MS)
+        None if days is None else now - int(days * DAY_MS)
         for days in (
             settings.retention_days,
             settings.text_retention_days,

@@ -78,10 +78,12 @@ def of_rows(
             yield func.count(columns[name]).label(name)
 
 
-def of_rollups(names: Iterable[str] = ALL) -> Iterator[Label[Any]]:
+def of_rollups(
+    names: Iterable[str] = ALL, columns: ReadOnlyColumnCollection[str, Any] = ROLLUPS.c
+) -> Iterator[Label[Any]]:
     """The same measures from roll-ups."""
     for column in columns_of(names):
-        yield func.sum(ROLLUPS.c[column]).label(column)
+        yield func.sum(columns[column]).label(column)
 
 
 def columns_of(names: Iterable[str] = ALL) -> Iterator[str]:

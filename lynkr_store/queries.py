@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import Any, Final, assert_never
+from typing import Any, Final
 
 from sqlalchemy import (
     CTE,
@@ -25,15 +25,13 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.types import NullType
 
 from lynkr_store.backend import Backend
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
-from lynkr_store.functions import each_id, measured, one_of, unindexed
+from lynkr_store.functions import each_id, inserting, measured, one_of, unindexed
 from lynkr_store.models import FAILED, LEDGER, PROGRESS, TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
 
@@ -91,15 +89,13 @@ def enter_batch(
     An entry that another transaction has not yet committed is waited for.
     """
     values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
-    match backend:
-        case Backend.SQLITE:
-            into_sqlite = sqlite_insert(LEDGER).values(values)
-            return into_sqlite.on_conflict_do_nothing().returning(LEDGER.c.batch_id)
-        case Backend.POSTGRESQL:
-            into_postgresql = postgresql_insert(LEDGER).values(values)
-            return into_postgresql.on_conflict_do_nothing().returning(LEDGER.c.batch_id)
-        case _:
-            assert_never(backend)
+    entry: ReturningInsert[*tuple[Any, ...]] = (
+        inserting(backend, LEDGER)
+        .values(values)
+        .on_conflict_do_nothing()
+        .returning(LEDGER.c.batch_id)
+    )
+    return entry
 
 
 def batch_rows(batch_id: str) -> Select[*tuple[Any, ...]]:

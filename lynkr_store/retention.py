@@ -21,7 +21,7 @@ from lynkr_store.engine import backend_of
 from lynkr_store.faults import translated
 from lynkr_store.folding import settled_id
 from lynkr_store.models import SAVINGS, TELEMETRY
-from lynkr_store.rollups import NOTHING, last_of_step, note, note_first
+from lynkr_store.rollups import GREATEST_ID, NOTHING, last_of_step, note, note_first
 
 _STEP_S: Final = {  # what a step should take
     Backend.SQLITE: 0.012,  # others wait meanwhile
@@ -33,7 +33,6 @@ _ROWS_MOST: Final = 500
 
 _COUNTED: Final = 100_000  # of what remains; more would take time for a number that says as much
 _OF_TEXTS: Final = "texts_"  # names of the progress
-_GREATEST_ID: Final = 2**63 - 1
 _INCREMENTAL: Final = 2  # PRAGMA auto_vacuum, of a file that can be made smaller
 
 _id: Final = TELEMETRY.c.id
@@ -227,7 +226,7 @@ def _whole(timestamp: float, row_id: int) -> tuple[int, int]:
     """A place in whole milliseconds, or the next before it: some writers store fractions."""
     if isinstance(timestamp, int):
         return timestamp, row_id
-    return math.floor(max(timestamp, NOTHING)), _GREATEST_ID
+    return math.floor(max(timestamp, NOTHING)), GREATEST_ID
 
 
 def give_back(database: Database, *, stop: _Stop = _never) -> int:

@@ -7,7 +7,7 @@ above the watermark.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Final, NamedTuple, assert_never
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BigInteger,
@@ -21,7 +21,6 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     Subquery,
-    Table,
     Text,
     and_,
     bindparam,
@@ -36,24 +35,23 @@ from sqlalchemy import (
     select,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store import measures
 from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
-from lynkr_store.functions import same, unindexed
+from lynkr_store.functions import inserting, same, unindexed
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.spans import DAY_MS, QUARTER_MS, Cover, cover, floor_to
 
 NOTHING: Final = -(2**63)
 """The watermark before the first fold."""
 
+GREATEST_ID: Final = 2**63 - 1
+
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""
 
-_GREATEST_ID: Final = 2**63 - 1
 _KEYS_AND_MEASURES: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
 _BY: Final = ("provider", "model", "tier", "request_type")
 _t: Final = TELEMETRY.c
@@ -86,7 +84,7 @@ class Standing(NamedTuple):
         oldest_row: The first instant of a folded row that is there.
     """
 
-    folded: int | None
+    folded: int
     newest: int | None
     raw_from: int | None
     first_bucket: int | None
@@ -100,12 +98,12 @@ def standing() -> Select[*tuple[Any, ...]]:
     quarters = select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
     oldest = (
         select(_t.timestamp)
-        .where(_in_domain, unindexed(_t.id) <= noted("folded"))
+        .where(_in_domain, unindexed(_t.id) <= folded().scalar_subquery())
         .order_by(_t.timestamp)
         .limit(1)
     )
     return select(
-        noted("folded").label("folded"),
+        folded().scalar_subquery().label("folded"),
         select(func.max(_t.id)).scalar_subquery().label("newest"),
         noted("raw_from").label("raw_from"),
         quarters.order_by(ROLLUPS.c.start).scalar_subquery().label("first_bucket"),
@@ -117,8 +115,14 @@ def standing() -> Select[*tuple[Any, ...]]:
 def lag() -> Select[*tuple[Any, ...]]:
     """How many ids lie above the watermark; NULL where there is no row."""
     newest, oldest = (select(which(_t.id)).scalar_subquery() for which in (func.max, func.min))
-    folded = noted("folded")
-    return select(newest - case((folded >= oldest, folded), else_=oldest - 1))
+    watermark = noted("folded")
+    return select(newest - case((watermark >= oldest, watermark), else_=oldest - 1))
+
+
+@cache
+def folded() -> Select[*tuple[Any, ...]]:
+    """The watermark, without a hold on it."""
+    return select(func.coalesce(noted("folded"), NOTHING))
 
 
 def noted(name: str) -> ScalarSelect[int]:
@@ -126,23 +130,22 @@ def noted(name: str) -> ScalarSelect[int]:
     return select(PROGRESS.c.value).where(PROGRESS.c.name == name).scalar_subquery()
 
 
+def quarter(start: int, folded: int) -> dict[str, int]:
+    """What a statement on one quarter's rows up to the watermark takes."""
+    return {"quarter_since": start, "quarter_until": start + QUARTER_MS, "folded": folded}
+
+
 @cache
 def counts_of_quarter() -> Select[*tuple[Any, ...]]:
-    """How many rows of one quarter the roll-ups know, and how many of these are there.
+    """How many rows of one `quarter` the roll-ups know, and how many of these are there.
 
-    Equal, unless rows were removed. Takes ``start``, ``end`` and ``folded``.
+    Equal, unless rows were removed.
     """
-    start, end, folded = (_whole_number(name) for name in ("start", "end", "folded"))
-    known = select(func.sum(ROLLUPS.c.requests)).where(
-        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == start
+    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == _whole_number("quarter_since")
     )
-    there = select(func.count()).where(
-        _t.timestamp >= start, _t.timestamp < end, unindexed(_t.id) <= folded
-    )
-    return select(
-        func.coalesce(known.scalar_subquery(), 0).label("known"),
-        there.scalar_subquery().label("there"),
-    )
+    there = select(func.count()).where(*_folded_in("quarter"))
+    return select(known.scalar_subquery().label("known"), there.scalar_subquery().label("there"))
 
 
 def parameters(asked: Cover, since: int, until: int, folded: int) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
     )
     buckets = union_all(*spans).subquery()
     by = [DIMENSIONS.c[name] for name in question.by]
-    sums = (func.sum(buckets.c[column.name]).label(column.name) for column in columns)
+    sums = measures.of_rollups(question.names, buckets.c)
     statement = select(_part("buckets"), literal(1, Integer).label("sign"), *by, *sums).select_from(
         buckets.join(DIMENSIONS, DIMENSIONS.c.id == buckets.c.dimension_id)
     )
@@ -224,7 +227,7 @@ def _above_watermark(question: Question, *, long_backlog: bool) -> Select[*tuple
     rows = select(literal(1, Integer).label("sign")).where(
         row_id > _whole_number("folded"),
         # with one end alone, PostgreSQL's plan for any parameters expects a third of the table
-        row_id <= literal(_GREATEST_ID, BigInteger),
+        row_id <= literal(GREATEST_ID, BigInteger),
         instant >= _whole_number("since"),
         instant < _whole_number("until"),
         *_of_provider(question),
@@ -277,7 +280,7 @@ def _facts() -> dict[str, ColumnElement[int]]:
     )
     rows = union_all(*(select(_t.id).where(*_folded_in(f"end_{number}")) for number in ends))
     return {
-        "folded": func.coalesce(noted("folded"), NOTHING),
+        "folded": folded().scalar_subquery(),
         "known": known.scalar_subquery(),
         "there": select(func.count()).select_from(rows.subquery()).scalar_subquery(),
     }
@@ -302,12 +305,6 @@ def _whole_number(name: str) -> BindParameter[int]:
 
 
 # -- what a fold writes ------------------------------------------------------------------------
-
-
-@cache
-def folded() -> Select[*tuple[Any, ...]]:
-    """The watermark, without a hold on it."""
-    return select(func.coalesce(noted("folded"), NOTHING))
 
 
 def watermark() -> Select[*tuple[Any, ...]]:
@@ -352,7 +349,7 @@ def rows_of_step() -> Rows:
 
 @cache
 def rows_of_quarter() -> Rows:
-    """The rows of ``[quarter_since, quarter_until)`` up to the watermark ``folded``."""
+    """The rows of one `quarter`."""
     return rows_where(*_folded_in("quarter"))
 
 
@@ -398,7 +395,7 @@ def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
 @cache
 def add_to_rollups(backend: Backend) -> Insert:
     """Add measures to a roll-up, which is made if it is not there."""
-    into = _insert_or(backend, ROLLUPS)
+    into = inserting(backend, ROLLUPS)
     return _on_conflict(
         into, {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.columns_of()}
     )
@@ -407,24 +404,14 @@ def add_to_rollups(backend: Backend) -> Insert:
 @cache
 def note(backend: Backend) -> Insert:
     """Set a value of the progress; takes ``name`` and ``value``."""
-    into = _insert_or(backend, PROGRESS)
+    into = inserting(backend, PROGRESS)
     return _on_conflict(into, {"value": into.excluded.value})
 
 
 def note_first(backend: Backend) -> Insert:
     """Enter a value of the progress, unless it is there; takes ``name`` and ``value``."""
-    statement: Insert = _insert_or(backend, PROGRESS).on_conflict_do_nothing()
+    statement: Insert = inserting(backend, PROGRESS).on_conflict_do_nothing()
     return statement
-
-
-def _insert_or(backend: Backend, into: Table) -> Any:
-    match backend:
-        case Backend.SQLITE:
-            return sqlite_insert(into)
-        case Backend.POSTGRESQL:
-            return postgresql_insert(into)
-        case _:
-            assert_never(backend)
 
 
 def _on_conflict(into: Any, values: dict[str, Any]) -> Insert:
