@@ -14,7 +14,6 @@ from sqlalchemy import (
     Label,
     Table,
     case,
-    cast,
     func,
     literal,
 )
@@ -42,29 +41,40 @@ def measured(column: ColumnElement[Any], domain: Domain) -> ColumnElement[Any]:
     return case((column.between(-limit, limit), column))
 
 
-class floor_plus_half(FunctionElement[int]):  # noqa: N801 - written like any SQL function
-    """``floor(x + 0.5)`` of a double within ±2**53, as a 64-bit integer; NULL for NULL.
+class scaled(FunctionElement[int]):  # noqa: N801 - written like any SQL function
+    """``floor(x * scale + 0.5)`` of a measured value in its domain's integer units, else NULL.
 
-    The same integer on every backend: an addition and a floor of IEEE doubles. The backends' own
-    rounding functions and casts disagree with each other on ties.
+    The same 64-bit integer on every backend: products, sums and floors of IEEE doubles within
+    ±2**53. The backends' own rounding functions and casts disagree with each other on ties.
     """
 
     type = BigInteger()
-    name = "floor_plus_half"
+    name = "scaled"
     inherit_cache = True
 
+    def __init__(self, column: ColumnElement[Any], domain: Domain) -> None:
+        limit, scale = literal(domain.limit, BigInteger), literal(domain.scale, Double)
+        super().__init__(column, limit, scale)
 
-@compiles(floor_plus_half, "postgresql")
-def _floor_postgresql(element: floor_plus_half, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"CAST(floor({compiler.process(element.clauses, **kw)} + 0.5) AS BIGINT)"
+
+@compiles(scaled, "postgresql")
+def _scaled_postgresql(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
+    x, limit, scale = (compiler.process(clause, **kw) for clause in element.clauses)
+    units = f"CAST({x} AS DOUBLE PRECISION) * {scale} + 0.5"
+    return f"CASE WHEN {x} BETWEEN -{limit} AND {limit} THEN CAST(floor({units}) AS BIGINT) END"
 
 
-@compiles(floor_plus_half, "sqlite")
-def _floor_sqlite(element: floor_plus_half, compiler: SQLCompiler, **kw: Any) -> str:
+@compiles(scaled, "sqlite")
+def _scaled_sqlite(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
     # SQLite's floor() is an option of its build; CAST cuts toward zero, so a negative fraction
-    # is one too high.
-    x = f"({compiler.process(element.clauses, **kw)} + 0.5)"
-    return f"(CAST({x} AS INTEGER) - (CAST({x} AS INTEGER) > {x}))"
+    # is one too high. There are hardly any, and each comparison costs a row 50 ns.
+    x, limit, scale = (compiler.process(clause, **kw) for clause in element.clauses)
+    units = f"({x} * {scale} + 0.5)"
+    cut = f"CAST({units} AS INTEGER)"
+    return (
+        f"CASE WHEN {x} BETWEEN 0 AND {limit} THEN {cut} "
+        f"WHEN {x} BETWEEN -{limit} AND 0 THEN {cut} - ({cut} > {units}) END"
+    )
 
 
 class each_id(FunctionElement[int]):  # noqa: N801
@@ -151,6 +161,11 @@ class same(FunctionElement[bool]):  # noqa: N801
     name = "same"
     inherit_cache = True
 
+    def self_group(self, against: Any = None) -> Any:
+        """Itself: ``… = 1``, as a dialect without a type for it asks for, is no use to an index."""
+        del against
+        return self
+
 
 @compiles(same, "postgresql")
 def _same_postgresql(element: same, compiler: SQLCompiler, **kw: Any) -> str:
@@ -174,11 +189,6 @@ def inserting(backend: Backend, table: Table) -> Any:
             return postgresql_insert(table)
         case _:
             assert_never(backend)
-
-
-def scaled(column: ColumnElement[Any], domain: Domain) -> ColumnElement[int]:
-    """``floor(x * scale + 0.5)`` of a measured value in its domain's integer units, else NULL."""
-    return floor_plus_half(cast(measured(column, domain), Double) * literal(domain.scale, Double))
 
 
 def exact_sum(name: str, value: ColumnElement[int]) -> list[Label[Any]]:

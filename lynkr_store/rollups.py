@@ -312,6 +312,11 @@ def watermark() -> Select[*tuple[Any, ...]]:
     return select(PROGRESS.c.value).where(PROGRESS.c.name == "folded").with_for_update()
 
 
+def first_above(row_id: int) -> Select[*tuple[Any, ...]]:
+    """The first id above another, or NULL."""
+    return select(func.min(_t.id)).where(_t.id > row_id)
+
+
 def last_of_step(after: int, upto: int, rows: int) -> Select[*tuple[Any, ...]]:
     """The id of the last of so many rows after an id; none if there are not as many."""
     return (
@@ -388,7 +393,7 @@ def rows_where(*conditions: ColumnElement[bool]) -> Rows:
 
 def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
     # provider is never NULL, and an equality is what both databases join by best
-    others = (same(DIMENSIONS.c[name], rows.c[name]) for name in _BY[1:])
+    others = (same(DIMENSIONS.c[name], unindexed(rows.c[name])) for name in _BY[1:])
     return and_(DIMENSIONS.c.provider == unindexed(rows.c.provider), *others)
 
 

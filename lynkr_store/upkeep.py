@@ -10,7 +10,7 @@ from typing import Final
 from lynkr_store.exceptions import LynkrStoreError
 from lynkr_store.lifecycle import Forkable, without_sigterm
 
-WAKE_ROWS: Final = 5_000
+WAKE_ROWS: Final = 10_000
 """Rows written after which the work is due, whatever the time: a statistic reads each of them."""
 
 _FINISH_S: Final = 0.2
