@@ -6,6 +6,7 @@ of a statement, and beside a thread that is at work waits up to 5 ms to get it b
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -20,7 +21,10 @@ from lynkr_store.engine import backend_of
 from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
 
-_MOST_ROWS: Final = 128  # of a statement; its 5,760 values are well below SQLite's 32,766
+_MOST_ROWS: Final = 500  # of a statement; its 22,500 values are below SQLite's 32,766
+
+AWAY: Final = "lynkr_store_away"
+"""The execution option of a `lynkr_store.turns.Away`, to be entered around each long call."""
 
 _SQLITE: Final[Dialect] = sqlite.dialect()
 _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -62,10 +66,12 @@ def is_not_copied(error: DBAPIError) -> bool:
 def _insert(connection: Connection, columns: tuple[str, ...], rows: Sequence[Row]) -> None:
     used = _in_use(connection, columns, rows)
     values_of = itemgetter(*used)
+    away = connection.get_execution_options().get(AWAY, nullcontext)
     for part in _parts(rows):
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
-            connection.exec_driver_sql(_insert_of(columns, used, len(part)), flat)
+            with away():
+                connection.exec_driver_sql(_insert_of(columns, used, len(part)), flat)
         except DBAPIError as error:
             error.statement = _insert_of(columns, used, 1)  # the others repeat it
             raise
@@ -82,15 +88,15 @@ def _in_use(
     """
     used: set[str] = connection.info.setdefault(_IN_USE, set())
     idle = [name for name in columns if name not in used]
-    used.update(name for name in idle if set(map(itemgetter(name), rows)) != {None})
+    used.update(name for name in idle if [row[name] for row in rows].count(None) < len(rows))
     return tuple(name for name in columns if name in used)
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """The rows in parts of powers of two, so that the statements are few and stay prepared."""
+    """The rows in parts of few sizes, so that the statements are few and stay prepared."""
     at = 0
     while left := len(rows) - at:
-        size = min(_MOST_ROWS, 1 << left.bit_length() - 1)
+        size = _MOST_ROWS if left >= _MOST_ROWS else 1 << left.bit_length() - 1
         yield rows[at : at + size]
         at += size
 

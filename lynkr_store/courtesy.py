@@ -3,16 +3,15 @@
 SQLite has no queue for its one write lock: who finds it taken sleeps and looks again, after at most
 100 ms (``sqliteDefaultBusyCallback``). Writers that follow one another closely can therefore keep
 another out for as long as they like, and the gateway gives up after 3 s. So all stores of a
-machine, which share its clock, leave the lock alone together for a moment of every second:
+machine, which share its clock, leave the lock alone together for a moment again and again,
 long enough for whoever waits to look once.
 """
 
 import random
 from typing import Final
 
-PERIOD_S: Final = 1.0
-"""How often the lock is left alone: whoever waits may miss a moment, and a second one, within the
-gateway's 3 s."""
+PERIOD_S: Final = 1.4
+"""How often the lock is left alone: twice within the gateway's 3 s; whoever waits may miss one."""
 
 GAP_S: Final = 0.13
 """For how long: the 100 ms after which a waiting writer looks again, and a margin."""

@@ -12,12 +12,15 @@ from sqlalchemy import Connection, Engine, MetaData, Table, false, inspect, null
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import migrate, revisions
+from lynkr_store import bulk, migrate, revisions
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import again_s, pause_s
 from lynkr_store.engine import (
+    WAL_PAGES,
     backend_of,
     check_host_engine,
+    checkpoint,
+    checkpoint_after,
     create_reading_engine,
     create_store_engine,
     disposing,
@@ -44,11 +47,15 @@ from lynkr_store.repository import epoch_ms_now
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
+from lynkr_store.turns import Away
 
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
-_MARGIN: Final = 1.5  # by which a write may take longer than the last one
+_CHECKPOINT_ROWS: Final = 1_000  # that one of our own is worth it
+_BATCHES_WAL_PAGES: Final = 8_000
+"""64 MB of fresh file's pages. Batches that come without a break are checkpointed where the lock is
+left alone, every second or so, and not every other batch: a fifth of the time of writing."""
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
@@ -128,6 +135,8 @@ class Database(Forkable):
         self._disposed = False
         self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
+        self._not_in_file = 0  # rows written since the last checkpoint of our own
+        self._away: Away = nullcontext  # of the batch that is written
         self._batch = ""  # the last one, and what was refused of it and its parts
         self._tried: dict[str, Counter[str]] = {}
         self._known_good: Row | None = None  # a row that was taken, without its texts
@@ -197,12 +206,15 @@ class Database(Forkable):
                 ) from error
             raise
 
-    def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
+    def write(self, batch_id: str, rows: Sequence[Row], away: Away) -> Mapping[str, int]:
         """Store a batch once; see `lynkr_store.writer.Sink`.
 
         In one transaction, or, where a row of many is refused, in one for each part.
         """
-        with self._gate:
+        with away():
+            self._gate.acquire()
+        try:
+            self._away = away
             if self._file and self._identity() != self._file:
                 self._lose_file()
             with translated():
@@ -214,6 +226,9 @@ class Database(Forkable):
                         # the schema may have been changed: look again, to name the remedy
                         self._opened = False
                     raise
+        finally:
+            self._away = nullcontext
+            self._gate.release()
         self.on_written(len(rows))
         return refused
 
@@ -235,6 +250,8 @@ class Database(Forkable):
         """
         with self._gate if self._shared_file else nullcontext(), self._begun(last_s) as connection:
             ensure_begun(connection)  # on a host's engine too
+            if self._shared_file and self._owned:
+                checkpoint_after(connection, WAL_PAGES)
             yield connection
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
@@ -254,6 +271,7 @@ class Database(Forkable):
     ) -> Counter[str] | None:
         """Store a batch, or a part of one, in one transaction; None where it must go in parts."""
         with self._begun_for_batch() as connection:
+            connection.execution_options(**{bulk.AWAY: self._away})
             if of:
                 enter_parts(connection, of, self._clock())
             refused = self._insert(connection, batch_id, rows)
@@ -267,7 +285,9 @@ class Database(Forkable):
                     self._opened = False
                     raise
             try:
-                connection.commit()
+                with self._away():
+                    connection.commit()
+                self._not_in_file += len(rows)
             except DBAPIError as error:
                 if not error.connection_invalidated:
                     raise
@@ -280,14 +300,16 @@ class Database(Forkable):
 
     @contextmanager
     def _begun_for_batch(self) -> Iterator[Connection]:
-        with self._begun(self._hold_s) as connection:
+        with self._begun(self._hold_s, self._away) as connection:
+            if self._shared_file and self._owned:
+                checkpoint_after(connection, _BATCHES_WAL_PAGES)
             began = time.monotonic()
             yield connection
             # a long one is remembered for some batches: what comes is like what came
             self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
 
     @contextmanager
-    def _begun(self, last_s: float) -> Iterator[Connection]:
+    def _begun(self, last_s: float, away: Away = nullcontext) -> Iterator[Connection]:
         if not self._shared_file:
             with self.connected(self.writing) as connection, connection.begin():
                 yield connection
@@ -295,7 +317,9 @@ class Database(Forkable):
         deadline = time.monotonic() + _BUSY_S
         with self.connected(writing_at_once(self.engine)) as connection:
             while True:
-                time.sleep(pause_s(time.time(), _MARGIN * last_s))
+                if wait_s := pause_s(time.time(), last_s):
+                    with away():
+                        self._pause(connection, wait_s)
                 try:
                     connection.begin()
                 except OperationalError as error:
@@ -306,6 +330,14 @@ class Database(Forkable):
                     break
             yield connection
             connection.commit()
+
+    def _pause(self, connection: Connection, wait_s: float) -> None:
+        """Wait, and move what was written to the file meanwhile, which needs no lock."""
+        until = time.monotonic() + wait_s
+        if self._not_in_file >= _CHECKPOINT_ROWS:
+            self._not_in_file = 0
+            checkpoint(connection)
+        time.sleep(max(0.0, until - time.monotonic()))
 
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:

@@ -26,6 +26,9 @@ _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite'
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
 
 _BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
+WAL_PAGES: Final = 1_000
+"""Pages in the WAL after which a commit moves them to the file, by SQLite's default."""
+
 _CONNECTION_PRAGMAS: Final = (
     ("busy_timeout", _BUSY_MS),
     ("synchronous", "NORMAL"),  # with WAL: no corruption on a power cut, the last commits may go
@@ -327,6 +330,21 @@ def ensure_begun(connection: Connection) -> None:
         driver: Any = pooled.driver_connection or pooled.dbapi_connection  # the latter if detached
         if not driver.in_transaction:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def checkpoint_after(connection: Connection, pages: int) -> None:
+    """Have SQLite move what stands in its WAL to the file when it is so many pages at a commit."""
+    connection.exec_driver_sql(f"PRAGMA wal_autocheckpoint = {pages}")
+
+
+def checkpoint(connection: Connection) -> None:
+    """Move what stands in SQLite's WAL to the file, as far as it goes without waiting for anybody.
+
+    Outside of a transaction. A failure is left to the next one, as SQLite does with its own.
+    """
+    driver: Any = connection.connection.driver_connection
+    with suppress(connection.dialect.loaded_dbapi.Error):
+        driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 _inherited: list[Pool] = []

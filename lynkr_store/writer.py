@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +36,7 @@ from lynkr_store.ingest import Row, TextPolicy, cause_of, new_ids, row_of, row_o
 from lynkr_store.intake import Intake, Queued, unpacked
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
+from lynkr_store.turns import Away, Turns
 
 _BATCH_BYTES: Final = 8 * 2**20
 """Bytes of records in one batch at most: a transaction of about 0.1 s on SQLite, where a gateway
@@ -48,6 +49,8 @@ _FIRST_RETRY_S: Final = 0.1  # the range of the first wait, doubled with each tr
 _LAST_RETRY_S: Final = 5.0  # and its cap, the most by which a recovery is noticed late
 _UNANSWERED_S: Final = 1.0  # a try that takes longer counts as a database away
 _THREADS: Final = 2
+_READY: Final = 8  # batches that may be ready, for when the sink has waited and the rest did not
+_SLICE_ROWS: Final = 64  # checked in a millisecond
 _TICK_S: Final = 0.1  # how often the state of a delivery is looked at
 _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
 _SPOOL_AGAIN_S: Final = 1.0  # after the spool failed
@@ -62,8 +65,13 @@ _log = logging.getLogger("lynkr_store")
 class Sink(Protocol):
     """Where batches go."""
 
-    def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
+    def write(self, batch_id: str, rows: Sequence[Row], away: Away) -> Mapping[str, int]:
         """Store the rows, in order and durably, unless an earlier try under this id did.
+
+        Args:
+            batch_id: The same at every try.
+            rows: One or more.
+            away: To be entered around calls that take long and leave the interpreter alone.
 
         Returns:
             Cause to number of rows refused for their own fault; the others are stored.
@@ -153,6 +161,7 @@ class Writer(Forkable):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._bell: SimpleQueue[None] = SimpleQueue()  # may be rung from a signal handler
+        self._turns = Turns()
         self._account = Account()
         self._intake = Intake(
             self._clock,
@@ -165,9 +174,9 @@ class Writer(Forkable):
         self._spool = self._make_spool() if self._make_spool else None
         self._spool_rests_until = 0.0
         self._spool_all = False  # close() runs out of time
-        self._spooling = False  # the next batch is on its way there
+        self._spooling = False  # batches are on their way there
         self._delivery: _Batch | None = None
-        self._next: _Batch | None = None
+        self._ready: deque[_Batch] = deque()  # to be delivered next
         self._taken = 0  # records ever taken from the queue, and how many of them are settled or
         self._settled = 0  # spooled: in order, so a flush waits for a number
         self._hurry_to = 0  # flushes wait for this many
@@ -425,7 +434,13 @@ class Writer(Forkable):
             self._taken += len(records)
             self._account.in_hand += len(records)
             upto = self._taken
-        rows, rejected, mended = _checked_rows(records, self._policy)
+        rows: list[Row] = []
+        rejected: Counter[str] = Counter()
+        mended: Counter[str] = Counter()
+        for at in range(0, len(records), _SLICE_ROWS):
+            with self._turns.second():
+                some = records[at : at + _SLICE_ROWS]
+                _check(some, self._policy, rows, rejected, mended)
         with self._lock:
             if not self._over:
                 self._account.in_hand -= rejected.total()
@@ -434,17 +449,17 @@ class Writer(Forkable):
         return _Batch(uuid.uuid4().hex, rows, upto, units)
 
     def _place(self, batch: _Batch) -> None:
-        """Wait until the batch was taken to be delivered, or spooled."""
+        """Have the batch delivered in its turn; wait until there is room for another."""
         with self._lock:
             if self._over:
                 return
-            self._next = batch
+            self._ready.append(batch)
             self._changed.notify_all()
         while True:
             self._relieve()
             self._report_losses()
             with self._lock:
-                if self._next is not batch:
+                if len(self._ready) < _READY:
                     return
             self._listen(_TICK_S)
 
@@ -456,7 +471,7 @@ class Writer(Forkable):
             if not self._spool_is_due():
                 return
             self._spooling = True
-            batches = [b for b in (self._delivery, self._next) if b and not b.entry]
+            batches = [b for b in (self._delivery, *self._ready) if b and not b.entry]
         try:
             for batch in batches:
                 self._enter(self._spool, batch)
@@ -488,8 +503,8 @@ class Writer(Forkable):
             attempted_at = batch.asked_ms if batch.asking or batch.unsure else None
             entry = spool.enter(batch.id, batch.rows, attempted_at)
         with self._lock:
-            if self._next is batch:
-                self._next = None
+            if batch in self._ready:
+                self._ready.remove(batch)
             if not batch.settled:
                 self._free(batch)
                 if entry is None:
@@ -556,9 +571,8 @@ class Writer(Forkable):
                 if self._spool and (entry := self._spool.first()):
                     self._note_found()
                     return entry
-                if self._next:
-                    batch = self._delivery = self._next
-                    self._next = None
+                if self._ready:
+                    batch = self._delivery = self._ready.popleft()
                     batch.began = time.monotonic()
                     self._bell.put(None)
                     return batch
@@ -625,7 +639,8 @@ class Writer(Forkable):
                 batch.asked_ms = self._clock()
             batch.asking = True
         try:
-            batch.refused = self._sink.write(batch.id, batch.rows)
+            with self._turns.first():
+                batch.refused = self._sink.write(batch.id, batch.rows, self._turns.away)
         except OutcomeUnknown:
             batch.unsure = True
             raise
@@ -663,9 +678,8 @@ class Writer(Forkable):
         if lost:
             account.dropped_by["deadline"] += lost
         account.in_hand = 0
-        if self._next:
-            self._next.settled = True
-            self._next = None
+        while self._ready:
+            self._ready.popleft().settled = True
         self._settled = self._taken
         self._changed.notify_all()
         self._bell.put(None)
@@ -700,13 +714,14 @@ def _checked(timeout_s: float) -> float:
     return min(timeout_s, threading.TIMEOUT_MAX)
 
 
-def _checked_rows(
-    records: Sequence[Queued], policy: TextPolicy
-) -> tuple[list[Row], Counter[str], Counter[str]]:
-    """The rows of those records that are some; causes of the others, and of what was mended."""
-    rows: list[Row] = []
-    rejected: Counter[str] = Counter()
-    mended: Counter[str] = Counter()
+def _check(
+    records: Sequence[Queued],
+    policy: TextPolicy,
+    rows: list[Row],
+    rejected: Counter[str],
+    mended: Counter[str],
+) -> None:
+    """Add the rows of those records that are some; causes of the others, and of what was mended."""
     new_id = new_ids().__next__
     for record in records:
         try:
@@ -720,4 +735,3 @@ def _checked_rows(
             rows.append(row)
             if causes:
                 mended.update(causes)
-    return rows, rejected, mended

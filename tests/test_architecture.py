@@ -22,6 +22,7 @@ LEVELS = {
     "upkeep": 2,
     "account": 0,
     "courtesy": 0,
+    "turns": 0,
     "schemas": 1,
     "faults": 1,
     "lifecycle": 1,

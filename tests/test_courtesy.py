@@ -16,9 +16,9 @@ NOW = 1_750_000_000.0  # a whole number of periods
         (0.1, 0.5, GAP_S - 0.1),
         (GAP_S, 0.5, 0.0),
         (0.5, 0.4, 0.0),
-        (0.6, 0.5, PERIOD_S - 0.6 + GAP_S),  # it would reach into the next gap
+        (PERIOD_S - 0.4, 0.5, 0.4 + GAP_S),  # it would reach into the next gap
         (0.4, 60.0, 0.0),  # what takes longer than any period gets its turn all the same
-        (0.7, 60.0, PERIOD_S - 0.7 + GAP_S),
+        (PERIOD_S - 0.3, 60.0, 0.3 + GAP_S),
     ],
 )
 def test_writes_keep_out_of_the_gaps(into, expected, pause):

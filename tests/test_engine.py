@@ -29,6 +29,7 @@ from lynkr_store import (
     StoreUnavailable,
     UnsupportedDatabase,
     create_store_engine,
+    database,
     migrate,
     render,
     writing,
@@ -343,6 +344,31 @@ def test_a_file_that_another_writer_holds_is_waited_for(tmp_path):
             other.rollback()
         assert store.flush(20)
         assert store.health().written == 3
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_wal_that_batches_leave_moves_to_the_file_where_the_lock_is_left_alone(
+    tmp_path, monkeypatch, own
+):
+    monkeypatch.setattr(database, "pause_s", lambda *_: 0.001)
+    monkeypatch.setattr(database, "_CHECKPOINT_ROWS", 100)
+    path = tmp_path / "t.db"
+    engine = None if own else create_engine(f"sqlite:///{path}")
+    with Store(None if engine else f"sqlite:///{path}", engine=engine) as store:
+        store.maintain()
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        empty = path.stat().st_size
+        for _ in range(3):
+            for _ in range(100):  # 30 pages, and SQLite's own checkpoint comes after 1,000
+                store.record(provider="p", request_text="x" * 2_000)
+            assert store.flush(10)
+        assert path.stat().st_size - empty > 200 * 2_000
+        with store.engine.connect() as connection:
+            pages = connection.exec_driver_sql("PRAGMA wal_autocheckpoint").scalar_one()
+        assert pages == (8_000 if own else 1_000), "a host's connections are its own"
+    if engine:
+        engine.dispose()
 
 
 def test_a_store_that_is_forgotten_still_writes(tmp_path):

@@ -727,7 +727,7 @@ class Sink:
     def __init__(self):
         self.seen = []
 
-    def write(self, batch_id, batch):
+    def write(self, batch_id, batch, _away):
         self.seen.append((batch_id, [row["request_id"] for row in batch]))
         return {}
 

@@ -25,7 +25,7 @@ class Sink:
         self.failures = []
         self.refuse = {}
 
-    def write(self, batch_id, rows):
+    def write(self, batch_id, rows, _away):
         self.entered.set()
         self.ids.append(batch_id)
         assert self.open.wait(20)
@@ -93,6 +93,21 @@ def test_records_arrive_in_order_and_in_batches(make, sink):
     assert sink.providers == [str(n) for n in range(95)]
     assert max(map(len, sink.batches)) == 10
     assert writer.account().written == 95
+
+
+def test_while_the_sink_hangs_some_batches_are_made_ready_and_what_is_wrong_is_told(make, sink):
+    sink.open.clear()
+    writer = make(batch_rows=10, max_rows=200)
+    writer.submit({"provider": "first"})
+    assert sink.entered.wait(5)
+    for n in range(200):
+        assert writer.submit({"provider": str(n)} if n % 10 else {})
+    eventually(lambda: writer.account().rejected_by.total() >= 8)
+    assert adds_up(writer.account())
+    sink.open.set()
+    assert writer.flush(5)
+    assert sink.providers == ["first", *(str(n) for n in range(200) if n % 10)]
+    assert writer.account().rejected_by == {"no_provider": 20}
 
 
 def test_a_batch_goes_after_the_interval_even_if_it_is_not_full(make, sink):
