@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
 from lynkr_store import rollups
@@ -19,7 +19,7 @@ class Answer(NamedTuple):
             before this instant, and it was made up of whole quarters of an hour there.
     """
 
-    parts: list[RowMapping]
+    parts: list[dict[str, Any]]
     raw_from: int | None
 
 
@@ -42,15 +42,16 @@ def ask(
         backlog = 0 if stands.newest is None else stands.newest - stands.folded
         removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
         asked = cover(since, until, now, removed)
-        rows = session.execute(
+        found = session.execute(
             rollups.answer(question, long_backlog=backlog > LONG_BACKLOG),
             rollups.parameters(asked, since, until, stands.folded) | given,
-        ).mappings()
-        parts = [row for row in rows if row["requests"]]
+        )
+        names = tuple(found.keys())
+        parts = [dict(zip(names, row, strict=True)) for row in found.all()]
         about = {part["part"]: part["requests"] for part in parts if not part["sign"]}
         if about["folded"] != stands.folded:
             continue  # a fold came between, and its rows would count twice or not at all
-        if about.get("known") != about.get("there"):
+        if about["known"] != about["there"]:
             # rows at an end of the window were removed: there it becomes one of whole quarters
             for start, end in filter(any, asked.ends):  # one that is not ragged is empty
                 known, there = session.execute(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal, Self, overload
 
-from sqlalchemy import RowMapping
 from sqlalchemy.orm import Session
 
 from lynkr_store import answers, queries
@@ -312,7 +311,7 @@ class _Tally(Counter[str]):
             tally.add(part)
         return tally
 
-    def add(self, part: RowMapping) -> None:
+    def add(self, part: Mapping[str, Any]) -> None:
         sign = part["sign"]
         for name, value in part.items():
             if value and name not in _NO_MEASURES:

@@ -196,10 +196,13 @@ def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
         for number in range(len(_SHAPE.buckets))
     )
     buckets = union_all(*spans).subquery()
+    key = buckets.c.dimension_id
+    # by number first: SQLite groups by sorting, and by text that takes half as long again
+    each = select(key, *measures.of_rollups(question.names, buckets.c)).group_by(key).subquery()
     by = [DIMENSIONS.c[name] for name in question.by]
-    sums = measures.of_rollups(question.names, buckets.c)
+    sums = measures.of_rollups(question.names, each.c)
     statement = select(_part("buckets"), literal(1, Integer).label("sign"), *by, *sums).select_from(
-        buckets.join(DIMENSIONS, DIMENSIONS.c.id == buckets.c.dimension_id)
+        each.join(DIMENSIONS, DIMENSIONS.c.id == each.c.dimension_id)
     )
     if question.one_provider:
         statement = statement.where(DIMENSIONS.c.provider == _provider())
