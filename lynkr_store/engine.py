@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
 from urllib.parse import quote
@@ -423,8 +424,7 @@ def _set_up(connection: Any) -> None:
     driver.text_factory = _decoded
 
 
-def _decoded(raw: bytes) -> str:
-    return raw.decode(errors="replace")
+_decoded: Final = methodcaller("decode", errors="replace")  # of each text that is read
 
 
 def _is_ours(cursor: Any) -> bool:

@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.sql.dml import ReturningInsert
-from sqlalchemy.types import NullType
+from sqlalchemy.types import NullType, TypeDecorator
 
 from lynkr_store.backend import Backend
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
@@ -58,8 +58,22 @@ _BOUNDED: Final = {
     "output_tokens": COUNT,
 }
 
-_PAGE: Final = select(*(c for c in _t if c.name in RoutingRow.model_fields))
-_BRIEF_PAGE: Final = select(*(c for c in _t if c.name in RoutingRowBrief.model_fields))
+
+def _page(model: type[RoutingRowBrief]) -> Select[*tuple[Any, ...]]:
+    """The model's columns as they were stored: it knows what they mean."""
+    columns = (column for column in _t if column.name in model.model_fields)
+    return select(
+        *(
+            type_coerce(c, c.type.impl_instance).label(c.name)
+            if isinstance(c.type, TypeDecorator)
+            else c
+            for c in columns
+        )
+    )
+
+
+_PAGE: Final = _page(RoutingRow)
+_BRIEF_PAGE: Final = _page(RoutingRowBrief)
 _VALUE: Final = column("value", BigInteger)
 _NEWEST: Final = (_t.timestamp.desc(), _t.id.desc())
 _INDEXED: Final = (("session_id",), ("model",), ("provider", "has_error"), ("tier",))

@@ -172,10 +172,7 @@ class RoutingRepository:
         model = RoutingRow if include_text else RoutingRowBrief
         with translated():
             stored = self._session.execute(statement)
-            names, rows = tuple(stored.keys()), stored.all()
-        return [
-            model.from_stored(dict(zip(names, row, strict=True)), self._reading) for row in rows
-        ]
+            return model.from_stored(tuple(stored.keys()), stored.all(), self._reading)
 
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:
         """What a person reads first about a window; by default the last 24 hours.

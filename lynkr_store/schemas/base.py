@@ -1,8 +1,8 @@
 """The common ground of the schemas: frozen models, instants, frozen mappings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 from immutabledict import immutabledict
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
@@ -13,6 +13,7 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 _INT64_MAX: Final = 2**63 - 1
 
 _V = TypeVar("_V")
+_M = TypeVar("_M", bound=BaseModel)
 
 
 class FrozenInput(BaseModel):
@@ -28,21 +29,21 @@ class FrozenOutput(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    @classmethod
-    def _of(cls, values: dict[str, Any]) -> Self:
-        """An instance with exactly these values, one for each field, which become its own.
 
-        What `model_construct` does, without looking each field up: a seventh of the time.
-        """
-        made = cls.__new__(cls)
-        for name, value in (
-            ("__dict__", values),
-            ("__pydantic_fields_set__", set(values)),
-            ("__pydantic_extra__", None),
-            ("__pydantic_private__", None),
-        ):
-            object.__setattr__(made, name, value)
-        return made
+def made(model: type[_M], rows: Iterable[dict[str, Any]]) -> list[_M]:
+    """Instances with exactly these values, one for each field; the dicts become their own.
+
+    What `model_construct` does, without looking each field up: a seventh of the time.
+    """
+    fields, put, instances = set(model.model_fields), object.__setattr__, []
+    for values in rows:
+        instance = model.__new__(model)
+        put(instance, "__dict__", values)
+        put(instance, "__pydantic_fields_set__", fields)
+        put(instance, "__pydantic_extra__", None)
+        put(instance, "__pydantic_private__", None)
+        instances.append(instance)
+    return instances
 
 
 def _sorted_frozen(value: Mapping[str, _V]) -> Mapping[str, _V]:

@@ -7,13 +7,14 @@ not be read.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from types import NoneType
 from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import Field
 
-from lynkr_store.schemas.base import FrozenInput, FrozenOutput, epoch_ms, utc
+from lynkr_store.schemas.base import FrozenInput, FrozenOutput, made, utc
 
 Number = int | float
 """A stored number: a real in an integer's column comes out as it is (``79.5``)."""
@@ -167,24 +168,24 @@ class RoutingRowBrief(FrozenOutput):
     )
 
     @classmethod
-    def from_stored(cls, stored: Mapping[str, Any], reading: Reading) -> Self:
-        """Read one stored row.
+    def from_stored(
+        cls, names: Sequence[str], rows: Iterable[Sequence[Any]], reading: Reading
+    ) -> list[Self]:
+        """Read stored rows, a column at a time: most need no look at each of their values.
 
         Args:
-            stored: Column name to value, straight from the database.
+            names: Of the rows' columns.
+            rows: Their values, straight from the database.
             reading: Counts the values that could not be read.
         """
-        values: dict[str, Any] = {
-            name: read(reading, stored[name]) for name, read in cls._readers().items()
-        }
-        raw = stored["timestamp"]
-        raw = epoch_ms(raw) if isinstance(raw, datetime) else raw
-        values["cursor"] = Cursor.model_construct(timestamp=raw, id=stored["id"])
-        return cls._of(values)
-
-    @classmethod
-    def _readers(cls) -> Mapping[str, Callable[[Reading, object], object]]:
-        return _READERS[cls]
+        columns = dict(zip(names, zip(*rows, strict=True), strict=False))
+        if not columns:
+            return []
+        read = {name: read(reading, columns[name]) for name, read in _READERS[cls].items()}
+        places = zip(columns["timestamp"], columns["id"], strict=True)
+        read["cursor"] = made(Cursor, ({"timestamp": at, "id": row_id} for at, row_id in places))
+        whole = zip(*read.values(), strict=True)
+        return made(cls, (dict(zip(read, row, strict=True)) for row in whole))
 
     def to_gateway(self) -> dict[str, Any]:
         """The row as the gateway's ``query`` gives it: its column names, 0/1 flags, epoch ms."""
@@ -204,14 +205,30 @@ class RoutingRow(RoutingRowBrief):
     response_text: str | None
 
 
-def _reader_of(annotation: object) -> Callable[[Reading, object], object]:
+_Read = Callable[[Reading, Sequence[Any]], Sequence[Any]]
+
+
+def _column_of(one: Callable[[Reading, Any], Any], *usual: type) -> _Read:
+    """Reads a column: as it is where it holds the usual types alone, else each value by itself."""
+    types = {*usual, NoneType}
+
+    def read(reading: Reading, values: Sequence[Any]) -> Sequence[Any]:
+        found = set(map(type, values))
+        if found <= types and (float not in found or all(map(math.isfinite, filter(None, values)))):
+            return values
+        return [one(reading, value) for value in values]
+
+    return read
+
+
+def _reader_of(annotation: object) -> _Read:
     if annotation == str | None:
-        return Reading.text
+        return _column_of(Reading.text, str)
     if annotation == bool | None:
-        return Reading.flag
+        return _column_of(Reading.flag)
     if annotation == datetime | None:
-        return Reading.instant
-    return Reading.number
+        return _column_of(Reading.instant)
+    return _column_of(Reading.number, int, float)
 
 
 _READERS: Final = {
@@ -222,3 +239,4 @@ _READERS: Final = {
     }
     for model in (RoutingRowBrief, RoutingRow)
 }
+"""How a model's columns are read."""
