@@ -130,6 +130,10 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
         last = min(first + STEP_ROWS - 1, upto)
         given = {"after": folded, "upto": last}
         quarters = connection.execute(rows.quarters, given).mappings().all()
+        if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # there are ids without rows
+            last = connection.scalar(rollups.last_of_step(folded, upto, STEP_ROWS)) or upto
+            given = {"after": folded, "upto": last}
+            quarters = connection.execute(rows.quarters, given).mappings().all()
         new = None
         if last - first + 1 != _requests(quarters):  # not each id is a row's of known dimensions
             new = connection.execute(rows.new_dimensions, given).first()

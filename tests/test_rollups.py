@@ -142,6 +142,16 @@ def test_a_fold_goes_in_steps_and_can_be_stopped(engine, begin, monkeypatch):
     assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
 
 
+def test_ids_far_apart_are_folded_in_as_few_steps(engine, begin, monkeypatch):
+    monkeypatch.setattr(folding, "STEP_ROWS", 4)
+    with begin() as connection:
+        put(connection, *({"id": n * 10**6, "timestamp": NOW - n} for n in range(1, 11)))
+    told = []
+    assert folding.fold(begin, on_step=told.append) == (10, True)
+    assert told == [4, 8, 10]
+    assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
+
+
 def test_nothing_can_be_folded_too(engine, begin):
     assert folding.fold(begin) == (0, True)
     assert folding.rebuild(begin) == (0, True)
