@@ -6,7 +6,7 @@ of a statement, and beside a thread that is at work waits up to 5 ms to get it b
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -20,6 +20,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of
 from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
+from lynkr_store.turns import Away
 
 _MOST_ROWS: Final = 500  # of a statement; its 22,500 values are below SQLite's 32,766
 
@@ -50,12 +51,13 @@ def send(connection: Connection, rows: Sequence[Row]) -> None:
         Exception: Whatever the driver raised, as SQLAlchemy presents it.
     """
     columns = tuple(rows[0])
+    away = connection.get_execution_options().get(AWAY, nullcontext)
     if backend_of(connection) is Backend.SQLITE:
-        _insert(connection, columns, rows)
+        _insert(connection, columns, rows, away)
     elif connection.dialect.is_async:  # psycopg's COPY has to be awaited there
         connection.execute(insert_rows(), rows)
     else:
-        _copy(connection, columns, map(itemgetter(*columns), rows))
+        _copy(connection, columns, map(itemgetter(*columns), rows), away)
 
 
 def is_not_copied(error: DBAPIError) -> bool:
@@ -63,10 +65,11 @@ def is_not_copied(error: DBAPIError) -> bool:
     return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
 
 
-def _insert(connection: Connection, columns: tuple[str, ...], rows: Sequence[Row]) -> None:
+def _insert(
+    connection: Connection, columns: tuple[str, ...], rows: Sequence[Row], away: Away
+) -> None:
     used = _in_use(connection, columns, rows)
     values_of = itemgetter(*used)
-    away = connection.get_execution_options().get(AWAY, nullcontext)
     for part in _parts(rows):
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
@@ -120,15 +123,21 @@ def _into(dialect: Dialect, columns: Iterable[str]) -> str:
 
 
 def _copy(
-    connection: Connection, columns: tuple[str, ...], tuples: Iterable[tuple[Any, ...]]
+    connection: Connection,
+    columns: tuple[str, ...],
+    tuples: Iterable[tuple[Any, ...]],
+    away: Away,
 ) -> None:
     statement, types = _copy_of(columns)
     driver: Any = connection.connection.driver_connection
     try:
-        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        with driver.cursor() as cursor, ExitStack() as under_way:
+            copy = under_way.enter_context(cursor.copy(statement))
             copy.set_types(types)
             for row in tuples:
                 copy.write_row(row)
+            with away():
+                under_way.close()  # waits for the server, which is not done yet
     except connection.dialect.loaded_dbapi.Error as error:
         lost = driver.closed  # which a connection that broke is too
         if lost:
