@@ -250,8 +250,6 @@ class Database(Forkable):
         """
         with self._gate if self._shared_file else nullcontext(), self._begun(last_s) as connection:
             ensure_begun(connection)  # on a host's engine too
-            if self._shared_file and self._owned:
-                checkpoint_after(connection, WAL_PAGES)
             yield connection
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
@@ -300,16 +298,16 @@ class Database(Forkable):
 
     @contextmanager
     def _begun_for_batch(self) -> Iterator[Connection]:
-        with self._begun(self._hold_s, self._away) as connection:
-            if self._shared_file and self._owned:
-                checkpoint_after(connection, _BATCHES_WAL_PAGES)
+        with self._begun(self._hold_s, self._away, _BATCHES_WAL_PAGES) as connection:
             began = time.monotonic()
             yield connection
             # a long one is remembered for some batches: what comes is like what came
             self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
 
     @contextmanager
-    def _begun(self, last_s: float, away: Away = nullcontext) -> Iterator[Connection]:
+    def _begun(
+        self, last_s: float, away: Away = nullcontext, wal_pages: int = WAL_PAGES
+    ) -> Iterator[Connection]:
         if not self._shared_file:
             with self.connected(self.writing) as connection, connection.begin():
                 yield connection
@@ -328,6 +326,8 @@ class Database(Forkable):
                     time.sleep(again_s())
                 else:
                     break
+            if self._owned:  # a host's connections are its own
+                checkpoint_after(connection, wal_pages)
             yield connection
             connection.commit()
 

@@ -67,7 +67,7 @@ def _scaled_postgresql(element: scaled, compiler: SQLCompiler, **kw: Any) -> str
 @compiles(scaled, "sqlite")
 def _scaled_sqlite(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
     # SQLite's floor() is an option of its build; CAST cuts toward zero, so a negative fraction
-    # is one too high. There are hardly any, and each comparison costs a row 50 ns.
+    # is one too high. There are hardly any, so the others do not pay for them.
     x, limit, scale = (compiler.process(clause, **kw) for clause in element.clauses)
     units = f"({x} * {scale} + 0.5)"
     cut = f"CAST({units} AS INTEGER)"

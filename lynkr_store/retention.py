@@ -153,7 +153,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
         StoreUnavailable: The database cannot be reached; what was removed before is gone.
     """
     with translated():
-        settled = settled_id(database.begun)
+        settled = settled_id(database.begun, database.looked)
     noted: _Place | None = None  # by us, and exactly
     exactly: queries.Place = NOTHING, NOTHING
 
