@@ -110,7 +110,9 @@ class Spool:
             for path in self._siblings():
                 if all(file is None or file.path != path for file in held):
                     file = self._claim(path)
-                    if file:
+                    if file and not file.found:  # its own process may be about to take it
+                        file.close()
+                    elif file:
                         self._left.append(file)
                         self._find(file)
 

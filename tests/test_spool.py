@@ -339,6 +339,16 @@ def test_a_second_spool_in_a_process_does_not_open_the_first_to_others(make, pat
     assert drained(first) == ["first-0"]
 
 
+def test_an_empty_file_is_left_to_the_process_that_will_take_it(make, path):
+    second = path.with_name("spool.db.2")
+    first, other = make(), make()
+    other.close()
+    assert second.exists()
+    first.open()  # looks again for what others left
+    with Holder(path) as holder:
+        assert holder.path == second
+
+
 def test_many_processes_share_a_path(make, path):
     holders = [Holder(path, f"b{n}") for n in range(4)]
     try:

@@ -380,7 +380,9 @@ def test_two_processes_share_a_path_through_an_outage(database, path, tmp_path):
     with sharing(database, path, "a", "b") as children:
         with database.away():
             files = {said(child)[1] for child in children}
-        assert files == {str(path), f"{path}.2"}
+        # one that looks for what others left may hold a name just when another would take it
+        assert len(files) == 2, "each has a file of its own"
+        assert files <= {str(path), f"{path}.2", f"{path}.3"}
         for child in children:
             tell(child, "wait")
         assert [said(child) for child in children] == [["written"], ["written"]]
