@@ -52,10 +52,12 @@ from lynkr_store.turns import Away
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
-_CHECKPOINT_ROWS: Final = 1_000  # that one of our own is worth it
-_BATCHES_WAL_PAGES: Final = 8_000
-"""64 MB of fresh file's pages. Batches that come without a break are checkpointed where the lock is
-left alone, every second or so, and not every other batch: a fifth of the time of writing."""
+_LONG_LOG_PAGES: Final = 4_000
+"""32 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
+between two batches, so that it begins anew."""
+_BATCHES_WAL_PAGES: Final = 2 * _LONG_LOG_PAGES
+"""Pages from which on a commit moves them: a fifth of the time of writing. A fold does it before it
+comes to that, beside the batches, and a batch does in the pause in which the lock is left alone."""
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
@@ -135,7 +137,7 @@ class Database(Forkable):
         self._disposed = False
         self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
-        self._not_in_file = 0  # rows written since the last checkpoint of our own
+        self._checkpointing = threading.Lock()
         self._away: Away = nullcontext  # of the batch that is written
         self._batch = ""  # the last one, and what was refused of it and its parts
         self._tried: dict[str, Counter[str]] = {}
@@ -239,7 +241,7 @@ class Database(Forkable):
             yield connection
 
     @contextmanager
-    def begun(self, last_s: float = 0.02) -> Iterator[Connection]:
+    def begun(self, last_s: float = 0.02, *, wal_pages: int = WAL_PAGES) -> Iterator[Connection]:
         """A transaction that may write, on SQLite with the write lock, and is committed at the end.
 
         Whoever writes to a file that others share takes its turn here, and with this store's own
@@ -247,10 +249,29 @@ class Database(Forkable):
 
         Args:
             last_s: Seconds for which the lock was held the last time; it will be about as long.
+            wal_pages: Pages in SQLite's WAL from which on the commit moves them to the file.
         """
-        with self._gate if self._shared_file else nullcontext(), self._begun(last_s) as connection:
+        gate = self._gate if self._shared_file else nullcontext()
+        with gate, self._begun(last_s, wal_pages=wal_pages) as connection:
             ensure_begun(connection)  # on a host's engine too
             yield connection
+
+    @contextmanager
+    def begun_step(self) -> Iterator[Connection]:
+        """As `begun`, one of many steps between which `checkpoint` is called."""
+        with self.begun(wal_pages=_BATCHES_WAL_PAGES) as connection:
+            yield connection
+
+    def checkpoint(self) -> None:
+        """Move what stands in SQLite's WAL to the file, most of it beside the batches."""
+        if not self._shared_file:
+            return
+        with self.connected(self.engine) as connection:
+            with self._checkpointing:
+                pages = checkpoint(connection)
+            if pages >= _LONG_LOG_PAGES:
+                with self._gate:
+                    checkpoint(connection)
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
         if batch_id != self._batch:
@@ -285,7 +306,6 @@ class Database(Forkable):
             try:
                 with self._away():
                     connection.commit()
-                self._not_in_file += len(rows)
             except DBAPIError as error:
                 if not error.connection_invalidated:
                     raise
@@ -334,9 +354,11 @@ class Database(Forkable):
     def _pause(self, connection: Connection, wait_s: float) -> None:
         """Wait, and move what was written to the file meanwhile, which needs no lock."""
         until = time.monotonic() + wait_s
-        if self._not_in_file >= _CHECKPOINT_ROWS:
-            self._not_in_file = 0
-            checkpoint(connection)
+        if self._checkpointing.acquire(timeout=wait_s):
+            try:
+                checkpoint(connection)
+            finally:
+                self._checkpointing.release()
         time.sleep(max(0.0, until - time.monotonic()))
 
     @contextmanager

@@ -338,14 +338,20 @@ def checkpoint_after(connection: Connection, pages: int) -> None:
     connection.exec_driver_sql(f"PRAGMA wal_autocheckpoint = {pages}")
 
 
-def checkpoint(connection: Connection) -> None:
+def checkpoint(connection: Connection) -> int:
     """Move what stands in SQLite's WAL to the file, as far as it goes without waiting for anybody.
 
     Outside of a transaction. A failure is left to the next one, as SQLite does with its own.
+
+    Returns:
+        Pages that stand in the WAL; a writer begins it anew when all of them are in the file.
     """
     driver: Any = connection.connection.driver_connection
-    with suppress(connection.dialect.loaded_dbapi.Error):
-        driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    try:
+        _, pages, _ = driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    except connection.dialect.loaded_dbapi.Error:
+        return 0
+    return int(pages)
 
 
 _inherited: list[Pool] = []

@@ -91,8 +91,15 @@ def fold(
     Raises:
         StoreUnavailable: The database cannot be reached; what was folded stays folded.
     """
+
+    def after_step(rows: int) -> None:
+        database.checkpoint()
+        on_step(rows)
+
     with translated():
-        return folding.fold(database.begun, look=database.looked, stop=stop, on_step=on_step).rows
+        return folding.fold(
+            database.begun_step, look=database.looked, stop=stop, on_step=after_step
+        ).rows
 
 
 def retain(

@@ -351,7 +351,6 @@ def test_a_wal_that_batches_leave_moves_to_the_file_where_the_lock_is_left_alone
     tmp_path, monkeypatch, own
 ):
     monkeypatch.setattr(database, "pause_s", lambda *_: 0.001)
-    monkeypatch.setattr(database, "_CHECKPOINT_ROWS", 100)
     path = tmp_path / "t.db"
     engine = None if own else create_engine(f"sqlite:///{path}")
     with Store(None if engine else f"sqlite:///{path}", engine=engine) as store:
@@ -369,6 +368,39 @@ def test_a_wal_that_batches_leave_moves_to_the_file_where_the_lock_is_left_alone
         assert pages == (8_000 if own else 1_000), "a host's connections are its own"
     if engine:
         engine.dispose()
+
+
+def test_a_fold_moves_the_wal_to_the_file(tmp_path):
+    path = tmp_path / "t.db"
+    with Store(f"sqlite:///{path}") as store:
+        store.maintain()
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        empty = path.stat().st_size
+        for _ in range(100):
+            store.record(provider="p", request_text="x" * 2_000)
+        assert store.flush(10)
+        assert path.stat().st_size == empty
+        store.maintain()
+        assert path.stat().st_size - empty > 100 * 2_000
+
+
+@pytest.mark.parametrize(("pages", "ends"), [(3_999, [False]), (4_000, [False, True])])
+def test_the_end_of_a_long_wal_is_moved_between_two_batches(tmp_path, monkeypatch, pages, ends):
+    batches_wait = []
+    with Store(f"sqlite:///{tmp_path}/t.db") as store:
+        store.maintain()
+        store.record(provider="p")
+        assert store.flush(10)
+
+        def checkpoint(_):
+            batches_wait.append(store._database._gate.locked())
+            return pages
+
+        monkeypatch.setattr(database, "checkpoint", checkpoint)
+        monkeypatch.setattr(database, "pause_s", lambda *_: 0)
+        store.maintain()
+    assert batches_wait == ends
 
 
 def test_a_store_that_is_forgotten_still_writes(tmp_path):
