@@ -25,7 +25,6 @@ BATCH: Final = 1_000
 ROUNDS: Final = 3
 
 _COLUMNS: Final = [column.name for column in TELEMETRY.c if column.name != "id"]
-_FLAGS: Final = [_COLUMNS.index(name) for name in ("was_fallback", "pinned")]
 _LONG_S: Final = 600
 
 Values = list[tuple[Any, ...]]
@@ -124,10 +123,7 @@ def _into_original(place: Place, values: Values) -> float:
 def _values(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the store makes of a record, ready for a driver."""
     row, _ = row_of(record, 0, TextPolicy())
-    values = [row[name] for name in _COLUMNS]
-    for at in _FLAGS:
-        values[at] = int(values[at])
-    return tuple(values)
+    return tuple(row[name] for name in _COLUMNS)
 
 
 def _rates(count: int, milliseconds: list[float]) -> Spread:

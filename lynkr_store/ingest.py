@@ -8,7 +8,14 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS, RoutingEvent, mend_text, plain_row
+from lynkr_store.schemas import (
+    FLAG_FIELDS,
+    LONG_FIELDS,
+    TEXT_FIELDS,
+    RoutingEvent,
+    mend_text,
+    plain_row,
+)
 
 Row = dict[str, Any]
 """Column name to value, for every column but ``id``."""
@@ -111,6 +118,10 @@ def _completed(
         row["request_id"] = new_id()
     if row["timestamp"] is None:
         row["timestamp"] = stamp_ms
+    for name in FLAG_FIELDS:  # as it is stored: SQLite's driver looks for an adapter of a bool
+        flag = row[name]
+        if flag is not None:
+            row[name] = +flag
     if not policy.capture:
         row.update(dict.fromkeys(TEXT_FIELDS))
     if policy.redact is not None:

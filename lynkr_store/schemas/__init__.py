@@ -4,13 +4,20 @@ Inputs forbid unknown names; outputs ignore them. Everything is frozen all the w
 """
 
 from lynkr_store.schemas.base import epoch_ms, utc
-from lynkr_store.schemas.events import LONG_FIELDS, TEXT_FIELDS, RoutingEvent, mend_text
+from lynkr_store.schemas.events import (
+    FLAG_FIELDS,
+    LONG_FIELDS,
+    TEXT_FIELDS,
+    RoutingEvent,
+    mend_text,
+)
 from lynkr_store.schemas.plain import plain_row
 from lynkr_store.schemas.reports import Health, MaintenanceReport
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.stats import ProviderStats, RoutingAccuracy, RoutingStats
 
 __all__ = [
+    "FLAG_FIELDS",
     "LONG_FIELDS",
     "TEXT_FIELDS",
     "Cursor",

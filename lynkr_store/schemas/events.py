@@ -24,6 +24,9 @@ REPLACEMENT: Final = "\ufffd"
 TEXT_FIELDS: Final = ("request_text", "response_text")
 """The two fields that hold what people and models wrote."""
 
+FLAG_FIELDS: Final = ("was_fallback", "pinned", "stream", "cache_tokens_included")
+"""The fields that say yes or no."""
+
 NAME_MAX_CHARS: Final = 512
 """Characters kept of every other text that is no JSON: PostgreSQL's indexes hold 2,704 bytes."""
 

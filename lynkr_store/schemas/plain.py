@@ -12,6 +12,7 @@ from pydantic_core import CoreConfig, CoreSchema, SchemaValidator, core_schema
 
 from lynkr_store.domains import COUNT, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.schemas.events import (
+    FLAG_FIELDS,
     JSON_FIELDS,
     NAME_MAX_CHARS,
     TEXT_FIELDS,
@@ -22,7 +23,6 @@ from lynkr_store.schemas.events import (
 
 _NO_NUL: Final = r"^[^\x00]*$"
 _MendedName: Final = StringConstraints(max_length=NAME_MAX_CHARS, pattern=_NO_NUL)
-_FLAGS: Final = ("was_fallback", "pinned", "stream", "cache_tokens_included")
 
 
 def plain_row(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -60,7 +60,7 @@ def _plain_json(value: object) -> str | None:
 _AT_ONCE: Final[dict[str, CoreSchema]] = {
     "timestamp": core_schema.int_schema(strict=True, ge=INSTANT_MIN_MS, lt=INSTANT_MAX_MS),
     "retry_count": core_schema.int_schema(strict=True, ge=-COUNT.limit, le=COUNT.limit),
-    **dict.fromkeys(_FLAGS, core_schema.bool_schema(strict=True)),
+    **dict.fromkeys(FLAG_FIELDS, core_schema.bool_schema(strict=True)),
     **dict.fromkeys(JSON_FIELDS, core_schema.str_schema(strict=True, pattern=_NO_NUL)),
 }
 
