@@ -181,12 +181,29 @@ def _note_removed(connection: Connection) -> int | None:
     return removed
 
 
-def trim(begin: Begin, before_ms: int, *, stop: Callable[[], bool] = lambda: False) -> None:
+def trim(
+    begin: Begin,
+    before_ms: int,
+    *,
+    look: Begin | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Delete roll-ups before an instant: whole days whose rows are gone, a month at a time.
 
     While rows are there, answers need the roll-ups of their time too.
+
+    Args:
+        begin: Opens a transaction that may write.
+        before_ms: The first instant that stays.
+        look: Opens one that reads: where there is nothing so old, nobody is kept from writing.
+        stop: Asked before each step whether to leave it at that.
     """
+    look = look or begin
     while not stop():
+        with look() as connection:
+            first = connection.scalar(rollups.first_start())
+        if first is None or first + DAY_MS > before_ms:
+            return
         with begin() as connection:
             held_watermark(connection)
             removed = _note_removed(connection)

@@ -132,7 +132,7 @@ def retain(
     )
     if rollups_before is not None:
         with translated():
-            folding.trim(database.begun, rollups_before, stop=stop)
+            folding.trim(database.begun, rollups_before, look=database.looked, stop=stop)
     return retained
 
 

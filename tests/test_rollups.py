@@ -382,6 +382,18 @@ def test_roll_ups_go_when_they_are_old_and_their_rows_are_gone(engine, begin):
     folding.trim(begin, today, stop=lambda: True)
 
 
+def test_where_no_roll_up_is_old_enough_nobody_is_kept_from_writing(begin):
+    def refuse():
+        pytest.fail("a transaction that may write was begun")
+
+    today = floor_to(DAY_MS, NOW)
+    folding.trim(refuse, today, look=begin)
+    with begin() as connection:
+        put(connection, {"timestamp": today})
+    folding.fold(begin)
+    folding.trim(refuse, today + DAY_MS - 1, look=begin)
+
+
 def total(engine):
     found, raw_from = answered(engine, 0, NOW)
     return sum(sums[0] for sums in found.values()), raw_from
