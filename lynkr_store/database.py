@@ -52,8 +52,8 @@ from lynkr_store.turns import Away
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
-_LONG_LOG_PAGES: Final = 4_000
-"""32 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
+_LONG_LOG_PAGES: Final = 10_000
+"""80 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
 between two batches, so that it begins anew."""
 _BATCHES_WAL_PAGES: Final = 2 * _LONG_LOG_PAGES
 """Pages from which on a commit moves them: a fifth of the time of writing. A fold does it before it
