@@ -6,7 +6,7 @@ of a statement, and beside a thread that is at work waits up to 5 ms to get it b
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
@@ -131,13 +131,11 @@ def _copy(
     statement, types = _copy_of(columns)
     driver: Any = connection.connection.driver_connection
     try:
-        with driver.cursor() as cursor, ExitStack() as under_way:
-            copy = under_way.enter_context(cursor.copy(statement))
+        # the server takes longer than Python, which waits for it again and again
+        with driver.cursor() as cursor, away(), cursor.copy(statement) as copy:
             copy.set_types(types)
             for row in tuples:
                 copy.write_row(row)
-            with away():
-                under_way.close()  # waits for the server, which is not done yet
     except connection.dialect.loaded_dbapi.Error as error:
         lost = driver.closed  # which a connection that broke is too
         if lost:

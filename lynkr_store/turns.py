@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 Away = Callable[[], AbstractContextManager[None]]
-"""Gives what is entered around a call that takes long and does without the interpreter."""
+"""Gives what is entered around calls that take long and hardly need the interpreter."""
 
 _BREATH_S: Final = 50e-6  # enough for whoever waits for the interpreter to get it
 _PATIENCE_S: Final = 0.05
@@ -38,7 +38,7 @@ class Turns:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """It is in a long call, without the interpreter; only inside `first`."""
+        """It is in long calls, hardly in need of the interpreter; only inside `first`."""
         self._away, self._stuck = True, False
         self._lock.release()
         try:

@@ -71,7 +71,7 @@ class Sink(Protocol):
         Args:
             batch_id: The same at every try.
             rows: One or more.
-            away: To be entered around calls that take long and leave the interpreter alone.
+            away: To be entered around calls that take long and hardly need the interpreter.
 
         Returns:
             Cause to number of rows refused for their own fault; the others are stored.
