@@ -57,7 +57,7 @@ def _means(records: list[Record]) -> Iterator[float]:
             burst = records[at : at + BURST]
             began = time.thread_time()
             for record in burst:
-                store.record(**record)
+                store.record(record)
             yield (time.thread_time() - began) / len(burst) * 1e6
             store.flush(_LONG_S)
 
@@ -70,7 +70,7 @@ def _by_threads(records: list[Record]) -> list[float]:
         now, mine = time.perf_counter_ns, []
         for record in part:
             began = now()
-            store.record(**record)
+            store.record(record)
             mine.append((now() - began) / 1_000)
         taken.extend(mine)
 

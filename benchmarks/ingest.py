@@ -95,7 +95,7 @@ def _by_store(place: Place, records: list[Record]) -> float:
 
             def drain() -> None:
                 for record in records:
-                    store.record(**record)
+                    store.record(record)
                 store.flush(_LONG_S)
                 lags.append(store.maintain().rollup_lag)
 
