@@ -568,7 +568,7 @@ HISTORIES = {
 }
 
 
-@settings(RELAXED, max_examples=30)
+@settings(RELAXED, max_examples=20)
 @given(**HISTORIES)
 def test_whatever_happens_the_answer_is_that_of_the_rows(place, steps, windows):
     check_history(place, steps, windows)

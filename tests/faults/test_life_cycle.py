@@ -557,6 +557,7 @@ def test_a_pool_that_is_terminated_loses_nothing_with_handle_sigterm(program, ur
     assert stored(url) == Counter(lines)
 
 
+@pytest.mark.slow
 def test_a_process_pool_executor_that_recycles_its_workers_loses_nothing(program, url):
     lines = program(
         textwrap.dedent(POOL)
@@ -1150,7 +1151,7 @@ FROZEN = """
             for _ in range(20):
                 checked_(await store.health())
         elif what == "record":
-            for n in range(100, 20_000):
+            for n in range(100, 5_000):
                 store.record(provider="p", request_id=f"dropped-{n}")
                 if n % 100 == 0:
                     await asyncio.sleep(0)

@@ -94,8 +94,10 @@ LONG = {"outage_s": 20.0, "burst_rows": 2_000, "last_retry_s": 5.0, "spool_after
 QUEUE = {"queue_max_bytes": 256 * MIB, "queue_max_rows": 200_000}
 LOAD = {"rate": 500, "row_bytes": 8_192, "burst_row_bytes": 50 * 1024}
 
-HOW = ["killed", "frozen", "cut"]
-each_way = pytest.mark.parametrize("how", HOW)
+each_way = pytest.mark.parametrize("how", ["killed", "frozen", "cut"])
+one_way_and_all = pytest.mark.parametrize(
+    "how", ["killed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("frozen", "cut"))]
+)
 short_and_long = pytest.mark.parametrize(
     "length", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["2 s", "20 s"]
 )
@@ -153,7 +155,7 @@ def test_what_an_outage_left_in_the_spool_is_written_when_it_is_over(
     assert_whole(url, end["recorded"])
 
 
-@each_way
+@one_way_and_all
 @short_and_long
 def test_what_is_spooled_survives_a_kill_at_the_end_of_an_outage(
     proxy, database, url, away, how, length, tmp_path
