@@ -205,7 +205,8 @@ class Intake:
     def _oldest(self) -> Queued:
         # in C from end to end: a signal handler that empties the queue comes before or after
         parts = tuple(map(call, repeat(self._queue.popleft, _PARTS)))
-        while int in map(type, parts[1:]):  # memory ran out in the middle of a record
+        while type(parts[1]) is int or type(parts[2]) is int or type(parts[3]) is int:
+            # memory ran out in the middle of a record
             torn = next(at for at in range(1, _PARTS) if type(parts[at]) is int)
             parts = parts[torn:] + tuple(map(call, repeat(self._queue.popleft, torn)))
         return parts
