@@ -56,8 +56,11 @@ _LONG_LOG_PAGES: Final = 10_000
 """80 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
 between two batches, so that it begins anew."""
 _BATCHES_WAL_PAGES: Final = 2 * _LONG_LOG_PAGES
-"""Pages from which on a commit moves them: a fifth of the time of writing. A fold does it before it
-comes to that, beside the batches, and a batch does in the pause in which the lock is left alone."""
+"""Pages from which on a commit of many rows moves them: a fifth of the time of writing. A fold does
+it before, beside the batches, and a batch does in the pause in which the lock is left alone."""
+_MANY_ROWS: Final = 100
+"""Rows from which on a batch is taken for one of many. Small ones write the same pages again and
+again: of these the WAL would hold many times what is in the file."""
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
@@ -289,7 +292,7 @@ class Database(Forkable):
         self, batch_id: str, rows: Sequence[Row], *, of: str | None = None
     ) -> Counter[str] | None:
         """Store a batch, or a part of one, in one transaction; None where it must go in parts."""
-        with self._begun_for_batch() as connection:
+        with self._begun_for_batch(len(rows)) as connection:
             connection.execution_options(**{bulk.AWAY: self._away})
             if of:
                 enter_parts(connection, of, self._clock())
@@ -317,8 +320,9 @@ class Database(Forkable):
         return refused
 
     @contextmanager
-    def _begun_for_batch(self) -> Iterator[Connection]:
-        with self._begun(self._hold_s, self._away, _BATCHES_WAL_PAGES) as connection:
+    def _begun_for_batch(self, rows: int) -> Iterator[Connection]:
+        wal_pages = _BATCHES_WAL_PAGES if rows >= _MANY_ROWS else WAL_PAGES
+        with self._begun(self._hold_s, self._away, wal_pages) as connection:
             began = time.monotonic()
             yield connection
             # a long one is remembered for some batches: what comes is like what came
