@@ -137,7 +137,8 @@ def eventually(holds, timeout_s=20):
         time.sleep(0.001)
 
 
-def test_what_does_not_fit_is_dropped_and_counted(make, sink):
+def test_what_does_not_fit_is_dropped_and_counted(make, sink, monkeypatch):
+    monkeypatch.setattr("lynkr_store.writer._READY", 1)
     sink.open.clear()
     writer = make(max_rows=5, batch_rows=1)
     for name in ("in the sink", "prepared"):
