@@ -341,7 +341,10 @@ class Database(Forkable):
             while True:
                 if wait_s := pause_s(time.time(), last_s):
                     with away():
-                        self._pause(connection, wait_s)
+                        if wal_pages > WAL_PAGES:
+                            self._pause(connection, wait_s)
+                        else:  # a checkpoint would be felt by those for whom the lock is left
+                            time.sleep(wait_s)
                 try:
                     connection.begin()
                 except OperationalError as error:
