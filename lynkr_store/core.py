@@ -120,8 +120,7 @@ class Core:
             return self._writer.submit(fields)
         record: Any
         try:
-            # asked in this order: whether it is an instance takes a tenth of the call
-            if type(event) is not dict and isinstance(event, RoutingEvent) and not fields:
+            if isinstance(event, RoutingEvent) and not fields:
                 record = event
             else:
                 record = dict(event)

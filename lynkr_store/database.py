@@ -52,10 +52,10 @@ from lynkr_store.turns import Away
 _EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
-_LONG_LOG_PAGES: Final = 10_000
+_LONG_WAL_PAGES: Final = 10_000
 """80 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
 between two batches, so that it begins anew."""
-_BATCHES_WAL_PAGES: Final = 2 * _LONG_LOG_PAGES
+_BATCHES_WAL_PAGES: Final = 2 * _LONG_WAL_PAGES
 """Pages from which on a commit of many rows moves them: a fifth of the time of writing. A fold does
 it before, beside the batches, and a batch does in the pause in which the lock is left alone."""
 _MANY_ROWS: Final = 100
@@ -272,7 +272,7 @@ class Database(Forkable):
         with self.connected(self.engine) as connection:
             with self._checkpointing:
                 pages = checkpoint(connection)
-            if pages >= _LONG_LOG_PAGES:
+            if pages >= _LONG_WAL_PAGES:
                 with self._gate:
                     checkpoint(connection)
 
@@ -341,10 +341,7 @@ class Database(Forkable):
             while True:
                 if wait_s := pause_s(time.time(), last_s):
                     with away():
-                        if wal_pages > WAL_PAGES:
-                            self._pause(connection, wait_s)
-                        else:  # a checkpoint would be felt by those for whom the lock is left
-                            time.sleep(wait_s)
+                        self._pause(connection, wait_s, wal_pages)
                 try:
                     connection.begin()
                 except OperationalError as error:
@@ -358,10 +355,13 @@ class Database(Forkable):
             yield connection
             connection.commit()
 
-    def _pause(self, connection: Connection, wait_s: float) -> None:
-        """Wait, and move what was written to the file meanwhile, which needs no lock."""
+    def _pause(self, connection: Connection, wait_s: float, wal_pages: int) -> None:
+        """Wait; where the WAL may be long, move it to the file meanwhile, which needs no lock.
+
+        Where it is short, those for whom the lock is left alone need not feel it.
+        """
         until = time.monotonic() + wait_s
-        if self._checkpointing.acquire(timeout=wait_s):
+        if wal_pages > WAL_PAGES and self._checkpointing.acquire(timeout=wait_s):
             try:
                 checkpoint(connection)
             finally:
