@@ -27,10 +27,13 @@ _MOST_ROWS: Final = 500  # of a statement; its 22,500 values are below SQLite's 
 AWAY: Final = "lynkr_store_away"
 """The execution option of a `lynkr_store.turns.Away`, to be entered around each long call."""
 
+_INSERT: Final = "INSERT"
+
 _SQLITE: Final[Dialect] = sqlite.dialect()
 _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 _IN_USE: Final = "lynkr_store_columns"
+_VERB: Final = "lynkr_store_verb"
 
 _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
@@ -48,7 +51,8 @@ def send(connection: Connection, rows: Sequence[Row]) -> None:
         rows: One or more, each with the first one's columns.
 
     Raises:
-        Exception: Whatever the driver raised, as SQLAlchemy presents it.
+        Exception: Whatever the driver raised, as SQLAlchemy presents it. Some of the rows may have
+            been inserted: go back to a SAVEPOINT, or roll back.
     """
     columns = tuple(rows[0])
     away = connection.get_execution_options().get(AWAY, nullcontext)
@@ -71,13 +75,31 @@ def _insert(
     used = _in_use(connection, columns, rows)
     values_of = itemgetter(*used)
     for part in _parts(rows):
+        verb = _verb(connection) if len(part) > 1 else _INSERT
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
             with away():
-                connection.exec_driver_sql(_insert_of(columns, used, len(part)), flat)
+                connection.exec_driver_sql(_insert_of(verb, columns, used, len(part)), flat)
         except DBAPIError as error:
-            error.statement = _insert_of(columns, used, 1)  # the others repeat it
+            error.statement = _insert_of(_INSERT, columns, used, 1)  # the others repeat it
             raise
+
+
+def _verb(connection: Connection) -> str:
+    """How SQLite inserts several rows without a copy of every page that they alter.
+
+    It keeps one to undo a statement that fails half-way, which OR FAIL leaves half done. A trigger
+    is another matter: the verb would hold for its statements too. One made later than this looks
+    costs a refused batch, whose rows then go one by one.
+    """
+    verb: str | None = connection.info.get(_VERB)
+    if verb is None:
+        triggers = connection.exec_driver_sql(
+            "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = ?",
+            (TELEMETRY.name,),
+        ).scalar()
+        verb = connection.info[_VERB] = _INSERT if triggers else f"{_INSERT} OR FAIL"
+    return verb
 
 
 def _in_use(
@@ -105,10 +127,10 @@ def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 
 
 @lru_cache
-def _insert_of(columns: tuple[str, ...], used: tuple[str, ...], count: int) -> str:
+def _insert_of(verb: str, columns: tuple[str, ...], used: tuple[str, ...], count: int) -> str:
     row = f"({', '.join('?' if name in used else 'NULL' for name in columns)})"
     into = _into(_SQLITE, columns)
-    return f"INSERT INTO {into} VALUES {', '.join([row] * count)}"  # noqa: S608 - names and ?
+    return f"{verb} INTO {into} VALUES {', '.join([row] * count)}"
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """Puts rows into the table: each batch once, and a row that is refused costs that row alone."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -71,7 +71,7 @@ def insert_once(
         stored: int = connection.execute(queries.batch_rows(batch_id)).scalar_one()
         return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
     if len(rows) > PART_ROWS:
-        refusing = _insert_or_refuse(connection, rows, known_good)
+        refusing = _insert_or_refuse(connection, rows, known_good, _insert_or_leave)
         return (len(rows), Counter()) if refusing is None else None
     refused = insert_isolating(connection, rows, known_good=known_good)
     stored = len(rows) - refused.total()
@@ -112,7 +112,7 @@ def insert_isolating(
     Raises:
         Exception: A fault that is no row's.
     """
-    error = _insert_or_refuse(connection, rows, known_good)
+    error = _insert_or_refuse(connection, rows, known_good, insert_all)
     if error is None:
         return Counter()
     if len(rows) == 1:
@@ -129,13 +129,16 @@ def insert_isolating(
 
 
 def _insert_or_refuse(
-    connection: Connection, rows: Sequence[Row], known_good: Row | None
+    connection: Connection,
+    rows: Sequence[Row],
+    known_good: Row | None,
+    insert: Callable[[Connection, Sequence[Row]], None],
 ) -> Exception | None:
-    """Insert all rows, or none; return the error if it is a row's fault, else raise it."""
+    """Insert the rows; return the error if it is a row's fault, else raise it."""
     if not rows:
         return None
     try:
-        insert_all(connection, rows)
+        insert(connection, rows)
     except Exception as error:
         fault = _fault(connection, error)
         if fault is Fault.UNCLEAR:
@@ -162,6 +165,17 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
             raise
         with _savepoint(connection):
             connection.execute(bulk.insert_rows(), rows)
+
+
+def _insert_or_leave(connection: Connection, rows: Sequence[Row]) -> None:
+    """Insert rows in order; after an error some may be there, and the caller rolls back.
+
+    In a SAVEPOINT SQLite keeps a copy of every page that the rows alter: a microsecond a row.
+    """
+    if backend_of(connection) is Backend.SQLITE:
+        bulk.send(connection, rows)
+    else:  # which does nothing more after an error, and whose fault it is remains to be seen
+        insert_all(connection, rows)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lynkr_store import (
 )
 from lynkr_store.bulk import send
 from lynkr_store.ingest import TextPolicy, row_of
-from lynkr_store.inserts import insert_all
+from lynkr_store.inserts import insert_all, insert_isolating
 from lynkr_store.models import TELEMETRY
 from tests.conftest import BACKENDS, POSTGRES
 from tests.factories import RecordFactory
@@ -137,6 +137,30 @@ def test_a_row_that_is_refused_leaves_none_and_the_transaction_whole(engine):
             insert_all(connection, [row(request_id=name) for name in ("a", "b", "a")])
         insert_all(connection, [row(request_id="after")])
     assert stored(engine, "request_id") == [("before",), ("after",)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "made later"])
+def test_a_trigger_of_sqlites_deals_with_conflicts_in_its_own_way(new_url, known):
+    engine = create_store_engine(new_url("sqlite-file", at_head=True))
+    rows = [row(request_id=str(n), model="same") for n in range(5)]
+    trigger = (
+        "CREATE TRIGGER sees AFTER INSERT ON routing_telemetry "
+        "BEGIN INSERT OR IGNORE INTO seen VALUES (NEW.model); END"
+    )
+    with writing(engine).connect() as connection:
+        if not known:
+            send(connection, rows[:2])
+            connection.rollback()
+        connection.exec_driver_sql("CREATE TABLE seen (model TEXT PRIMARY KEY)")
+        connection.exec_driver_sql(trigger)
+        if known:
+            send(connection, rows)
+        else:
+            assert insert_isolating(connection, rows) == {}
+        connection.commit()
+        assert connection.exec_driver_sql("SELECT * FROM seen").all() == [("same",)]
+    assert stored(engine, "request_id") == [(str(n),) for n in range(5)]
+    engine.dispose()
 
 
 def test_the_error_of_many_rows_is_told_with_a_short_statement(engine):

@@ -138,6 +138,22 @@ def test_refused_rows_correct_the_count_in_the_ledger(engine):
     assert (stored(engine), ledger(engine)) == (["1", "2", "3"], {"b": 3, "c": 0})
 
 
+@pytest.mark.parametrize("at", [0, 499, 500, 599])
+def test_many_rows_of_which_one_is_refused_are_left_to_their_parts(engine, at):
+    make_unique(engine)
+    with transaction(engine) as connection:
+        assert insert_once(connection, "a", rows_named("599"), NOW) == (1, {})
+    names = [str(n) for n in range(599)]
+    with writing(engine).connect() as connection, connection.begin() as begun:
+        rows = rows_named(*names[:at], "599", *names[at:])
+        assert insert_once(connection, "b", rows, NOW) is None
+        begun.rollback()
+    assert (stored(engine), ledger(engine)) == (["599"], {"a": 1})
+    with transaction(engine) as connection:
+        assert insert_once(connection, "c", rows_named(*names), NOW) == (599, {})
+    assert stored(engine) == ["599", *names]
+
+
 def test_a_fault_that_is_no_rows_is_raised_and_leaves_nothing(engine):
     execute(engine, "ALTER TABLE routing_telemetry RENAME TO elsewhere")
     with pytest.raises(DBAPIError), transaction(engine) as connection:
