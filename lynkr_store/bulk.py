@@ -22,7 +22,8 @@ from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
 from lynkr_store.turns import Away
 
-_MOST_ROWS: Final = 500  # of a statement; its 22,500 values are below SQLite's 32,766
+_MOST_ROWS: Final = 1_000  # of a statement, or half of it
+_MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
 
 AWAY: Final = "lynkr_store_away"
 """The execution option of a `lynkr_store.turns.Away`, to be entered around each long call."""
@@ -74,7 +75,8 @@ def _insert(
 ) -> None:
     used = _in_use(connection, columns, rows)
     values_of = itemgetter(*used)
-    for part in _parts(rows):
+    most = _MOST_ROWS if _MOST_ROWS * len(used) <= _MOST_VALUES else _MOST_ROWS // 2
+    for part in _parts(rows, most):
         verb = _verb(connection) if len(part) > 1 else _INSERT
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
@@ -117,11 +119,11 @@ def _in_use(
     return tuple(name for name in columns if name in used)
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _parts(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
     """The rows in parts of few sizes, so that the statements are few and stay prepared."""
     at = 0
     while left := len(rows) - at:
-        size = _MOST_ROWS if left >= _MOST_ROWS else 1 << left.bit_length() - 1
+        size = most if left >= most else 1 << left.bit_length() - 1
         yield rows[at : at + size]
         at += size
 

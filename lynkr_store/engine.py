@@ -26,6 +26,7 @@ from lynkr_store.search_path import checked_schema, options_of, startup_option
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
 
+_WAL_PAGES: Final = "lynkr_store_wal_pages"
 _BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
 WAL_PAGES: Final = 1_000
 """Pages in the WAL after which a commit moves them to the file, by SQLite's default."""
@@ -335,7 +336,9 @@ def ensure_begun(connection: Connection) -> None:
 
 def checkpoint_after(connection: Connection, pages: int) -> None:
     """Have SQLite move what stands in its WAL to the file when it is so many pages at a commit."""
-    connection.exec_driver_sql(f"PRAGMA wal_autocheckpoint = {pages}")
+    if connection.info.get(_WAL_PAGES) != pages:
+        connection.exec_driver_sql(f"PRAGMA wal_autocheckpoint = {pages}")
+        connection.info[_WAL_PAGES] = pages
 
 
 def checkpoint(connection: Connection) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import String, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -75,11 +75,16 @@ def stored(engine, *columns):
         return connection.execute(asked).all()
 
 
-@pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 300])
-def test_any_number_of_rows_is_stored_in_order(engine, count):
-    names = [(str(n),) for n in range(count)]
-    sent(engine, [row(request_id=name) for (name,) in names])
-    assert stored(engine, "request_id") == names
+@pytest.mark.parametrize("wide", [False, True], ids=["few columns", "all columns"])
+@pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 501, 1_001])
+def test_any_number_of_rows_is_stored_in_order(engine, count, wide):
+    one = row()
+    if wide:
+        texts = [name for name in one if isinstance(TELEMETRY.c[name].type, String)]
+        some = dict.fromkeys(one, 1) | dict.fromkeys(texts, "1")
+        one = some | {name: value for name, value in one.items() if value is not None}
+    sent(engine, [one | {"request_id": str(n)} for n in range(count)])
+    assert stored(engine, "request_id") == [(str(n),) for n in range(count)]
 
 
 def test_every_value_is_stored_as_it_is(engine):
