@@ -197,7 +197,10 @@ def _engine_options(
         case Backend.SQLITE:
             return {}
         case Backend.POSTGRESQL:
-            own = f"-c statement_timeout={int(statement_timeout_s * 1000)} -c timezone=UTC"
+            # statements of milliseconds, which the server would compile where it expects many rows
+            own = (
+                f"-c statement_timeout={int(statement_timeout_s * 1000)} -c timezone=UTC -c jit=off"
+            )
             given = target.query.get("options", "")
             parts = [own, given if isinstance(given, str) else " ".join(given)]
             parts += [startup_option(schema)] if schema else []

@@ -81,7 +81,7 @@ class each_id(FunctionElement[int]):  # noqa: N801
     """The ids that a scalar subquery of ``id`` selects, one a row, in the column ``value``.
 
     The subquery may be correlated with what stands before it in the same FROM: SQLite allows that
-    to a function's argument, and not to a subquery.
+    to a function's argument, and not to a subquery, for it has no LATERAL.
     """
 
     type = BigInteger()
@@ -89,20 +89,11 @@ class each_id(FunctionElement[int]):  # noqa: N801
     inherit_cache = True
 
 
-@compiles(each_id, "postgresql")
-def _each_postgresql(element: each_id, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"unnest(ARRAY{_inner(element, compiler, kw)})"
-
-
 @compiles(each_id, "sqlite")
 def _each_sqlite(element: each_id, compiler: SQLCompiler, **kw: Any) -> str:
-    ids = _inner(element, compiler, kw)
-    return f"json_each((SELECT json_group_array(id) FROM {ids}))"  # noqa: S608 - compiled SQL
-
-
-def _inner(element: each_id, compiler: SQLCompiler, kw: dict[str, Any]) -> str:
     # an argument, and no member of FROM: else it would not be correlated with the others there
-    return compiler.process(element.clauses, **{**kw, "asfrom": False})
+    ids = compiler.process(element.clauses, **{**kw, "asfrom": False})
+    return f"json_each((SELECT json_group_array(id) FROM {ids}))"  # noqa: S608 - compiled SQL
 
 
 class one_of(FunctionElement[Any]):  # noqa: N801

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 from sqlalchemy import (
     CTE,
@@ -134,6 +134,7 @@ def expire_batches(cutoff_ms: int, limit: int) -> Delete:
 
 
 def rows(
+    backend: Backend,
     criteria: RoutingFilter,
     since_ms: int | None,
     until_ms: int | None,
@@ -154,10 +155,8 @@ def rows(
         return page.where(*_matching(criteria), *within).order_by(*_NEWEST).limit(limit)
     rest = criteria.model_copy(update=dict.fromkeys(heads.c.keys()))
     under_head = _under(heads).where(*_matching(rest, indexed=False), *within).limit(limit)
-    found = each_id(under_head.scalar_subquery()).table_valued(_VALUE, name="value")
-    ids = select(found.c.value).select_from(heads.join(found, true()))
     # two steps, for the texts are then read of these alone
-    newest = select(_t.id).where(_t.id.in_(ids)).order_by(*_NEWEST).limit(limit).correlate(None)
+    newest = _newest_under(backend, heads, under_head).limit(limit).correlate(None)
     return page.where(_t.id.in_(newest)).order_by(*_NEWEST)
 
 
@@ -274,6 +273,23 @@ def _under(heads: CTE) -> Select[int]:
         .order_by(first.desc(), *_NEWEST)
         .correlate(heads)
     )
+
+
+def _newest_under(
+    backend: Backend, heads: CTE, under_head: Select[*tuple[Any, ...]]
+) -> Select[int]:
+    """The ids of what is under any of the heads, the newest first."""
+    match backend:
+        case Backend.SQLITE:
+            found = each_id(under_head.scalar_subquery()).table_valued(_VALUE, name="value")
+            ids = select(found.c.value).select_from(heads.join(found, true()))
+            return select(_t.id).where(_t.id.in_(ids)).order_by(*_NEWEST)
+        case Backend.POSTGRESQL:  # where each row's instant comes with it from the index
+            rows = under_head.add_columns(_t.timestamp).lateral()
+            newest = rows.c.timestamp.desc(), rows.c.id.desc()
+            return select(rows.c.id).select_from(heads.join(rows, true())).order_by(*newest)
+        case _:
+            assert_never(backend)
 
 
 def _indexed(name: str) -> ColumnElement[Any]:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from lynkr_store import answers, queries
 from lynkr_store.answers import Answer
 from lynkr_store.domains import half_up
+from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import BadArgument, RowRejected
 from lynkr_store.faults import Fault, fault_of, translated
 from lynkr_store.filters import (
@@ -24,6 +25,7 @@ from lynkr_store.functions import joined
 from lynkr_store.ingest import TextPolicy, row_of
 from lynkr_store.inserts import insert_all
 from lynkr_store.measures import SUMMED
+from lynkr_store.models import TELEMETRY
 from lynkr_store.rollups import Question
 from lynkr_store.schemas import (
     Cursor,
@@ -162,6 +164,7 @@ class RoutingRepository:
         if checked_limit(limit) == 0:
             return []
         statement = queries.rows(
+            backend_of(self._session.get_bind(clause=TELEMETRY)),
             criteria,
             window.since_ms,
             window.until_ms,

@@ -211,9 +211,10 @@ def test_the_servers_options_are_kept_beside_ours(postgres_url):
         f"{postgres_url}{separator}options=-c%20work_mem%3D5MB", statement_timeout_s=7
     )
     with engine.connect() as connection:
-        shown = [connection.scalar(text(f"SHOW {n}")) for n in ("work_mem", "statement_timeout")]
+        names = ("work_mem", "statement_timeout", "jit")
+        shown = [connection.scalar(text(f"SHOW {name}")) for name in names]
     engine.dispose()
-    assert shown == ["5MB", "7s"]
+    assert shown == ["5MB", "7s", "off"]
 
 
 def test_url_and_engine_exclude_each_other(tmp_path):

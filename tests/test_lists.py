@@ -19,6 +19,7 @@ from lynkr_store import (
     migrate,
     queries,
 )
+from lynkr_store.engine import backend_of
 from lynkr_store.functions import unindexed
 from lynkr_store.models import INDEXES, TELEMETRY
 from tests.conftest import ON_DISK
@@ -124,7 +125,13 @@ def plan(engine, criteria, window=None, before=None):
     """The plan's lines, and the indexes in them that an index of ours or the gateway's could be."""
     window = window or Window()
     statement = queries.rows(
-        criteria, window.since_ms, window.until_ms, limit=PAGE, before=before, include_text=True
+        backend_of(engine),
+        criteria,
+        window.since_ms,
+        window.until_ms,
+        limit=PAGE,
+        before=before,
+        include_text=True,
     )
     explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
     with engine.connect() as connection:
