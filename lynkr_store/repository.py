@@ -163,7 +163,7 @@ class RoutingRepository:
             raise BadArgument("before: give the cursor of the last row of the page before")
         if checked_limit(limit) == 0:
             return []
-        statement = queries.rows(
+        statement, values = queries.rows(
             backend_of(self._session.get_bind(clause=TELEMETRY)),
             criteria,
             window.since_ms,
@@ -174,7 +174,7 @@ class RoutingRepository:
         )
         model = RoutingRow if include_text else RoutingRowBrief
         with translated():
-            stored = self._session.execute(statement)
+            stored = self._session.execute(statement, values)
             return model.from_stored(tuple(stored.keys()), stored.all(), self._reading)
 
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:

@@ -124,7 +124,7 @@ def page(engine, criteria, window=None, before=None, limit=PAGE, **options):
 def plan(engine, criteria, window=None, before=None):
     """The plan's lines, and the indexes in them that an index of ours or the gateway's could be."""
     window = window or Window()
-    statement = queries.rows(
+    statement, values = queries.rows(
         backend_of(engine),
         criteria,
         window.since_ms,
@@ -135,7 +135,7 @@ def plan(engine, criteria, window=None, before=None):
     )
     explain = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
     with engine.connect() as connection:
-        compiled = statement.compile(engine, compile_kwargs={"literal_binds": True})
+        compiled = statement.params(values).compile(engine, compile_kwargs={"literal_binds": True})
         rows = connection.exec_driver_sql(explain + str(compiled)).all()
     lines = "\n".join(str(row[-1]) for row in rows)
     return lines, {index.name for index in INDEXES if index.name in lines}
