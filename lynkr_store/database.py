@@ -272,6 +272,8 @@ class Database(Forkable):
         with self.connected(self.engine) as connection:
             with self._checkpointing:
                 pages = checkpoint(connection)
+                if pages >= _LONG_WAL_PAGES:
+                    checkpoint(connection)  # of what came meanwhile
             if pages >= _LONG_WAL_PAGES:
                 with self._gate:
                     checkpoint(connection)

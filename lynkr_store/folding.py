@@ -28,6 +28,7 @@ Begin = Callable[[], AbstractContextManager[Connection]]
 STEP_ROWS: Final = 10_000
 """Rows that one step folds; beside a busy writer it holds SQLite's lock for about 35 ms."""
 
+_MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may lie far apart, and others between them
 _MEASURES: Final = tuple(columns_of())
 _TRIM_MS: Final = 30 * DAY_MS
 _POLL_S: Final = 0.01
@@ -149,12 +150,27 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
         if now != folded:
             return 0, now  # another folder was quicker
         _note_removed(connection)
-        if connection.scalar(rows.number, given) != _requests(quarters):  # some were deleted since
+        if _number(connection, given, quarters) != _requests(quarters):  # some were deleted since
             quarters = connection.execute(rows.quarters, given).mappings().all()
             sums = _summed(quarters)
         _add(connection, sums)
         note(connection, "folded", last)
     return _requests(quarters), last
+
+
+def _number(connection: Connection, given: dict[str, int], quarters: Sequence[RowMapping]) -> int:
+    """How many of a step's rows are there, of which these are the quarters."""
+    if quarters:
+        between = {
+            "first": min(int(quarter["first"]) for quarter in quarters),
+            "last": max(int(quarter["last"]) for quarter in quarters),
+            "most": _MOST_BETWEEN,
+        }
+        seen, found = connection.execute(rollups.number_between(), given | between).one()
+        if seen < _MOST_BETWEEN:
+            return int(found)
+    number: int = connection.execute(rollups.rows_of_step().number, given).scalar_one()
+    return number
 
 
 def held_watermark(connection: Connection) -> int:

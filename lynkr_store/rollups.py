@@ -338,8 +338,8 @@ class Rows(NamedTuple):
     Attributes:
         new_dimensions: The combinations of their dimensions that are not known.
         enter_dimensions: Enters these.
-        quarters: Their measures by quarter and dimension: ``start``, ``dimension_id``, measures.
-            Without those whose dimensions are not known.
+        quarters: Their measures by quarter and dimension: ``start``, ``dimension_id``, the instants
+            ``first`` and ``last``, measures. Without those whose dimensions are not known.
         number: How many they are.
     """
 
@@ -353,6 +353,25 @@ class Rows(NamedTuple):
 def rows_of_step() -> Rows:
     """The rows with ``after < id <= upto``."""
     return rows_where(_t.id > _whole_number("after"), _t.id <= _whole_number("upto"))
+
+
+@cache
+def number_between() -> Select[*tuple[Any, ...]]:
+    """How many rows of a step have instants from ``first`` to ``last``, by their index.
+
+    Which holds a hundred times as many rows to a page as the table does. ``seen`` is how many rows
+    it has there, of any step; where these are ``most``, or more, ``found`` is not the whole number.
+    """
+    some = (
+        select(_t.id)
+        .where(_t.timestamp >= _whole_number("first"), _t.timestamp < _whole_number("last") + 1)
+        .limit(_whole_number("most"))
+        .subquery()
+    )
+    mine = and_(some.c.id > _whole_number("after"), some.c.id <= _whole_number("upto"))
+    return select(
+        func.count().label("seen"), func.count(case((mine, 1))).label("found")
+    ).select_from(some)
 
 
 @cache
@@ -378,6 +397,7 @@ def rows_where(*conditions: ColumnElement[bool]) -> Rows:
     instant = cast(_t.timestamp, BigInteger)
     each = _each_row(
         select(
+            instant.label("instant"),
             (instant - instant % QUARTER_MS).label("start"),
             DIMENSIONS.c.id.label("dimension_id"),
             *measures.of_a_row(),
@@ -386,10 +406,11 @@ def rows_where(*conditions: ColumnElement[bool]) -> Rows:
         .where(*conditions, _in_domain)
     )
     keys = (each.c.start, each.c.dimension_id)
+    ends = func.min(each.c.instant).label("first"), func.max(each.c.instant).label("last")
     return Rows(
         new,
         insert(DIMENSIONS).from_select(list(_BY), new),
-        select(*keys, *measures.of_rows(each.c)).group_by(*keys),
+        select(*keys, *ends, *measures.of_rows(each.c)).group_by(*keys),
         select(func.count()).select_from(TELEMETRY).where(*conditions, _in_domain),
     )
 
