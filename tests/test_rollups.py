@@ -208,7 +208,7 @@ def test_a_fold_waits_for_those_who_write_and_holds_none_up(name, new_url):
         assert sum(store.get_stats(Window(since=0)).requests_by_provider.values()) == 3
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 20_000], ids="{} between".format)
+@pytest.mark.parametrize("most", [1, 20_000], ids="{} between".format)
 @pytest.mark.parametrize("kept", [0, 1], ids="{} kept".format)
 def test_rows_that_go_between_the_look_and_the_write_are_not_counted(
     engine, begin, kept, most, monkeypatch
