@@ -44,21 +44,22 @@ def insert_rows() -> Insert:
     return insert(TELEMETRY)
 
 
-def send(connection: Connection, rows: Sequence[Row]) -> None:
+def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -> None:
     """Insert rows in order, in the transaction that was begun.
 
     Args:
         connection: Synchronous, or under an asynchronous one.
         rows: One or more, each with the first one's columns.
+        leaves: A statement that fails may leave some rows inserted, for the caller rolls back.
 
     Raises:
-        Exception: Whatever the driver raised, as SQLAlchemy presents it. Some of the rows may have
-            been inserted: go back to a SAVEPOINT, or roll back.
+        Exception: Whatever the driver raised, as SQLAlchemy presents it. Rows of statements before
+            the one that failed are inserted: go back to a SAVEPOINT, or roll back.
     """
     columns = tuple(rows[0])
     away = connection.get_execution_options().get(AWAY, nullcontext)
     if backend_of(connection) is Backend.SQLITE:
-        _insert(connection, columns, rows, away)
+        _insert(connection, _verb(connection) if leaves else _INSERT, columns, rows, away)
     elif connection.dialect.is_async:  # psycopg's COPY has to be awaited there
         connection.execute(insert_rows(), rows)
     else:
@@ -71,28 +72,27 @@ def is_not_copied(error: DBAPIError) -> bool:
 
 
 def _insert(
-    connection: Connection, columns: tuple[str, ...], rows: Sequence[Row], away: Away
+    connection: Connection, verb: str, columns: tuple[str, ...], rows: Sequence[Row], away: Away
 ) -> None:
     used = _in_use(connection, columns, rows)
     values_of = itemgetter(*used)
     most = _MOST_ROWS if _MOST_ROWS * len(used) <= _MOST_VALUES else _MOST_ROWS // 2
     for part in _parts(rows, most):
-        verb = _verb(connection) if len(part) > 1 else _INSERT
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
             with away():
                 connection.exec_driver_sql(_insert_of(verb, columns, used, len(part)), flat)
         except DBAPIError as error:
-            error.statement = _insert_of(_INSERT, columns, used, 1)  # the others repeat it
+            connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
+            error.statement = _insert_of(verb, columns, used, 1)  # the others repeat it
             raise
 
 
 def _verb(connection: Connection) -> str:
     """How SQLite inserts several rows without a copy of every page that they alter.
 
-    It keeps one to undo a statement that fails half-way, which OR FAIL leaves half done. A trigger
-    is another matter: the verb would hold for its statements too. One made later than this looks
-    costs a refused batch, whose rows then go one by one.
+    It keeps one to undo a statement that fails half-way, which OR FAIL leaves half done. Not where
+    the table has triggers, for whose statements the verb would hold too.
     """
     verb: str | None = connection.info.get(_VERB)
     if verb is None:

@@ -170,10 +170,10 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
 def _insert_or_leave(connection: Connection, rows: Sequence[Row]) -> None:
     """Insert rows in order; after an error some may be there, and the caller rolls back.
 
-    In a SAVEPOINT SQLite keeps a copy of every page that the rows alter: a microsecond a row.
+    To undo them alone, SQLite keeps a copy of every page that they alter: a microsecond a row.
     """
     if backend_of(connection) is Backend.SQLITE:
-        bulk.send(connection, rows)
+        bulk.send(connection, rows, leaves=True)
     else:  # which does nothing more after an error, and whose fault it is remains to be seen
         insert_all(connection, rows)
 

@@ -187,14 +187,14 @@ def rows(
             until_ms = None
         else:
             before = None
-    values: dict[str, Any] = {"limit": limit}
+    heads, rest, values = _parted(criteria)
+    values["limit"] = limit
     if since_ms is not None:
         values["since"] = since_ms
     if until_ms is not None:
         values["until"] = until_ms
     if before is not None:
         values |= {"before_timestamp": before.timestamp, "before_id": before.id}
-    heads, rest = _parted(criteria, values)
     shape = _Shape(
         backend,
         include_text,
@@ -208,12 +208,13 @@ def rows(
 
 
 def _parted(
-    criteria: RoutingFilter, values: dict[str, Any]
-) -> tuple[tuple[tuple[str, int | None], ...], tuple[tuple[str, bool], ...]]:
-    """The heads and the rest of a shape; what is asked for is added to the values."""
+    criteria: RoutingFilter,
+) -> tuple[tuple[tuple[str, int | None], ...], tuple[tuple[str, bool], ...], dict[str, Any]]:
+    """The heads and the rest of a shape, and the values that are asked for."""
     index = _index_for(criteria)
     heads: dict[str, int | None] = dict.fromkeys(index)
     rest: dict[str, bool] = {}
+    values: dict[str, Any] = {}
     for name, value in criteria:
         if isinstance(value, bool):
             (heads if name in heads else rest)[name] = value
@@ -226,7 +227,7 @@ def _parted(
         elif value is not None:
             rest[name] = False
             values[name] = value
-    return tuple(heads.items()), tuple(rest.items())
+    return tuple(heads.items()), tuple(rest.items()), values
 
 
 def _index_for(criteria: RoutingFilter) -> tuple[str, ...]:
