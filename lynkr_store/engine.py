@@ -26,7 +26,7 @@ from lynkr_store.search_path import checked_schema, options_of, startup_option
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
 
-_WAL_PAGES: Final = "lynkr_store_wal_pages"
+_SET_PAGES: Final = "lynkr_store_wal_pages"  # what a connection was told by `checkpoint_after`
 _BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
 WAL_PAGES: Final = 1_000
 """Pages in the WAL after which a commit moves them to the file, by SQLite's default."""
@@ -339,9 +339,9 @@ def ensure_begun(connection: Connection) -> None:
 
 def checkpoint_after(connection: Connection, pages: int) -> None:
     """Have SQLite move what stands in its WAL to the file when it is so many pages at a commit."""
-    if connection.info.get(_WAL_PAGES) != pages:
+    if connection.info.get(_SET_PAGES) != pages:
         connection.exec_driver_sql(f"PRAGMA wal_autocheckpoint = {pages}")
-        connection.info[_WAL_PAGES] = pages
+        connection.info[_SET_PAGES] = pages
 
 
 def checkpoint(connection: Connection) -> int:
