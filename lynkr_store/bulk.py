@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Dialect, Float, Insert, Integer, insert
 from sqlalchemy.dialects import postgresql, sqlite
@@ -35,6 +35,8 @@ _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-ca
 
 _IN_USE: Final = "lynkr_store_columns"
 _VERB: Final = "lynkr_store_verb"
+
+_T = TypeVar("_T")
 
 _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
@@ -77,7 +79,7 @@ def _insert(
     used = _in_use(connection, columns, rows)
     values_of = itemgetter(*used)
     most = _MOST_ROWS if _MOST_ROWS * len(used) <= _MOST_VALUES else _MOST_ROWS // 2
-    for part in _parts(rows, most):
+    for part in parts(rows, most):
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
             with away():
@@ -119,7 +121,7 @@ def _in_use(
     return tuple(name for name in columns if name in used)
 
 
-def _parts(rows: Sequence[Row], most: int) -> Iterator[Sequence[Row]]:
+def parts(rows: Sequence[_T], most: int) -> Iterator[Sequence[_T]]:
     """The rows in parts of few sizes, so that the statements are few and stay prepared."""
     at = 0
     while left := len(rows) - at:

@@ -7,11 +7,13 @@ rows' sums are added. A fold that is killed has done whole steps.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
+from operator import itemgetter
 from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
-from lynkr_store import rollups
+from lynkr_store import bulk, rollups
 from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
@@ -30,6 +32,7 @@ STEP_ROWS: Final = 10_000
 
 _MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may lie far apart, and others between them
 _MEASURES: Final = tuple(columns_of())
+_in_order: Final = itemgetter(*rollups.ROLLUP)
 _TRIM_MS: Final = 30 * DAY_MS
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
@@ -314,5 +317,16 @@ def _requests(quarters: Sequence[RowMapping]) -> int:
 
 
 def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
-    if sums:
-        connection.execute(rollups.add_to_rollups(backend_of(connection)), sums)
+    if not sums:
+        return
+    backend = backend_of(connection)
+    match backend:
+        case Backend.SQLITE:
+            for some in bulk.parts(sums, rollups.MOST_ADDED):
+                values = tuple(chain.from_iterable(map(_in_order, some)))
+                connection.exec_driver_sql(rollups.add_text(len(some)), values)
+        case Backend.POSTGRESQL:
+            lists = {name: [each[name] for each in sums] for name in rollups.ROLLUP}
+            connection.execute(rollups.add_to_rollups(), lists)
+        case _:
+            assert_never(backend)

@@ -6,7 +6,7 @@ above the watermark.
 """
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -35,6 +35,8 @@ from sqlalchemy import (
     select,
     union_all,
 )
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store import measures
@@ -52,7 +54,12 @@ GREATEST_ID: Final = 2**63 - 1
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""
 
-_KEYS_AND_MEASURES: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
+ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
+"""The columns of a roll-up."""
+
+MOST_ADDED: Final = 512
+"""Roll-ups that one statement adds on SQLite: half of the 32,766 values that it may take."""
+
 _BY: Final = ("provider", "model", "tier", "request_type")
 _t: Final = TELEMETRY.c
 _in_domain: Final = and_(_t.timestamp >= INSTANT_MIN_MS, _t.timestamp < INSTANT_MAX_MS)
@@ -422,9 +429,29 @@ def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
 
 
 @cache
-def add_to_rollups(backend: Backend) -> Insert:
-    """Add measures to a roll-up, which is made if it is not there."""
-    into = inserting(backend, ROLLUPS)
+def add_to_rollups() -> Insert:
+    """Add measures to roll-ups, which are made if they are not there; PostgreSQL.
+
+    Takes a list for each column of `ROLLUP`.
+    """
+    lists = (bindparam(name, type_=ARRAY(BigInteger)) for name in ROLLUP)
+    rows = func.unnest(*lists).table_valued(*ROLLUP).render_derived()
+    into = inserting(Backend.POSTGRESQL, ROLLUPS)
+    return _adding(into.from_select(ROLLUP, select(*(rows.c[name] for name in ROLLUP))))
+
+
+@lru_cache
+def add_text(count: int) -> str:
+    """The same for SQLite, where ``executemany`` would wait for the interpreter at each roll-up.
+
+    Takes the columns of one after the other; ``count`` of them, `MOST_ADDED` at most.
+    """
+    text = str(_adding(inserting(Backend.SQLITE, ROLLUPS)).compile(dialect=sqlite.dialect()))
+    one = f"({', '.join('?' * len(ROLLUP))})"
+    return text.replace(one, ", ".join([one] * count), 1)
+
+
+def _adding(into: Any) -> Insert:
     return _on_conflict(
         into, {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.columns_of()}
     )
@@ -482,7 +509,7 @@ def sum_of_quarters(span_ms: int, start: int) -> Insert:
         )
         .group_by(ROLLUPS.c.dimension_id)
     )
-    return insert(ROLLUPS).from_select(_KEYS_AND_MEASURES, quarters)
+    return insert(ROLLUPS).from_select(ROLLUP, quarters)
 
 
 def first_from(instant: int) -> Select[*tuple[Any, ...]]:
