@@ -26,7 +26,11 @@ from lynkr_store.search_path import checked_schema, options_of, startup_option
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
 
-_SET_PAGES: Final = "lynkr_store_wal_pages"  # what a connection was told by `checkpoint_after`
+# what is known of a connection
+_SET_PAGES: Final = "lynkr_store_wal_pages"  # what `checkpoint_after` told it
+_PATIENT: Final = "lynkr_store_patient"  # it waits for locks
+_IN_WAL: Final = "lynkr_store_in_wal"  # a commit needs no lock beside that which BEGIN took
+
 _BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
 WAL_PAGES: Final = 1_000
 """Pages in the WAL after which a commit moves them to the file, by SQLite's default."""
@@ -407,7 +411,7 @@ def _before_connect(
         ) from error
 
 
-def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
+def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     _set_up(connection)
     cursor = connection.cursor()
     try:
@@ -424,7 +428,7 @@ def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> Non
             # Read-only: then there is nothing to switch for.
             with suppress(sqlite3.OperationalError):
                 cursor.execute("PRAGMA journal_mode = WAL")
-                cursor.fetchall()
+                record.info[_IN_WAL] = cursor.fetchall() == [("wal",)]
     finally:
         cursor.close()
 
@@ -446,10 +450,14 @@ def _is_ours(cursor: Any) -> bool:
 
 def _on_begin(connection: Connection) -> None:
     options = connection.get_execution_options()
-    if options.get(_AT_ONCE):
-        connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-    try:
-        connection.exec_driver_sql(f"BEGIN {options.get(_BEGIN, 'DEFERRED')}")
-    finally:
-        if options.get(_AT_ONCE):
-            connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_MS}")
+    at_once = options.get(_AT_ONCE, False)
+    _set_patience(connection, patient=not at_once)
+    connection.exec_driver_sql(f"BEGIN {options.get(_BEGIN, 'DEFERRED')}")
+    if at_once and not connection.info.get(_IN_WAL):
+        _set_patience(connection, patient=True)
+
+
+def _set_patience(connection: Connection, *, patient: bool) -> None:
+    if connection.info.get(_PATIENT, True) != patient:  # as a rule the last one wanted the same
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_MS if patient else 0}")
+        connection.info[_PATIENT] = patient

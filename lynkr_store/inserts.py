@@ -67,7 +67,7 @@ def insert_once(
     """
     ensure_begun(connection)
     entry = queries.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
-    if connection.execute(entry).first() is None:
+    if not connection.execute(entry).rowcount:
         stored: int = connection.execute(queries.batch_rows(batch_id)).scalar_one()
         return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
     if len(rows) > PART_ROWS:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ColumnElement,
     Delete,
     Float,
+    Insert,
     Label,
     Select,
     Table,
@@ -28,7 +29,6 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.sql.dml import ReturningInsert
 from sqlalchemy.types import NullType, TypeDecorator
 
 from lynkr_store.backend import Backend
@@ -100,21 +100,14 @@ def _heads_of_errors() -> CTE:
 _HEADS_OF_ERRORS: Final = _heads_of_errors()
 
 
-def enter_batch(
-    backend: Backend, batch_id: str, row_count: int, now_ms: int
-) -> ReturningInsert[*tuple[Any, ...]]:
-    """Enter a batch in the ledger and return its id; no row where it is there already.
+def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) -> Insert:
+    """Enter a batch in the ledger; ``rowcount`` is 0 where it is there already.
 
     An entry that another transaction has not yet committed is waited for.
     """
     values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
-    entry: ReturningInsert[*tuple[Any, ...]] = (
-        inserting(backend, LEDGER)
-        .values(values)
-        .on_conflict_do_nothing()
-        .returning(LEDGER.c.batch_id)
-    )
-    return entry
+    entry: Insert = inserting(backend, LEDGER).values(values).on_conflict_do_nothing()
+    return entry.execution_options(preserve_rowcount=True)
 
 
 def batch_rows(batch_id: str) -> Select[*tuple[Any, ...]]:

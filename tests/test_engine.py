@@ -13,6 +13,7 @@ from contextlib import closing
 import pytest
 from rich.console import Console
 from sqlalchemy import URL, QueuePool, StaticPool, create_engine, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
@@ -34,7 +35,7 @@ from lynkr_store import (
     render,
     writing,
 )
-from lynkr_store.engine import create_store_async_engine, parse_url
+from lynkr_store.engine import create_store_async_engine, parse_url, writing_at_once
 from lynkr_store.models import RoutingTelemetry
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
@@ -81,6 +82,41 @@ def test_writers_take_the_lock_at_begin_and_readers_do_not(tmp_path):
             with pytest.raises(sqlite3.OperationalError, match="locked"):
                 other.execute("BEGIN IMMEDIATE")
     engine.dispose()
+
+
+def busy_timeout(connection):
+    return connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
+
+
+def test_who_takes_the_lock_at_once_does_not_wait_and_the_next_one_does(tmp_path):
+    engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
+    migrate.upgrade(engine)
+    with closing(sqlite3.connect(tmp_path / "t.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        with (
+            pytest.raises(OperationalError, match="locked"),
+            writing_at_once(engine).connect() as connection,
+        ):
+            connection.begin()
+        assert time.monotonic() - began < 1  # of the 3 s that others wait
+        other.rollback()
+        for _ in range(2):
+            with writing_at_once(engine).connect() as connection:
+                assert busy_timeout(connection) == 0
+        with engine.connect() as connection:
+            assert busy_timeout(connection) == 3000
+    engine.dispose()
+
+
+def test_without_a_wal_a_commit_waits_for_those_who_read(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "t.db")) as other:
+        other.execute("CREATE TABLE somebody_elses (x)")
+        engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
+        with writing_at_once(engine).connect() as connection:
+            connection.execute(text("INSERT INTO somebody_elses VALUES (1)"))
+            assert busy_timeout(connection) == 3000
+        engine.dispose()
 
 
 @pytest.mark.parametrize(
