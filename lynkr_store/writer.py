@@ -160,6 +160,7 @@ class Writer(Forkable):
         # a signal handler that closes the store may interrupt a holder of this lock
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._freed = threading.Condition(self._lock)  # who flushes is woken for nothing else
         self._bell: SimpleQueue[None] = SimpleQueue()  # may be rung from a signal handler
         self._turns = Turns()
         self._account = Account()
@@ -234,7 +235,7 @@ class Writer(Forkable):
             self._hurry_to = max(self._hurry_to, target)
             if self._settled < target:
                 self._ring()
-            return self._changed.wait_for(lambda: self._settled >= target, timeout_s)
+            return self._freed.wait_for(lambda: self._settled >= target, timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Take no more records, write what is there, and spool or count what could not be.
@@ -385,6 +386,7 @@ class Writer(Forkable):
         """The batch needs no memory any more, and whoever flushes need not wait for it."""
         self._intake.release(batch.units)
         self._settled = batch.upto
+        self._freed.notify_all()
 
     # -- the thread that prepares --------------------------------------------------------------
 
@@ -681,6 +683,7 @@ class Writer(Forkable):
         while self._ready:
             self._ready.popleft().settled = True
         self._settled = self._taken
+        self._freed.notify_all()
         self._changed.notify_all()
         self._bell.put(None)
 
@@ -692,6 +695,7 @@ class Writer(Forkable):
             late = len(self._intake.take(self._max_rows, 2**62).records)
             self._taken += late
             self._settled += late
+            self._freed.notify_all()
             if late:
                 self._account.dropped_by["closed"] += late
             return not late
