@@ -18,6 +18,7 @@ from lynkr_store.domains import half_up
 from lynkr_store.ingest import TextPolicy, cause_of, new_ids, row_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.schemas import Reading, epoch_ms, plain_row, utc
+from lynkr_store.schemas.events import encoding_by
 from tests.factories import EventFactory, RecordFactory
 
 NOW = 1_750_000_000_000
@@ -242,6 +243,29 @@ def _records(draw):
 @example(RecordFactory(attributes={"region": "eu", "tags": ["a", 0.1, None, {"é": True}]}))
 def test_a_record_that_needs_no_mending_is_the_same_row_both_ways(record):
     check_both_ways(record)
+
+
+class Unwilling(dict):
+    def items(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize("make", [json.encoder.c_make_encoder, None])
+def test_json_is_written_as_by_pythons_own_encoder(make, monkeypatch):
+    monkeypatch.setattr(json.encoder, "c_make_encoder", make)
+    encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    encoded = encoding_by(encoder)
+    for value in (
+        [],
+        {},
+        [1, True, None, 0.1, 1e-7, -0.0, 10**30],
+        {"a": {"b": ['é\u2028\ud800\\"\n\0']}, 1: 2, None: 3},
+        ({"x": ()},),
+    ):
+        assert encoded(value) == encoder.encode(value)
+    for value in ([float("nan")], {"a": b"x"}, [{1, 2}], {(): 1}, {"a": Unwilling(b=1)}):
+        with pytest.raises((TypeError, ValueError)):
+            encoded(value)
 
 
 def test_containers_nested_too_deep_for_json_are_refused_both_ways():
