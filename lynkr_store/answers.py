@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from lynkr_store import rollups
-from lynkr_store.rollups import LONG_BACKLOG, Question, Standing
+from lynkr_store import questions, rollups
+from lynkr_store.questions import LONG_BACKLOG, Question
+from lynkr_store.rollups import Standing
 from lynkr_store.spans import QUARTER_MS, cover, floor_to
 
 
@@ -43,8 +44,8 @@ def ask(
         removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
         asked = cover(since, until, now, removed)
         found = session.execute(
-            rollups.answer(question, long_backlog=backlog > LONG_BACKLOG),
-            rollups.parameters(asked, since, until, stands.folded) | given,
+            questions.answer(question, long_backlog=backlog > LONG_BACKLOG),
+            questions.parameters(asked, since, until, stands.folded) | given,
         )
         names = tuple(found.keys())
         parts = [dict(zip(names, row, strict=True)) for row in found.all()]

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
-from lynkr_store import bulk, rollups
+from lynkr_store import bulk, folds, rollups
 from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
@@ -28,11 +28,11 @@ Begin = Callable[[], AbstractContextManager[Connection]]
 """Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""
 
 STEP_ROWS: Final = 10_000
-"""Rows that one step folds; beside a busy writer it holds SQLite's lock for about 35 ms."""
+"""Rows that one step folds; beside a busy writer it holds SQLite's lock for about 12 ms."""
 
 _MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may lie far apart, and others between them
 _MEASURES: Final = tuple(columns_of())
-_in_order: Final = itemgetter(*rollups.ROLLUP)
+_in_order: Final = itemgetter(*folds.ROLLUP)
 _TRIM_MS: Final = 30 * DAY_MS
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
@@ -88,7 +88,7 @@ def settled_id(begin: Begin, look: Begin) -> int | None:
     others wait behind it, and one that gives up soon would never be had beside a long VACUUM.
     """
     with look() as connection:
-        newest: int = connection.scalar(rollups.newest_id()) or NOTHING
+        newest: int = connection.scalar(folds.newest_id()) or NOTHING
         backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
@@ -125,17 +125,17 @@ def _wait_for_writers(begin: Begin) -> bool:
 
 def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
     """Fold some rows; return how many, and the watermark."""
-    rows = rollups.rows_of_step()
+    rows = folds.rows_of_step()
     with look() as connection:
         folded: int = connection.execute(rollups.folded()).scalar_one()
-        first = connection.scalar(rollups.first_above(folded))
+        first = connection.scalar(folds.first_above(folded))
         if first is None or first > upto:
             return 0, max(folded, upto)
         last = min(first + STEP_ROWS - 1, upto)
         given = {"after": folded, "upto": last}
         quarters = connection.execute(rows.quarters, given).mappings().all()
         if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # there are ids without rows
-            last = connection.scalar(rollups.last_of_step(folded, upto, STEP_ROWS)) or upto
+            last = connection.scalar(folds.last_of_step(folded, upto, STEP_ROWS)) or upto
             given = {"after": folded, "upto": last}
             quarters = connection.execute(rows.quarters, given).mappings().all()
         new = None
@@ -169,26 +169,26 @@ def _number(connection: Connection, given: dict[str, int], quarters: Sequence[Ro
             "last": max(int(quarter["last"]) for quarter in quarters),
             "most": _MOST_BETWEEN,
         }
-        seen, found = connection.execute(rollups.number_between(), given | between).one()
+        seen, found = connection.execute(folds.number_between(), given | between).one()
         if seen < _MOST_BETWEEN:
             return int(found)
-    number: int = connection.execute(rollups.rows_of_step().number, given).scalar_one()
+    number: int = connection.execute(folds.rows_of_step().number, given).scalar_one()
     return number
 
 
 def held_watermark(connection: Connection) -> int:
     """The watermark, which nobody else moves before this transaction ends."""
-    folded: int | None = connection.scalar(rollups.watermark())
+    folded: int | None = connection.scalar(folds.watermark())
     if folded is None:  # the first of several folders enters it, and the others wait
         first = {"name": "folded", "value": NOTHING}
-        connection.execute(rollups.note_first(backend_of(connection)), first)
-        folded = connection.scalar(rollups.watermark())
+        connection.execute(folds.note_first(backend_of(connection)), first)
+        folded = connection.scalar(folds.watermark())
     return NOTHING if folded is None else folded
 
 
 def note(connection: Connection, name: str, value: int) -> None:
     """Set a value of the progress."""
-    connection.execute(rollups.note(backend_of(connection)), {"name": name, "value": value})
+    connection.execute(folds.note(backend_of(connection)), {"name": name, "value": value})
 
 
 def _note_removed(connection: Connection) -> int | None:
@@ -220,19 +220,19 @@ def trim(
     look = look or begin
     while not stop():
         with look() as connection:
-            first = connection.scalar(rollups.first_start())
+            first = connection.scalar(folds.first_start())
         if first is None or first + DAY_MS > before_ms:
             return
         with begin() as connection:
             held_watermark(connection)
             removed = _note_removed(connection)
-            first = connection.scalar(rollups.first_start())
+            first = connection.scalar(folds.first_start())
             if removed is None or first is None:
                 return
             until = min(before_ms, removed)
             if first + DAY_MS > until:
                 return
-            connection.execute(rollups.trim(min(until, first + _TRIM_MS)))
+            connection.execute(folds.trim(min(until, first + _TRIM_MS)))
 
 
 def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
@@ -242,9 +242,9 @@ def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
         connection: In a transaction of its own.
         condition: Which rows; those above the watermark are in no roll-up.
     """
-    rows = rollups.folded_rows(held_watermark(connection), condition)
+    rows = folds.folded_rows(held_watermark(connection), condition)
     _add(connection, _summed(connection.execute(rows.quarters).mappings().all(), sign=-1))
-    connection.execute(rollups.drop_empty())
+    connection.execute(folds.drop_empty())
 
 
 def rebuild(
@@ -264,7 +264,7 @@ def rebuild(
     after, rows = INSTANT_MIN_MS if raw_from is None else ceil_to(QUARTER_MS, raw_from), 0
     while not stop():
         with begin() as connection:
-            found = connection.execute(rollups.first_from(after)).one()
+            found = connection.execute(folds.first_from(after)).one()
             starts = [
                 floor_to(QUARTER_MS, int(instant)) for instant in found if instant is not None
             ]
@@ -279,15 +279,15 @@ def rebuild(
 
 def _recount(connection: Connection, start: int) -> int:
     """Make the roll-ups of one quarter anew, and those of the hour and the day it is in."""
-    rows = rollups.rows_of_quarter()
+    rows = folds.rows_of_quarter()
     given = rollups.quarter(start, held_watermark(connection))
     starts = {span: floor_to(span, start) for span in SPANS_MS}
-    connection.execute(rollups.drop_buckets(starts))
+    connection.execute(folds.drop_buckets(starts))
     connection.execute(rows.enter_dimensions, given)
     quarters = connection.execute(rows.quarters, given).mappings().all()
     _add(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
     for span in SPANS_MS[1:]:
-        connection.execute(rollups.sum_of_quarters(span, starts[span]))
+        connection.execute(folds.sum_of_quarters(span, starts[span]))
     return _requests(quarters)
 
 
@@ -322,11 +322,11 @@ def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
     backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
-            for some in bulk.parts(sums, rollups.MOST_ADDED):
+            for some in bulk.parts(sums, folds.MOST_ADDED):
                 values = tuple(chain.from_iterable(map(_in_order, some)))
-                connection.exec_driver_sql(rollups.add_text(len(some)), values)
+                connection.exec_driver_sql(folds.add_text(len(some)), values)
         case Backend.POSTGRESQL:
-            lists = {name: [each[name] for each in sums] for name in rollups.ROLLUP}
-            connection.execute(rollups.add_to_rollups(), lists)
+            lists = {name: [each[name] for each in sums] for name in folds.ROLLUP}
+            connection.execute(folds.add_to_rollups(), lists)
         case _:
             assert_never(backend)

@@ -26,7 +26,7 @@ from lynkr_store.ingest import TextPolicy, row_of
 from lynkr_store.inserts import insert_all
 from lynkr_store.measures import SUMMED
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rollups import Question
+from lynkr_store.questions import Question
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,

@@ -20,8 +20,9 @@ from lynkr_store.database import Database
 from lynkr_store.engine import backend_of
 from lynkr_store.faults import translated
 from lynkr_store.folding import settled_id
+from lynkr_store.folds import last_of_step, note, note_first
 from lynkr_store.models import SAVINGS, TELEMETRY
-from lynkr_store.rollups import GREATEST_ID, NOTHING, last_of_step, note, note_first
+from lynkr_store.rollups import GREATEST_ID, NOTHING
 
 _STEP_S: Final = {  # what a step should take
     Backend.SQLITE: 0.012,  # others wait meanwhile

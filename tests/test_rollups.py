@@ -21,11 +21,13 @@ from lynkr_store import (
     create_store_engine,
     folding,
     measures,
+    questions,
     rollups,
 )
 from lynkr_store.engine import writing
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.rollups import NOTHING, Question
+from lynkr_store.questions import Question
+from lynkr_store.rollups import NOTHING
 from lynkr_store.spans import DAY_MS, QUARTER_MS, ceil_to, cover, floor_to
 from tests.conftest import POSTGRES
 
@@ -84,9 +86,9 @@ def answered(engine, since, until):
 
 def from_rows(engine, since, until):
     """The answer as it is without roll-ups."""
-    given = rollups.parameters(cover(0, 0, 0), since, until, NOTHING)
+    given = questions.parameters(cover(0, 0, 0), since, until, NOTHING)
     with engine.connect() as connection:
-        statement = rollups.answer(EVERYTHING, long_backlog=True)
+        statement = questions.answer(EVERYTHING, long_backlog=True)
         parts = connection.execute(statement, given).mappings().all()
     return added_up(part for part in parts if part["sign"])
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
-from lynkr_store import RoutingFilter, Store, StoreSettings, Window, answers, measures, rollups
+from lynkr_store import RoutingFilter, Store, StoreSettings, Window, answers, measures, questions
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -165,7 +165,7 @@ def sums(store, window):
     )
 
 
-EVERYTHING = rollups.Question(by=("provider", "tier"), names=measures.ALL)
+EVERYTHING = questions.Question(by=("provider", "tier"), names=measures.ALL)
 COLUMNS_OF_ALL = tuple(measures.columns_of())
 
 

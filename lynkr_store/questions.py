@@ -1,0 +1,190 @@
+"""The statement that answers a question about a window: roll-ups, and the rows that are in none.
+
+An answer is the roll-ups, the ragged ends of its window, and all rows above the watermark. Nothing
+is executed here.
+"""
+
+from functools import cache
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    ColumnElement,
+    CompoundSelect,
+    Integer,
+    Select,
+    Text,
+    bindparam,
+    cast,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    union_all,
+)
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
+
+from lynkr_store import measures
+from lynkr_store.functions import each_row, unindexed, whole_number
+from lynkr_store.models import DIMENSIONS, ROLLUPS, TELEMETRY
+from lynkr_store.rollups import GREATEST_ID, folded, folded_in
+from lynkr_store.spans import QUARTER_MS, Cover, cover
+
+LONG_BACKLOG: Final = 20_000
+"""Rows above the watermark from which on the window is read by its time, not by their ids."""
+
+_t: Final = TELEMETRY.c
+
+
+class Question(NamedTuple):
+    """What is asked of a window.
+
+    Attributes:
+        by: The dimensions by which the answer is kept apart.
+        names: Measures beside the number of requests.
+        one_provider: Only rows of the provider that is given with the window.
+    """
+
+    by: tuple[str, ...]
+    names: tuple[str, ...]
+    one_provider: bool = False
+
+
+def parameters(asked: Cover, since: int, until: int, folded: int) -> dict[str, Any]:
+    """What `answer` takes for one window."""
+    given: dict[str, Any] = {"since": since, "until": until, "folded": folded}
+    for number, bucket in enumerate(asked.buckets):
+        given |= {f"bucket_{number}_{name}": v for name, v in bucket._asdict().items()}
+    for number, some in enumerate(asked.rows):
+        given |= {f"rows_{number}_{name}": v for name, v in some._asdict().items()}
+    for number, (start, end) in enumerate(asked.ends):
+        given |= {f"end_{number}_since": start, f"end_{number}_until": end}
+    return given
+
+
+_SHAPE: Final = cover(0, 0, 0)  # of every cover: it sets the number of parameters
+
+
+@cache
+def answer(question: Question, *, long_backlog: bool) -> CompoundSelect[*tuple[Any, ...]]:
+    """The parts of an answer, to be added up, in one statement and so of one snapshot.
+
+    Takes `parameters`, and ``provider`` if the question is of one.
+
+    Returns:
+        ``sign``, the question's dimensions, ``requests`` and the columns of its measures. The sign
+        is 1 or -1 in a part of the answer. It is 0 in three rows about the answer, told apart by
+        ``part``: ``folded``, with the watermark as ``requests``; and ``known`` and ``there``, with
+        how many rows the roll-ups know of the quarters at the window's ends, and how many of these
+        are there.
+    """
+    names = list(measures.columns_of(question.names))
+    return union_all(
+        _from_rollups(question),
+        _up_to_watermark(question),
+        _above_watermark(question, long_backlog=long_backlog),
+        *(_about(question, names, part, n) for part, n in _facts().items()),
+    )
+
+
+def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
+    columns = [ROLLUPS.c[name] for name in measures.columns_of(question.names)]
+    spans = (
+        select(ROLLUPS.c.dimension_id, *columns).where(
+            ROLLUPS.c.span_ms == whole_number(f"bucket_{number}_span_ms"),
+            ROLLUPS.c.start >= whole_number(f"bucket_{number}_since"),
+            ROLLUPS.c.start < whole_number(f"bucket_{number}_until"),
+        )
+        for number in range(len(_SHAPE.buckets))
+    )
+    buckets = union_all(*spans).subquery()
+    key = buckets.c.dimension_id
+    # by number first: SQLite groups by sorting, and by text that takes half as long again
+    each = select(key, *measures.of_rollups(question.names, buckets.c)).group_by(key).subquery()
+    by = [DIMENSIONS.c[name] for name in question.by]
+    sums = measures.of_rollups(question.names, each.c)
+    statement = select(_part("buckets"), literal(1, Integer).label("sign"), *by, *sums).select_from(
+        each.join(DIMENSIONS, DIMENSIONS.c.id == each.c.dimension_id)
+    )
+    if question.one_provider:
+        statement = statement.where(DIMENSIONS.c.provider == _provider())
+    return statement.group_by(*by)
+
+
+def _up_to_watermark(question: Question) -> Select[*tuple[Any, ...]]:
+    names = dict.fromkeys((*question.by, *measures.NEEDED))
+    ends = union_all(
+        *(
+            select(
+                whole_number(f"rows_{number}_sign").label("sign"), *(_t[name] for name in names)
+            ).where(*folded_in(f"rows_{number}"), *_of_provider(question))
+            for number in range(len(_SHAPE.rows))
+        )
+    ).subquery()
+    return _from_rows(question, select(ends.c.sign), ends.c)
+
+
+def _above_watermark(question: Question, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
+    # SQLite uses one index, and cannot know which of the two ranges is the shorter
+    row_id, instant = (
+        (unindexed(_t.id), _t.timestamp) if long_backlog else (_t.id, unindexed(_t.timestamp))
+    )
+    rows = select(literal(1, Integer).label("sign")).where(
+        row_id > whole_number("folded"),
+        # with one end alone, PostgreSQL's plan for any parameters expects a third of the table
+        row_id <= literal(GREATEST_ID, BigInteger),
+        instant >= whole_number("since"),
+        instant < whole_number("until"),
+        *_of_provider(question),
+    )
+    return _from_rows(question, rows, _t)
+
+
+def _of_provider(question: Question) -> list[ColumnElement[bool]]:
+    return [unindexed(_t.provider) == _provider()] if question.one_provider else []
+
+
+def _provider() -> BindParameter[str]:
+    return bindparam("provider", type_=Text())
+
+
+def _from_rows(
+    question: Question,
+    statement: Select[*tuple[Any, ...]],
+    columns: ReadOnlyColumnCollection[str, Any],
+) -> Select[*tuple[Any, ...]]:
+    by = [columns[name] for name in question.by]
+    rows = each_row(statement.add_columns(*by, *measures.of_a_row(question.names, columns)))
+    keys = [rows.c.sign, *(rows.c[name] for name in question.by)]
+    sums = measures.of_rows(rows.c, question.names)
+    return select(_part("rows"), *keys, *sums).group_by(*keys)
+
+
+def _facts() -> dict[str, ColumnElement[int]]:
+    ends = range(len(_SHAPE.ends))
+    starts = (ROLLUPS.c.start == whole_number(f"end_{number}_since") for number in ends)
+    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
+        ROLLUPS.c.span_ms == QUARTER_MS, or_(*starts)
+    )
+    rows = union_all(*(select(_t.id).where(*folded_in(f"end_{number}")) for number in ends))
+    return {
+        "folded": folded().scalar_subquery(),
+        "known": known.scalar_subquery(),
+        "there": select(func.count()).select_from(rows.subquery()).scalar_subquery(),
+    }
+
+
+def _about(
+    question: Question, names: list[str], part: str, value: ColumnElement[int]
+) -> Select[*tuple[Any, ...]]:
+    empty = [cast(null(), Text).label(name) for name in question.by]
+    none = [literal(0, Integer).label(name) for name in names[1:]]
+    return select(
+        _part(part), literal(0, Integer).label("sign"), *empty, value.label("requests"), *none
+    )
+
+
+def _part(name: str) -> Any:
+    return literal(name, Text).label("part")
