@@ -21,11 +21,13 @@ ON_DISK = ["sqlite-file", *POSTGRES]
 
 _SLOW_ON_OLDER_SERVERS = (
     "faults",
+    "test_agreement.py",
     "test_concurrent.py",
     "test_interrupted.py",
     "test_lists.py",
     "test_retention.py",
     "test_rollups.py",
+    "test_shared_database.py",
 )
 """Where a test takes away what it works on, or needs many rows, which takes long: in the ordinary
 run on the newest of several PostgreSQL servers alone, in the slow run on the others."""

@@ -125,7 +125,7 @@ def assert_nothing_lost(end, how, length):
     assert end["memory"] <= QUEUE["queue_max_bytes"] + 100 * 10**6
 
 
-@each_way
+@one_way_and_all
 @short_and_long
 def test_an_outage_loses_nothing_and_memory_stays_bounded(proxy, database, url, away, how, length):
     options = LOAD | QUEUE | length | {"url": proxy.url(database)}
@@ -187,7 +187,11 @@ def finish(url, recorded, options, *, left):
 # -- a connection cut at each message -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [Do.CUT_BEFORE, Do.CUT_AFTER], ids=lambda how: how.name.lower())
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(Do.CUT_BEFORE, marks=pytest.mark.slow), Do.CUT_AFTER],
+    ids=lambda how: how.name.lower(),
+)
 def test_a_connection_cut_at_any_message_costs_a_try(
     proxy, database, url, how, monkeypatch, capsys
 ):
