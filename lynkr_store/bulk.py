@@ -5,9 +5,9 @@ of a statement, and beside a thread that is at work waits up to 5 ms to get it b
 (`sys.setswitchinterval`); ``executemany`` makes a step of every row. On PostgreSQL it is COPY.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any, Final, TypeVar
@@ -77,16 +77,43 @@ def _insert(
     connection: Connection, verb: str, columns: tuple[str, ...], rows: Sequence[Row], away: Away
 ) -> None:
     used = _in_use(connection, columns, rows)
-    values_of = itemgetter(*used)
     most = _MOST_ROWS if _MOST_ROWS * len(used) <= _MOST_VALUES else _MOST_ROWS // 2
-    for part in parts(rows, most):
+    text_of = partial(_insert_of, verb, columns, used)
+    try:
+        execute_in_parts(connection, text_of, rows, itemgetter(*used), most, away)
+    except DBAPIError:
+        connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
+        raise
+
+
+def execute_in_parts(
+    connection: Connection,
+    text_of: Callable[[int], str],
+    rows: Sequence[_T],
+    values_of: Callable[[_T], Iterable[Any]],
+    most: int,
+    away: Away = nullcontext,
+) -> None:
+    """Execute statements of several rows each, on SQLite.
+
+    Args:
+        connection: In a transaction.
+        text_of: The statement for so many rows, which takes the values of one after the other.
+        rows: In order.
+        values_of: A row's values.
+        most: Rows of one statement.
+        away: Entered around each call.
+
+    Raises:
+        DBAPIError: With the statement for one row: the others repeat it.
+    """
+    for part in _parts(rows, most):
         flat = tuple(chain.from_iterable(map(values_of, part)))
         try:
             with away():
-                connection.exec_driver_sql(_insert_of(verb, columns, used, len(part)), flat)
+                connection.exec_driver_sql(text_of(len(part)), flat)
         except DBAPIError as error:
-            connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
-            error.statement = _insert_of(verb, columns, used, 1)  # the others repeat it
+            error.statement = text_of(1)
             raise
 
 
@@ -121,7 +148,7 @@ def _in_use(
     return tuple(name for name in columns if name in used)
 
 
-def parts(rows: Sequence[_T], most: int) -> Iterator[Sequence[_T]]:
+def _parts(rows: Sequence[_T], most: int) -> Iterator[Sequence[_T]]:
     """The rows in parts of few sizes, so that the statements are few and stay prepared."""
     at = 0
     while left := len(rows) - at:

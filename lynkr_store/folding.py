@@ -7,7 +7,6 @@ rows' sums are added. A fold that is killed has done whole steps.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from operator import itemgetter
 from typing import Final, NamedTuple, assert_never
 
@@ -322,9 +321,7 @@ def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
     backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
-            for some in bulk.parts(sums, folds.MOST_ADDED):
-                values = tuple(chain.from_iterable(map(_in_order, some)))
-                connection.exec_driver_sql(folds.add_text(len(some)), values)
+            bulk.execute_in_parts(connection, folds.add_text, sums, _in_order, folds.MOST_ADDED)
         case Backend.POSTGRESQL:
             lists = {name: [each[name] for each in sums] for name in folds.ROLLUP}
             connection.execute(folds.add_to_rollups(), lists)

@@ -1,7 +1,7 @@
 """What a fold reads of the rows, and writes to the roll-ups. Nothing is executed here."""
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -166,7 +166,7 @@ def add_to_rollups() -> Insert:
     return _adding(into.from_select(ROLLUP, select(*(rows.c[name] for name in ROLLUP))))
 
 
-@lru_cache
+@cache
 def add_text(count: int) -> str:
     """The same for SQLite, where ``executemany`` would wait for the interpreter at each roll-up.
 

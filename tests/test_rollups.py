@@ -527,14 +527,18 @@ class History:
         @contextmanager
         def begin():
             with self.begin() as connection:
-                execute, left = connection.execute, iter(range(statements))
+                left = iter(range(statements))
 
-                def one_more(*args, **kwargs):
-                    if next(left, None) is None:
-                        raise Killed
-                    return execute(*args, **kwargs)
+                def counted(execute):
+                    def one_more(*args, **kwargs):
+                        if next(left, None) is None:
+                            raise Killed
+                        return execute(*args, **kwargs)
 
-                connection.execute = one_more
+                    return one_more
+
+                for way in ("execute", "exec_driver_sql"):
+                    setattr(connection, way, counted(getattr(connection, way)))
                 yield connection
 
         with suppress(Killed):
