@@ -29,8 +29,8 @@ _SLOW_ON_OLDER_SERVERS = (
     "test_rollups.py",
     "test_shared_database.py",
 )
-"""Where a test takes away what it works on, or needs many rows, which takes long: in the ordinary
-run on the newest of several PostgreSQL servers alone, in the slow run on the others."""
+"""Where a test takes away what it works on, or needs many rows or answers, which takes long: in the
+ordinary run on the newest of several PostgreSQL servers alone, in the slow run on the others."""
 
 _numbers = itertools.count()
 

@@ -71,7 +71,7 @@ def _instant_in_domain(value: object) -> object:
 def encoding_by(encoder: json.JSONEncoder) -> Callable[[object], str]:
     """As ``encoder.encode`` of an object or a list, in half of the time.
 
-    That makes the function in C which does its work anew for each call.
+    ``encode`` makes the function in C that does its work anew for each call.
     """
     make: Any = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     try:

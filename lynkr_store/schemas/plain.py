@@ -44,8 +44,7 @@ def plain_row(record: dict[str, Any]) -> dict[str, Any] | None:
     row = _DEFAULTS | given
     for name in TEXT_FIELDS:  # over long ones a pattern takes ten times as long
         text = row[name]
-        # asked here too: most are such, and a call less
-        if text is not None and ("\0" in text or not text.isascii()) and mend_text(text)[1]:
+        if text is not None and mend_text(text)[1]:
             return None
     return row
 
