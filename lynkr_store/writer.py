@@ -394,8 +394,8 @@ class Writer(Forkable):
         self._open_spool()
         while (batch := self._next_batch()) is not None:
             self._place(batch)
-        while self._spool and not self._over and (held := self._delivery) and not held.entry:
-            self._relieve()  # close() may run out of time for the batch in delivery
+        while self._spool and not self._over and self._in_hand():
+            self._relieve()  # close() may run out of time for them
             self._listen(_TICK_S)
         with self._lock:
             self._prepared_all = True
@@ -473,9 +473,8 @@ class Writer(Forkable):
             if not self._spool_is_due():
                 return
             self._spooling = True
-            batches = [b for b in (self._delivery, *self._ready) if b and not b.entry]
         try:
-            for batch in batches:
+            for batch in self._in_hand():
                 self._enter(self._spool, batch)
         except Exception as error:  # noqa: BLE001 - this thread must go on, the batch stays in hand
             self._spool_rests_until = time.monotonic() + _SPOOL_AGAIN_S
@@ -484,6 +483,11 @@ class Writer(Forkable):
             with self._lock:
                 self._spooling = False
                 self._changed.notify_all()
+
+    def _in_hand(self) -> list[_Batch]:
+        """The batches that are not in the spool, the oldest first."""
+        with self._lock:
+            return [b for b in (self._delivery, *self._ready) if b and not b.entry]
 
     def _spool_is_due(self) -> bool:
         now, delivery = time.monotonic(), self._delivery

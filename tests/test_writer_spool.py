@@ -186,6 +186,15 @@ def test_a_close_short_of_room_counts_what_is_lost(make, ledger):
     assert adds_up(account)
 
 
+def test_a_close_soon_after_few_records_spools_them(make, ledger):
+    """The batches are ready before the first of them is on its way."""
+    ledger.away = True
+    writer = make(spool_after_s=3600)
+    submit(writer, range(35))
+    writer.close(0.5)
+    assert writer.account().spooled == 35
+
+
 def test_a_batch_of_bad_records_alone_is_not_spooled(make, ledger):
     ledger.away = True
     writer = make(batch_rows=2)
