@@ -8,9 +8,7 @@ of a statement, and beside a thread that is at work waits up to 5 ms to get it b
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from itertools import chain
-from operator import itemgetter
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy import Connection, Dialect, Float, Insert, Integer, insert
 from sqlalchemy.dialects import postgresql, sqlite
@@ -18,8 +16,8 @@ from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of
-from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
+from lynkr_store.rows import Row, Rows
 from lynkr_store.turns import Away
 
 _MOST_ROWS: Final = 1_000  # of a statement, or half of it
@@ -33,10 +31,7 @@ _INSERT: Final = "INSERT"
 _SQLITE: Final[Dialect] = sqlite.dialect()
 _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
 
-_IN_USE: Final = "lynkr_store_columns"
 _VERB: Final = "lynkr_store_verb"
-
-_T = TypeVar("_T")
 
 _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
@@ -51,21 +46,21 @@ def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -
 
     Args:
         connection: Synchronous, or under an asynchronous one.
-        rows: One or more, each with the first one's columns.
+        rows: One or more. A column that none of them has takes the table's default.
         leaves: A statement that fails may leave some rows inserted, for the caller rolls back.
 
     Raises:
         Exception: Whatever the driver raised, as SQLAlchemy presents it. Rows of statements before
             the one that failed are inserted: go back to a SAVEPOINT, or roll back.
     """
-    columns = tuple(rows[0])
+    rows = Rows.of(rows)
     away = connection.get_execution_options().get(AWAY, nullcontext)
     if backend_of(connection) is Backend.SQLITE:
-        _insert(connection, _verb(connection) if leaves else _INSERT, columns, rows, away)
+        _insert(connection, _verb(connection) if leaves else _INSERT, rows, away)
     elif connection.dialect.is_async:  # psycopg's COPY has to be awaited there
-        connection.execute(insert_rows(), rows)
+        connection.execute(insert_rows(), list(rows))
     else:
-        _copy(connection, columns, map(itemgetter(*columns), rows), away)
+        _copy(connection, rows, away)
 
 
 def is_not_copied(error: DBAPIError) -> bool:
@@ -73,14 +68,11 @@ def is_not_copied(error: DBAPIError) -> bool:
     return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
 
 
-def _insert(
-    connection: Connection, verb: str, columns: tuple[str, ...], rows: Sequence[Row], away: Away
-) -> None:
-    used = _in_use(connection, columns, rows)
-    most = _MOST_ROWS if _MOST_ROWS * len(used) <= _MOST_VALUES else _MOST_ROWS // 2
-    text_of = partial(_insert_of, verb, columns, used)
+def _insert(connection: Connection, verb: str, rows: Rows, away: Away) -> None:
+    width = len(rows.columns)
+    most = _MOST_ROWS if _MOST_ROWS * width <= _MOST_VALUES else _MOST_ROWS // 2
     try:
-        execute_in_parts(connection, text_of, rows, itemgetter(*used), most, away)
+        execute_in_parts(connection, partial(_insert_of, verb, rows.columns), rows, most, away)
     except DBAPIError:
         connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
         raise
@@ -89,8 +81,7 @@ def _insert(
 def execute_in_parts(
     connection: Connection,
     text_of: Callable[[int], str],
-    rows: Sequence[_T],
-    values_of: Callable[[_T], Iterable[Any]],
+    rows: Rows,
     most: int,
     away: Away = nullcontext,
 ) -> None:
@@ -100,18 +91,18 @@ def execute_in_parts(
         connection: In a transaction.
         text_of: The statement for so many rows, which takes the values of one after the other.
         rows: In order.
-        values_of: A row's values.
         most: Rows of one statement.
         away: Entered around each call.
 
     Raises:
         DBAPIError: With the statement for one row: the others repeat it.
     """
-    for part in _parts(rows, most):
-        flat = tuple(chain.from_iterable(map(values_of, part)))
+    width = len(rows.columns)
+    for at, count in _parts(len(rows), most):
+        values = tuple(rows.values[at * width : (at + count) * width])
         try:
             with away():
-                connection.exec_driver_sql(text_of(len(part)), flat)
+                connection.exec_driver_sql(text_of(count), values)
         except DBAPIError as error:
             error.statement = text_of(1)
             raise
@@ -133,35 +124,19 @@ def _verb(connection: Connection) -> str:
     return verb
 
 
-def _in_use(
-    connection: Connection, columns: tuple[str, ...], rows: Sequence[Row]
-) -> tuple[str, ...]:
-    """The columns in which these rows, or earlier ones on the connection, have a value.
-
-    The others' NULL stands in the statement. Python's driver looks for an adapter of every None
-    that it binds: that was 6 µs of the 16 that a row took, of whose 45 values 18 were None.
-    Earlier rows count so that statements stay the same, and prepared.
-    """
-    used: set[str] = connection.info.setdefault(_IN_USE, set())
-    idle = [name for name in columns if name not in used]
-    used.update(name for name in idle if [row[name] for row in rows].count(None) < len(rows))
-    return tuple(name for name in columns if name in used)
-
-
-def _parts(rows: Sequence[_T], most: int) -> Iterator[Sequence[_T]]:
-    """The rows in parts of few sizes, so that the statements are few and stay prepared."""
+def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Where each part begins, and its size: of few sizes, so that statements stay prepared."""
     at = 0
-    while left := len(rows) - at:
+    while left := count - at:
         size = most if left >= most else 1 << left.bit_length() - 1
-        yield rows[at : at + size]
+        yield at, size
         at += size
 
 
 @lru_cache
-def _insert_of(verb: str, columns: tuple[str, ...], used: tuple[str, ...], count: int) -> str:
-    row = f"({', '.join('?' if name in used else 'NULL' for name in columns)})"
-    into = _into(_SQLITE, columns)
-    return f"{verb} INTO {into} VALUES {', '.join([row] * count)}"
+def _insert_of(verb: str, columns: tuple[str, ...], count: int) -> str:
+    row = f"({', '.join('?' * len(columns))})"
+    return f"{verb} INTO {_into(_SQLITE, columns)} VALUES {', '.join([row] * count)}"
 
 
 @lru_cache
@@ -175,19 +150,14 @@ def _into(dialect: Dialect, columns: Iterable[str]) -> str:
     return f"{names.format_table(TELEMETRY)} ({', '.join(map(names.quote, columns))})"
 
 
-def _copy(
-    connection: Connection,
-    columns: tuple[str, ...],
-    tuples: Iterable[tuple[Any, ...]],
-    away: Away,
-) -> None:
-    statement, types = _copy_of(columns)
+def _copy(connection: Connection, rows: Rows, away: Away) -> None:
+    statement, types = _copy_of(rows.columns)
     driver: Any = connection.connection.driver_connection
     try:
         # the server takes longer than Python, which waits for it again and again
         with driver.cursor() as cursor, away(), cursor.copy(statement) as copy:
             copy.set_types(types)
-            for row in tuples:
+            for row in rows.tuples():
                 copy.write_row(row)
     except connection.dialect.loaded_dbapi.Error as error:
         lost = driver.closed  # which a connection that broke is too

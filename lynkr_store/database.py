@@ -39,11 +39,11 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
-from lynkr_store.ingest import Row
 from lynkr_store.inserts import PART_ROWS, enter_parts, expire_ledger, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now
+from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings

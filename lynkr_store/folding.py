@@ -7,7 +7,6 @@ rows' sums are added. A fold that is killed has done whole steps.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from operator import itemgetter
 from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
@@ -21,6 +20,7 @@ from lynkr_store.engine import backend_of
 from lynkr_store.measures import columns_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.rollups import NOTHING, Standing
+from lynkr_store.rows import Rows
 from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, floor_to
 
 Begin = Callable[[], AbstractContextManager[Connection]]
@@ -31,7 +31,6 @@ STEP_ROWS: Final = 10_000
 
 _MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may lie far apart, and others between them
 _MEASURES: Final = tuple(columns_of())
-_in_order: Final = itemgetter(*folds.ROLLUP)
 _TRIM_MS: Final = 30 * DAY_MS
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
@@ -321,7 +320,9 @@ def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
     backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
-            bulk.execute_in_parts(connection, folds.add_text, sums, _in_order, folds.MOST_ADDED)
+            values = [each[name] for each in sums for name in folds.ROLLUP]
+            rows = Rows(folds.ROLLUP, values)
+            bulk.execute_in_parts(connection, folds.add_text, rows, folds.MOST_ADDED)
         case Backend.POSTGRESQL:
             lists = {name: [each[name] for each in sums] for name in folds.ROLLUP}
             connection.execute(folds.add_to_rollups(), lists)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from lynkr_store.rows import Row
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     LONG_FIELDS,
@@ -16,9 +17,6 @@ from lynkr_store.schemas import (
     mend_text,
     plain_row,
 )
-
-Row = dict[str, Any]
-"""Column name to value, for every column but ``id``."""
 
 _CAUSES: Final = {
     "missing": "no_provider",
@@ -90,6 +88,8 @@ def row_of(
         record = {k: v for k, v in vars(record).items() if k in RoutingEvent.model_fields}
     event = RoutingEvent.model_validate(record)
     row = vars(event).copy()
+    for name in FLAG_FIELDS:  # as they are stored: SQLite's driver looks for an adapter of a bool
+        row[name] = None if row[name] is None else int(row[name])
     return row, earlier + event.mended + _completed(row, stamp_ms, policy, new_id)
 
 
@@ -114,20 +114,16 @@ def _completed(
 ) -> tuple[str, ...]:
     """Fill in what a checked record left out, and apply the policy; a cause for what was mended."""
     mended: tuple[str, ...] = ()
-    if row["request_id"] is None:
+    if row.get("request_id") is None:
         row["request_id"] = new_id()
-    if row["timestamp"] is None:
+    if row.get("timestamp") is None:
         row["timestamp"] = stamp_ms
-    for name in FLAG_FIELDS:  # as it is stored: SQLite's driver looks for an adapter of a bool
-        flag = row[name]
-        if flag is not None:
-            row[name] = +flag
     if not policy.capture:
         row.update(dict.fromkeys(TEXT_FIELDS))
     if policy.redact is not None:
         mended = _redact(row, policy.redact)
     for name in TEXT_FIELDS:
-        text = row[name]
+        text = row.get(name)
         if text is not None and len(text) > policy.max_chars:
             row[name] = text[: policy.max_chars]
             mended += ("cut",)
@@ -141,8 +137,8 @@ def _redact(row: Row, redact: Callable[[str], str]) -> tuple[str, ...]:
     """
     try:
         for name in LONG_FIELDS:
-            if row[name] is not None:
-                row[name], _ = mend_text(redact(row[name]))
+            if (text := row.get(name)) is not None:
+                row[name], _ = mend_text(redact(text))
     except Exception:  # noqa: BLE001 - the caller's own function
         row.update(dict.fromkeys(LONG_FIELDS))
         return ("redact_failed",)

@@ -13,8 +13,8 @@ from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of, ensure_begun
 from lynkr_store.faults import Fault, fault_of, refusal
-from lynkr_store.ingest import Row
 from lynkr_store.models import TELEMETRY
+from lynkr_store.rows import Row, Rows
 from lynkr_store.spans import DAY_MS
 
 LEDGER_DAYS: Final = 30
@@ -164,7 +164,7 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
         if not bulk.is_not_copied(error):
             raise
         with _savepoint(connection):
-            connection.execute(bulk.insert_rows(), rows)
+            connection.execute(bulk.insert_rows(), list(Rows.of(rows)))
 
 
 def _insert_or_leave(connection: Connection, rows: Sequence[Row]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from lynkr_store.exceptions import SpoolError
-from lynkr_store.ingest import Row
+from lynkr_store.rows import Row
 
 _APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
 _PAGE_BYTES: Final = 4_096

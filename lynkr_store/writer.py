@@ -32,9 +32,10 @@ from tenacity import (
 
 from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
-from lynkr_store.ingest import Row, TextPolicy, cause_of, new_ids, row_of, row_of_plain
+from lynkr_store.ingest import TextPolicy, cause_of, new_ids, row_of, row_of_plain
 from lynkr_store.intake import Intake, Queued, unpacked
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
+from lynkr_store.rows import Gathering, Row
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
 from lynkr_store.turns import Away, Turns
 
@@ -49,7 +50,7 @@ _FIRST_RETRY_S: Final = 0.1  # the range of the first wait, doubled with each tr
 _LAST_RETRY_S: Final = 5.0  # and its cap, the most by which a recovery is noticed late
 _UNANSWERED_S: Final = 1.0  # a try that takes longer counts as a database away
 _THREADS: Final = 2
-_READY: Final = 8  # batches that may be ready, for when the sink has waited and the rest did not
+_READY: Final = 14  # batches that may be ready, for when the sink has waited and the rest did not
 _SLICE_ROWS: Final = 64  # checked in a millisecond
 _TICK_S: Final = 0.1  # how often the state of a delivery is looked at
 _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
@@ -178,6 +179,7 @@ class Writer(Forkable):
         self._spooling = False  # batches are on their way there
         self._delivery: _Batch | None = None
         self._ready: deque[_Batch] = deque()  # to be delivered next
+        self._gathering = Gathering()
         self._taken = 0  # records ever taken from the queue, and how many of them are settled or
         self._settled = 0  # spooled: in order, so a flush waits for a number
         self._hurry_to = 0  # flushes wait for this many
@@ -436,19 +438,18 @@ class Writer(Forkable):
             self._taken += len(records)
             self._account.in_hand += len(records)
             upto = self._taken
-        rows: list[Row] = []
         rejected: Counter[str] = Counter()
         mended: Counter[str] = Counter()
         for at in range(0, len(records), _SLICE_ROWS):
             with self._turns.second():
                 some = records[at : at + _SLICE_ROWS]
-                _check(some, self._policy, rows, rejected, mended)
+                self._gathering.add(_checked_rows(some, self._policy, rejected, mended))
         with self._lock:
             if not self._over:
                 self._account.in_hand -= rejected.total()
                 self._account.rejected_by.update(rejected)
             self._account.mended_by.update(mended)
-        return _Batch(uuid.uuid4().hex, rows, upto, units)
+        return _Batch(uuid.uuid4().hex, self._gathering.take(), upto, units)
 
     def _place(self, batch: _Batch) -> None:
         """Have the batch delivered in its turn; wait until there is room for another."""
@@ -722,14 +723,11 @@ def _checked(timeout_s: float) -> float:
     return min(timeout_s, threading.TIMEOUT_MAX)
 
 
-def _check(
-    records: Sequence[Queued],
-    policy: TextPolicy,
-    rows: list[Row],
-    rejected: Counter[str],
-    mended: Counter[str],
-) -> None:
-    """Add the rows of those records that are some; causes of the others, and of what was mended."""
+def _checked_rows(
+    records: Sequence[Queued], policy: TextPolicy, rejected: Counter[str], mended: Counter[str]
+) -> list[Row]:
+    """The rows of those records that are some; counts why others are not, and what was mended."""
+    rows: list[Row] = []
     new_id = new_ids().__next__
     for record in records:
         try:
@@ -743,3 +741,4 @@ def _check(
             rows.append(row)
             if causes:
                 mended.update(causes)
+    return rows

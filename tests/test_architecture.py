@@ -23,6 +23,7 @@ LEVELS = {
     "account": 0,
     "courtesy": 0,
     "turns": 0,
+    "rows": 0,
     "schemas": 1,
     "faults": 1,
     "lifecycle": 1,

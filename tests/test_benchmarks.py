@@ -68,7 +68,7 @@ def test_the_samples_records_are_taken_as_they_are() -> None:
     for record, row in zip(SAMPLE.records(), SAMPLE.rows(), strict=True):
         plain = plain_row(record)  # None where a value is wrong, or would be mended
         assert plain is not None and json.loads(plain["attributes"])
-        assert [plain[name] for name in COLUMNS] == list(row)
+        assert [plain.get(name) for name in COLUMNS] == list(row)
 
 
 @pytest.fixture(params=ON_DISK)

@@ -162,7 +162,7 @@ def test_close_spools_what_the_sink_does_not_take(make, ledger):
 
 def test_what_the_spool_has_no_room_for_stays_in_hand(make, ledger, caplog):
     ledger.away = True
-    writer = make(spool_bytes=40_000, max_rows=200)
+    writer = make(spool_bytes=30_000, max_rows=200)
     submit(writer, range(200))
     eventually(lambda: "SpoolError" in writer.account().faults_by)
     account = writer.account()
@@ -177,7 +177,7 @@ def test_what_the_spool_has_no_room_for_stays_in_hand(make, ledger, caplog):
 
 def test_a_close_short_of_room_counts_what_is_lost(make, ledger):
     ledger.away = True
-    writer = make(spool_bytes=40_000, spool_after_s=3600)
+    writer = make(spool_bytes=30_000, spool_after_s=3600)
     submit(writer, range(300))
     writer.close(0.2)
     account = writer.account()

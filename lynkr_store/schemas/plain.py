@@ -1,10 +1,10 @@
-"""The record that needs no mending, checked and completed in one call.
+"""The record that needs no mending, checked in one call.
 
 Most records are right as they are. `RoutingEvent` looks at each value in Python before it checks
 any; here the same rules run in pydantic's core, and Python only sees what they leave open.
 """
 
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -26,26 +26,28 @@ _MendedName: Final = StringConstraints(max_length=NAME_MAX_CHARS, pattern=_NO_NU
 
 
 def plain_row(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Every field of a record, as `RoutingEvent` has them, if it needs no mending.
+    """A record's fields as `RoutingEvent` has them, if it needs no mending.
 
     Args:
         record: Of builtin types alone, subclasses of them excluded: those have methods of their
             own. No container in it contains itself.
 
     Returns:
-        None where a value must be mended, or is wrong: `RoutingEvent` tells which.
+        Those that were given, and those of which None is not the default; flags as 0 or 1. None
+        where a value must be mended, or is wrong: `RoutingEvent` tells which.
     """
     try:
-        given = cast("dict[str, Any]", _checked(record))
+        row: dict[str, Any] = _checked(record)
     except (ValidationError, TypeError, RecursionError):
         return None
-    if len(given) < len(record):
+    if len(row) < len(record):
         return None  # there are unknown names
-    row = _DEFAULTS | given
     for name in TEXT_FIELDS:  # over long ones a pattern takes ten times as long
-        text = row[name]
+        text = row.get(name)
         if text is not None and mend_text(text)[1]:
             return None
+    for name, value in _DEFAULTS:
+        row.setdefault(name, value)
     return row
 
 
@@ -79,6 +81,9 @@ def _schema(name: str, field: FieldInfo) -> core_schema.TypedDictField:
         schema = own.core_schema
     if name in _AT_ONCE:
         schema = core_schema.union_schema([_AT_ONCE[name], schema], mode="left_to_right")
+    if name in FLAG_FIELDS:  # as they are stored: SQLite's driver looks for an adapter of a bool
+        number = core_schema.nullable_schema(core_schema.int_schema())
+        schema = core_schema.chain_schema([schema, number])
     return core_schema.typed_dict_field(schema, required=field.is_required())
 
 
@@ -90,7 +95,8 @@ _checked: Final = SchemaValidator(
     ),
     CoreConfig(hide_input_in_errors=True),
 ).validate_python
-_DEFAULTS: Final = {
-    name: None if field.is_required() else field.default
+_DEFAULTS: Final = [
+    (name, int(field.default))
     for name, field in RoutingEvent.model_fields.items()
-}
+    if field.default in (0, False)
+]
