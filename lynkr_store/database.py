@@ -216,8 +216,9 @@ class Database(Forkable):
 
         In one transaction, or, where a row of many is refused, in one for each part.
         """
-        with away():
-            self._gate.acquire()
+        if not self._gate.acquire(blocking=False):  # going away costs the other thread's turn
+            with away():
+                self._gate.acquire()
         try:
             self._away = away
             if self._file and self._identity() != self._file:
