@@ -143,7 +143,8 @@ def _insert_or_refuse(
         fault = _fault(connection, error)
         if fault is Fault.UNCLEAR:
             samples = rows[:: max(1, len(rows) // _SAMPLES)]
-            fault = _whose(connection, [_PLAIN_ROW, known_good or _PLAIN_ROW, *samples])
+            good = {**_PLAIN_ROW, **(known_good or {})}  # every column may be what is wrong
+            fault = _whose(connection, [_PLAIN_ROW, good, *samples])
         if fault is not Fault.ROW:
             raise
         return error

@@ -27,6 +27,7 @@ from lynkr_store.inserts import insert_all
 from lynkr_store.measures import SUMMED
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
+from lynkr_store.rows import Gathering
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -282,8 +283,9 @@ class RoutingRepository:
             StoreUnavailable: The database cannot be reached.
         """
         stamp = self._clock()
-        rows = [row_of(record, stamp, self._policy)[0] for record in records]
-        if rows:
+        gathering = Gathering()
+        gathering.add([row_of(record, stamp, self._policy)[0] for record in records])
+        if rows := gathering.take():
             with translated():
                 connection = self._session.connection()
                 try:

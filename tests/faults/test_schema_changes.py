@@ -90,11 +90,11 @@ def add_column(engine):
 
 
 def rename_column(engine):
-    execute(engine, "ALTER TABLE routing_telemetry RENAME COLUMN finish_reason TO reason")
+    execute(engine, "ALTER TABLE routing_telemetry RENAME COLUMN attributes TO extra")
 
 
 def rename_column_back(engine):
-    execute(engine, "ALTER TABLE routing_telemetry RENAME COLUMN reason TO finish_reason")
+    execute(engine, "ALTER TABLE routing_telemetry RENAME COLUMN extra TO attributes")
 
 
 def take_revisions_back(engine):
@@ -213,6 +213,23 @@ def test_records_wait_while_the_schema_is_another(store, changing, caplog, what)
     assert store.flush(30)
     assert names(changing) == [*(before if change.keeps else []), *waited, *after]
     assert adds_up(store.health())
+
+
+def test_a_column_that_no_record_uses_holds_none_up(store, changing):
+    """Statements name the columns that have values."""
+    expected = record(store, "before")
+    assert store.flush(30)
+    execute(changing, "ALTER TABLE routing_telemetry RENAME COLUMN finish_reason TO reason")
+    expected += record(store, "meanwhile")
+    assert store.flush(30)
+    assert names(changing) == expected
+    waiting = record(store, "reasoned", 1)
+    assert store.record(provider="p", request_id="reasoned", finish_reason="stop")
+    eventually(lambda: store.health().last_error)
+    assert store.health().pending == 2
+    execute(changing, "ALTER TABLE routing_telemetry RENAME COLUMN reason TO finish_reason")
+    assert store.flush(60)
+    assert names(changing) == [*expected, *waiting, "reasoned"]
 
 
 @pytest.mark.parametrize("what", ["the table is renamed", "revisions are taken back"])
