@@ -53,7 +53,7 @@ def insert_once(
     Args:
         connection: In a transaction of its own, which the caller commits.
         batch_id: The same for every try.
-        rows: One mapping each, of every column but ``id``.
+        rows: In order.
         now_ms: The present, for the ledger.
         known_good: See `insert_isolating`.
 
@@ -103,7 +103,7 @@ def insert_isolating(
 
     Args:
         connection: In a transaction that may be the caller's; never committed here.
-        rows: One mapping each, of every column but ``id``.
+        rows: In order.
         known_good: A row that the table took before.
 
     Returns:

@@ -11,8 +11,8 @@ Row = dict[str, Any]
 class Rows(Sequence[Row]):
     """Rows of the same columns, kept as the drivers take them: values, one after the other.
 
-    A dictionary for each row would occupy as much as what it holds, and take a tenth of the
-    writer's time. Whoever asks for a row is given one.
+    A dictionary of every column is 1.6 KB a row; the places of its 30 values here are 240 bytes.
+    Whoever asks for a row is given one.
 
     Args:
         columns: Their names.

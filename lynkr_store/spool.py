@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from lynkr_store.exceptions import SpoolError
-from lynkr_store.rows import Row
+from lynkr_store.rows import Row, Rows
 
 _APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
 _PAGE_BYTES: Final = 4_096
@@ -425,8 +425,8 @@ def _renamed(path: Path) -> Path:
 
 
 def _encoded(rows: Sequence[Row]) -> bytes:
-    columns = list(rows[0])
-    table = {"columns": columns, "rows": [[row[name] for name in columns] for row in rows]}
+    rows = Rows.of(rows)
+    table = {"columns": rows.columns, "rows": list(rows.tuples())}
     return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
 
 

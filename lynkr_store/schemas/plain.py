@@ -98,5 +98,5 @@ _checked: Final = SchemaValidator(
 _DEFAULTS: Final = [
     (name, int(field.default))
     for name, field in RoutingEvent.model_fields.items()
-    if field.default in (0, False)
+    if not field.is_required() and field.default is not None
 ]
