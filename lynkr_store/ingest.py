@@ -8,14 +8,14 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lynkr_store.rows import Row
+from lynkr_store.rows import Columns, Row, by_column
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     LONG_FIELDS,
     TEXT_FIELDS,
     RoutingEvent,
+    flag_number,
     mend_text,
-    plain_row,
 )
 
 _CAUSES: Final = {
@@ -65,7 +65,6 @@ def row_of(
     record: Mapping[str, Any] | RoutingEvent,
     stamp_ms: int,
     policy: TextPolicy,
-    new_id: Callable[[], str] = _new_id,
 ) -> tuple[Row, tuple[str, ...]]:
     """Make the row of one record.
 
@@ -73,7 +72,6 @@ def row_of(
         record: What was recorded.
         stamp_ms: The instant of a record that names none, in epoch milliseconds.
         policy: What is kept of the texts.
-        new_id: Names a record that has no ``request_id``.
 
     Returns:
         The row, and one cause for each value that was mended.
@@ -81,6 +79,14 @@ def row_of(
     Raises:
         ValidationError: The record is not one; the error names the field, and no value.
     """
+    row, mended = checked(record, stamp_ms)
+    columns = by_column([row])
+    mended += tuple(complete(columns, policy, _new_id))
+    return {name: column[0] for name, column in columns.items()}, mended
+
+
+def checked(record: Mapping[str, Any] | RoutingEvent, stamp_ms: int) -> tuple[Row, tuple[str, ...]]:
+    """Check and mend one record, which `complete` makes a row of; see `row_of`."""
     earlier: tuple[str, ...] = ()
     if isinstance(record, RoutingEvent):
         # checked again: model_copy(update=…) and model_construct() check nothing
@@ -88,61 +94,53 @@ def row_of(
         record = {k: v for k, v in vars(record).items() if k in RoutingEvent.model_fields}
     event = RoutingEvent.model_validate(record)
     row = vars(event).copy()
-    for name in FLAG_FIELDS:  # as they are stored: SQLite's driver looks for an adapter of a bool
-        row[name] = None if row[name] is None else int(row[name])
-    return row, earlier + event.mended + _completed(row, stamp_ms, policy, new_id)
-
-
-def row_of_plain(
-    record: dict[str, Any],
-    stamp_ms: int,
-    policy: TextPolicy,
-    new_id: Callable[[], str] = _new_id,
-) -> tuple[Row, tuple[str, ...]]:
-    """As `row_of`, in a third of the time where nothing is to be mended.
-
-    The record is of builtin types alone; see `lynkr_store.schemas.plain_row`.
-    """
-    row = plain_row(record)
-    if row is None:
-        return row_of(record, stamp_ms, policy, new_id)
-    return row, _completed(row, stamp_ms, policy, new_id)
-
-
-def _completed(
-    row: Row, stamp_ms: int, policy: TextPolicy, new_id: Callable[[], str]
-) -> tuple[str, ...]:
-    """Fill in what a checked record left out, and apply the policy; a cause for what was mended."""
-    mended: tuple[str, ...] = ()
-    if row.get("request_id") is None:
-        row["request_id"] = new_id()
-    if row.get("timestamp") is None:
+    for name in FLAG_FIELDS:
+        row[name] = flag_number(row[name])
+    if row["timestamp"] is None:
         row["timestamp"] = stamp_ms
+    return row, earlier + event.mended
+
+
+def complete(columns: Columns, policy: TextPolicy, new_id: Callable[[], str]) -> list[str]:
+    """Name the rows that have no ``request_id``, and apply the policy.
+
+    Args:
+        columns: Every column of checked records; changed.
+        policy: What is kept of the texts.
+        new_id: Names a row.
+
+    Returns:
+        One cause for each value that was mended.
+    """
+    columns["request_id"] = [new_id() if one is None else one for one in columns["request_id"]]
     if not policy.capture:
-        row.update(dict.fromkeys(TEXT_FIELDS))
-    if policy.redact is not None:
-        mended = _redact(row, policy.redact)
+        for name in TEXT_FIELDS:
+            columns[name] = [None] * len(columns[name])
+    mended = [] if policy.redact is None else _redact(columns, policy.redact)
+    most = policy.max_chars
     for name in TEXT_FIELDS:
-        text = row.get(name)
-        if text is not None and len(text) > policy.max_chars:
-            row[name] = text[: policy.max_chars]
-            mended += ("cut",)
+        long = sum(length > most for length in map(len, filter(None, columns[name])))
+        if long:
+            columns[name] = [text and text[:most] for text in columns[name]]
+            mended += ["cut"] * long
     return mended
 
 
-def _redact(row: Row, redact: Callable[[str], str]) -> tuple[str, ...]:
-    """Pass every free text of the row through the caller's function, before it is cut.
+def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
+    """Pass every free text through the caller's function, before it is cut.
 
     Where that fails, the row keeps none of them: what should have gone must not stay.
     """
-    try:
-        for name in LONG_FIELDS:
-            if (text := row.get(name)) is not None:
-                row[name], _ = mend_text(redact(text))
-    except Exception:  # noqa: BLE001 - the caller's own function
-        row.update(dict.fromkeys(LONG_FIELDS))
-        return ("redact_failed",)
-    return ()
+    mended = []
+    rows = list(zip(*(columns[name] for name in LONG_FIELDS), strict=True))
+    for at, texts in enumerate(rows):
+        try:
+            rows[at] = tuple(None if text is None else mend_text(redact(text))[0] for text in texts)
+        except Exception:  # noqa: BLE001 - the caller's own function
+            rows[at] = (None,) * len(texts)
+            mended.append("redact_failed")
+    columns.update(zip(LONG_FIELDS, zip(*rows, strict=True), strict=True))
+    return mended
 
 
 def cause_of(error: ValidationError) -> str:

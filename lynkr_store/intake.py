@@ -14,16 +14,14 @@ follow, which took a fifth of a call.
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from datetime import datetime
-from functools import reduce
 from itertools import repeat
-from operator import call, length_hint, or_
+from operator import call, length_hint
 from sys import getsizeof
 from typing import Any, Final, NamedTuple
 
-import ormsgpack
-from ormsgpack import packb, unpackb
+from ormsgpack import packb
 
+from lynkr_store.packing import AS_IT_IS, STAMP, Packed, packable, unpacked
 from lynkr_store.schemas import LONG_FIELDS
 
 _RECORD_BYTES: Final = 256  # what a queued record costs, about, beside its fields
@@ -33,28 +31,12 @@ _MOST_UNITS: Final = 2**20  # tokens cost 8 bytes each; larger queues have large
 _MAX_DEPTH: Final = 50  # of containers in a record that is not packed
 _TOO_DEEP: Final = object()
 
-# Only what comes out as it went in is packed. A tuple, say, would come out as a list: a record
-# with such a part is copied part by part instead.
-_AS_IT_IS: Final = reduce(
-    or_,
-    (
-        ormsgpack.OPT_PASSTHROUGH_DATACLASS,
-        ormsgpack.OPT_PASSTHROUGH_DATETIME,
-        ormsgpack.OPT_PASSTHROUGH_ENUM,
-        ormsgpack.OPT_PASSTHROUGH_SUBCLASS,
-        ormsgpack.OPT_PASSTHROUGH_TUPLE,
-        ormsgpack.OPT_PASSTHROUGH_UUID,
-    ),
-)
 _bytes_of_text: Final = str.__sizeof__  # of a text alone: else a TypeError
-_INSTANT: Final = 1  # the extension type of a datetime
 
 _COUNT_WAIT_S: Final = 0.1
 _REFUSED_UNCOUNTED: Final = 1_000
 _LARGE_BYTES: Final = 65_536  # few records of that size fill a queue before a batch is full
 _NEVER: Final = 2**62
-
-_STAMP: Final = "at the call"  # epoch milliseconds, under a name that no field can have
 
 Queued = tuple[int, Any, Any, Any]
 """A record that waits: its size in units, its fields packed (or, where they cannot be, an
@@ -132,10 +114,10 @@ class Intake:
         request = response = None
         try:
             if record.get("timestamp") is None:
-                record[_STAMP] = self._clock()
+                record[STAMP] = self._clock()
             request = record.pop("request_text", None)
             response = record.pop("response_text", None)
-            packed: Any = packb(record, _packable, _AS_IT_IS)
+            packed: Any = packb(record, packable, AS_IT_IS)
             size = len(packed)
             if request is not None:
                 size += _bytes_of_text(request)
@@ -216,7 +198,7 @@ class Intake:
         try:
             stamp_ms = self._clock()
             if type(record) is dict:
-                record.pop(_STAMP, None)
+                record.pop(STAMP, None)
                 record |= {"request_text": request, "response_text": response}
                 record, size = _copied(record)
             else:
@@ -245,40 +227,26 @@ class Intake:
             self._counting = False
 
 
-def unpacked(queued: Queued) -> tuple[Any, int, bool]:
+def as_packed(queued: Queued) -> Packed:
+    """What was queued, but for its size; what stands for the fields may be no bytes."""
+    return queued[1:]
+
+
+def as_submitted(queued: Queued) -> tuple[Any, int]:
     """What was submitted, and if it names no instant, that of the call in epoch milliseconds.
 
-    Its containers are copies that no caller can reach. None is a record that cannot be read. The
-    third says that it is of builtin types alone, subclasses of them excluded.
+    Its containers are copies that no caller can reach. None is a record that cannot be read.
     """
     _, packed, request, response = queued
     if type(packed) is _Unpacked:
-        return *packed, False
-    record = unpackb(packed, ext_hook=_instant)
-    stamp_ms = record.pop(_STAMP, 0)
-    plain = True
+        return packed
+    record = unpacked(packed)
+    stamp_ms = record.pop(STAMP, 0)
     if request is not None:
         record["request_text"] = request
-        plain = type(request) is str
     if response is not None:
         record["response_text"] = response
-        plain = plain and type(response) is str
-    return record, stamp_ms, plain
-
-
-def _packable(value: object) -> ormsgpack.Ext:
-    """What stands for a part that MessagePack has no form for.
-
-    Raises:
-        TypeError: It is no instant either: the record is not packed.
-    """
-    if type(value) is not datetime:
-        raise TypeError
-    return ormsgpack.Ext(_INSTANT, value.isoformat().encode())
-
-
-def _instant(_: int, data: bytes) -> datetime:
-    return datetime.fromisoformat(data.decode())
+    return record, stamp_ms
 
 
 def _of_event(event: Any) -> tuple[Any, int]:

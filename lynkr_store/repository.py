@@ -27,7 +27,7 @@ from lynkr_store.inserts import insert_all
 from lynkr_store.measures import SUMMED
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
-from lynkr_store.rows import Gathering
+from lynkr_store.rows import Gathering, by_column
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -284,7 +284,7 @@ class RoutingRepository:
         """
         stamp = self._clock()
         gathering = Gathering()
-        gathering.add([row_of(record, stamp, self._policy)[0] for record in records])
+        gathering.add(by_column([row_of(record, stamp, self._policy)[0] for record in records]))
         if rows := gathering.take():
             with translated():
                 connection = self._session.connection()

@@ -1,11 +1,21 @@
 """Rows on their way to the database: what one holds by column, and many of them side by side."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, overload
 
 Row = dict[str, Any]
 """Column name to value, for every column but ``id``; one that is absent has no value."""
+
+Columns = dict[str, Sequence[Any]]
+"""Column name to the values of several rows, in order; of one that is absent none has a value."""
+
+
+def by_column(rows: Sequence[Row]) -> Columns:
+    """The same rows."""
+    return {
+        name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))
+    }
 
 
 class Rows(Sequence[Row]):
@@ -19,7 +29,7 @@ class Rows(Sequence[Row]):
         values: Those of each row in the order of the columns, row after row.
     """
 
-    def __init__(self, columns: Sequence[str], values: list[Any]) -> None:
+    def __init__(self, columns: Iterable[str], values: list[Any]) -> None:
         self.columns = tuple(columns)
         self.values = values
 
@@ -28,8 +38,8 @@ class Rows(Sequence[Row]):
         """The same rows; what one of them lacks and another has is None."""
         if isinstance(rows, cls):
             return rows
-        columns = tuple(dict.fromkeys(chain.from_iterable(rows)))
-        return cls(columns, [value for row in rows for value in map(row.get, columns)])
+        columns = by_column(rows)
+        return cls(columns.keys(), list(chain.from_iterable(zip(*columns.values(), strict=True))))
 
     def __len__(self) -> int:
         return len(self.values) // len(self.columns) if self.columns else 0
@@ -65,17 +75,19 @@ class Gathering:
         self._columns: list[str] = []
         self._values: list[Any] = []
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, columns: Columns) -> None:
         """Add rows to the batch; few at a time are still in the processor's cache."""
-        idle = set().union(*rows).difference(self._columns)
-        new = sorted(name for name in idle if any(row.get(name) is not None for row in rows))
+        count = max(map(len, columns.values()), default=0)
+        nothing = (None,) * count
+        idle = columns.keys() - self._columns
+        new = sorted(name for name in idle if columns[name].count(None) < count)
         if new:
-            nothing = (None,) * len(new)
+            more = (None,) * len(new)
             so_far = Rows(self._columns, self._values).tuples()
-            self._values = [value for one in so_far for value in (*one, *nothing)]
+            self._values = [value for one in so_far for value in (*one, *more)]
             self._columns += new
-        for row in rows:
-            self._values += map(row.get, self._columns)
+        used = (columns.get(name, nothing) for name in self._columns)
+        self._values += chain.from_iterable(zip(*used, strict=True))
 
     def take(self) -> Rows:
         """The batch; what is added next belongs to another."""

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Final, Protocol
 
-from pydantic import ValidationError
 from tenacity import (
     RetryCallState,
     RetryError,
@@ -32,9 +31,10 @@ from tenacity import (
 
 from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
-from lynkr_store.ingest import TextPolicy, cause_of, new_ids, row_of, row_of_plain
-from lynkr_store.intake import Intake, Queued, unpacked
+from lynkr_store.ingest import TextPolicy, new_ids
+from lynkr_store.intake import Intake
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
+from lynkr_store.preparing import columns_of
 from lynkr_store.rows import Gathering, Row
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
 from lynkr_store.turns import Away, Turns
@@ -51,7 +51,7 @@ _LAST_RETRY_S: Final = 5.0  # and its cap, the most by which a recovery is notic
 _UNANSWERED_S: Final = 1.0  # a try that takes longer counts as a database away
 _THREADS: Final = 2
 _READY: Final = 14  # batches that may be ready, for when the sink has waited and the rest did not
-_SLICE_ROWS: Final = 64  # checked in a millisecond
+_SLICE_ROWS: Final = 64  # checked in half a millisecond
 _TICK_S: Final = 0.1  # how often the state of a delivery is looked at
 _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
 _SPOOL_AGAIN_S: Final = 1.0  # after the spool failed
@@ -180,6 +180,7 @@ class Writer(Forkable):
         self._delivery: _Batch | None = None
         self._ready: deque[_Batch] = deque()  # to be delivered next
         self._gathering = Gathering()
+        self._new_id = new_ids().__next__
         self._taken = 0  # records ever taken from the queue, and how many of them are settled or
         self._settled = 0  # spooled: in order, so a flush waits for a number
         self._hurry_to = 0  # flushes wait for this many
@@ -443,7 +444,8 @@ class Writer(Forkable):
         for at in range(0, len(records), _SLICE_ROWS):
             with self._turns.second():
                 some = records[at : at + _SLICE_ROWS]
-                self._gathering.add(_checked_rows(some, self._policy, rejected, mended))
+                columns = columns_of(some, self._policy, self._new_id, rejected, mended)
+                self._gathering.add(columns)
         with self._lock:
             if not self._over:
                 self._account.in_hand -= rejected.total()
@@ -721,24 +723,3 @@ def _checked(timeout_s: float) -> float:
     if not timeout_s >= 0:
         raise BadArgument("timeout_s: give seconds, 0 or more")
     return min(timeout_s, threading.TIMEOUT_MAX)
-
-
-def _checked_rows(
-    records: Sequence[Queued], policy: TextPolicy, rejected: Counter[str], mended: Counter[str]
-) -> list[Row]:
-    """The rows of those records that are some; counts why others are not, and what was mended."""
-    rows: list[Row] = []
-    new_id = new_ids().__next__
-    for record in records:
-        try:
-            what, stamp_ms, plain = unpacked(record)
-            row, causes = (row_of_plain if plain else row_of)(what, stamp_ms, policy, new_id)
-        except ValidationError as error:
-            rejected[cause_of(error)] += 1
-        except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row
-            rejected["wrong_type"] += 1
-        else:
-            rows.append(row)
-            if causes:
-                mended.update(causes)
-    return rows

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynkr_store import RoutingEvent
-from lynkr_store.intake import Intake, unpacked
+from lynkr_store.intake import Intake, as_submitted
 
 UNIT = 2_048
 """Bytes that one place of a small queue stands for."""
@@ -55,7 +55,7 @@ def in_threads(count, body):
 
 
 def providers(taken):
-    return [unpacked(queued)[0]["provider"] for queued in taken.records]
+    return [as_submitted(queued)[0]["provider"] for queued in taken.records]
 
 
 def everything(intake):
@@ -253,7 +253,7 @@ def test_a_hostile_record_is_queued_to_be_rejected(record):
     intake = intake_of()
     assert intake.submit(record) is True
     [queued] = everything(intake).records
-    what, _, _ = unpacked(queued)
+    what, _ = as_submitted(queued)
     assert what is None or isinstance(what, dict)
     assert intake.refused() == {}
 
@@ -265,7 +265,7 @@ def test_a_clock_that_fails_costs_one_record():
     intake = intake_of(clock=clock)
     assert intake.submit({"provider": "p"}) is True
     [queued] = everything(intake).records
-    assert unpacked(queued)[0] is None
+    assert as_submitted(queued)[0] is None
 
 
 def test_endless_containers_end():
@@ -289,7 +289,7 @@ def test_containers_are_copied_at_the_call(other):
     inner.append("late")
     value["late"] = True
     [queued] = everything(intake).records
-    record, _, _ = unpacked(queued)
+    record, _ = as_submitted(queued)
     assert record["candidates"] == [1, {"deep": ["kept"]}, other]
     assert set(record["attributes"]) == {"inner", "tuple"}
     assert record["attributes"]["inner"] == [1, {"deep": ["kept"]}, other]
@@ -308,7 +308,7 @@ def test_bytes_where_a_container_may_stand_are_not_taken_for_one():
     for value in (bytearray(b"x"), b"x", memoryview(b"x")):
         intake.submit({"provider": "p", "attributes": value})
     for queued in everything(intake).records:
-        record, _, _ = unpacked(queued)
+        record, _ = as_submitted(queued)
         assert not isinstance(record["attributes"], str | dict | list)
 
 
@@ -318,7 +318,7 @@ def test_the_instant_of_the_call_goes_with_the_record():
     intake.submit({"provider": "p"})
     intake.submit(RoutingEvent(provider="p"))
     records = everything(intake).records
-    assert [unpacked(queued)[1] for queued in records] == [NOW, NOW + 1]
+    assert [as_submitted(queued)[1] for queued in records] == [NOW, NOW + 1]
 
 
 def test_after_the_close_everything_is_refused():
@@ -467,7 +467,7 @@ def test_memory_that_runs_out_costs_the_record_alone(parts, where):
         submit(step) if isinstance(step, str) else step()
     intake._queue = whole
     taken = everything(intake)
-    kept = [unpacked(queued)[0] for queued in taken.records]
+    kept = [as_submitted(queued)[0] for queued in taken.records]
     assert [record["provider"] for record in kept] == ([] if where == "alone" else ["a", "b"])
     assert all(record["response_text"] == f"of {record['provider']}" for record in kept)
     assert all("request_text" not in record for record in kept)
@@ -528,7 +528,7 @@ def test_a_record_comes_out_as_it_went_in(fields, texts):
     record = {**fields, "request_text": texts[0], "response_text": texts[1]}
     assert intake.submit(dict(record))
     [queued] = everything(intake).records
-    unpacked_record, stamp_ms, _ = unpacked(queued)
+    unpacked_record, stamp_ms = as_submitted(queued)
     assert stamp_ms == NOW or record.get("timestamp") is not None
     wanted = {name: value for name, value in record.items() if value is not None}
     assert alike(
@@ -542,7 +542,7 @@ def test_an_instant_of_another_zone_stays_that_instant():
     instant = datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=timezone(timedelta(hours=1)))
     intake.submit({"provider": "p", "timestamp": instant})
     intake.submit({"provider": "p", "timestamp": instant.astimezone(UTC).replace(tzinfo=None)})
-    [aware], [naive] = ([unpacked(q)[0]["timestamp"]] for q in everything(intake).records)
+    [aware], [naive] = ([as_submitted(q)[0]["timestamp"]] for q in everything(intake).records)
     assert aware == instant
     assert naive.tzinfo is None, "it will be rejected as naive, not taken for UTC"
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynkr_store.rows import Gathering, Rows
+from lynkr_store.rows import Gathering, Rows, by_column
 
 _rows = st.lists(
     st.dictionaries(st.sampled_from("abcd"), st.none() | st.integers(0, 9), max_size=4)
@@ -49,7 +49,7 @@ def test_batches_hold_what_was_added(batches):
     seen = set()
     for batch in batches:
         for some in batch:
-            gathering.add(some)
+            gathering.add(by_column(some))
         rows = gathering.take()
         added = [whole(row) for some in batch for row in some]
         assert [whole(row) for row in rows] == added
@@ -59,10 +59,10 @@ def test_batches_hold_what_was_added(batches):
 
 def test_columns_stay_where_they_are():
     gathering = Gathering()
-    gathering.add([{"b": 1, "c": None}])
+    gathering.add({"b": [1], "c": [None]})
     assert gathering.take().columns == ("b",)
-    gathering.add([{"c": 1}, {"a": 2}])
-    gathering.add([{"b": 3}])
+    gathering.add({"c": [1, None], "a": [None, 2]})
+    gathering.add({"b": (3,)})
     rows = gathering.take()
     assert rows.columns == ("b", "a", "c")
     assert list(rows.tuples()) == [(None, None, 1), (None, 2, None), (3, None, None)]

@@ -6,19 +6,24 @@ Inputs forbid unknown names; outputs ignore them. Everything is frozen all the w
 from lynkr_store.schemas.base import epoch_ms, utc
 from lynkr_store.schemas.events import (
     FLAG_FIELDS,
+    JSON_FIELDS,
     LONG_FIELDS,
+    NAME_MAX_CHARS,
     TEXT_FIELDS,
     RoutingEvent,
+    encoded,
+    flag_number,
     mend_text,
 )
-from lynkr_store.schemas.plain import plain_row
 from lynkr_store.schemas.reports import Health, MaintenanceReport
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.stats import ProviderStats, RoutingAccuracy, RoutingStats
 
 __all__ = [
     "FLAG_FIELDS",
+    "JSON_FIELDS",
     "LONG_FIELDS",
+    "NAME_MAX_CHARS",
     "TEXT_FIELDS",
     "Cursor",
     "Health",
@@ -30,8 +35,9 @@ __all__ = [
     "RoutingRow",
     "RoutingRowBrief",
     "RoutingStats",
+    "encoded",
     "epoch_ms",
+    "flag_number",
     "mend_text",
-    "plain_row",
     "utc",
 ]

@@ -152,6 +152,11 @@ def _zero_or_one(value: object) -> object:
     return value
 
 
+def flag_number(flag: bool | None) -> int | None:  # noqa: FBT001 - its only argument
+    """A flag as it is stored: SQLite's driver looks for an adapter of each bool that it binds."""
+    return None if flag is None else int(flag)
+
+
 _Json = Annotated[str | Mapping[str, Any] | Sequence[Any] | None, PlainValidator(_json_text)]
 _Count = Annotated[int | None, Field(strict=True, ge=-COUNT.limit, le=COUNT.limit)]
 _Milliseconds = Annotated[
