@@ -4,7 +4,7 @@ SQLite has no queue for its one write lock: who finds it taken sleeps and looks 
 100 ms (``sqliteDefaultBusyCallback``). Writers that follow one another closely can therefore keep
 another out for as long as they like, and the gateway gives up after 3 s. So all stores of a
 machine, which share its clock, leave the lock alone together for a moment again and again,
-long enough for whoever waits to look once.
+long enough for whoever waits to look once; a store that has no company need not.
 """
 
 import random

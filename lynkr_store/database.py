@@ -10,10 +10,12 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine, MetaData, Table, false, inspect, null, select
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
 from lynkr_store import bulk, migrate, revisions
 from lynkr_store.backend import Backend
+from lynkr_store.company import has_company
 from lynkr_store.courtesy import again_s, pause_s
 from lynkr_store.engine import (
     WAL_PAGES,
@@ -138,6 +140,7 @@ class Database(Forkable):
         self._forking: list[threading.Lock] = []
         self._file: tuple[int, int] | None = None
         self._disposed = False
+        self._using: set[Connection] = set()
         self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
         self._checkpointing = threading.Lock()
@@ -342,7 +345,8 @@ class Database(Forkable):
         deadline = time.monotonic() + _BUSY_S
         with self.connected(writing_at_once(self.engine)) as connection:
             while True:
-                if wait_s := pause_s(time.time(), last_s):
+                wait_s = pause_s(time.time(), last_s)
+                if wait_s and self._has_company():
                     with away():
                         self._pause(connection, wait_s, wal_pages)
                 try:
@@ -357,6 +361,13 @@ class Database(Forkable):
                 checkpoint_after(connection, wal_pages)
             yield connection
             connection.commit()
+
+    def _has_company(self) -> bool:
+        """Whether somebody may wait for the file's lock who takes no turn at the gate."""
+        pool = self.engine.pool
+        if not self._owned or not self._path or not isinstance(pool, QueuePool):
+            return True
+        return has_company(self._path, pool.checkedin() + len(self._using))
 
     def _pause(self, connection: Connection, wait_s: float, wal_pages: int) -> None:
         """Wait; where the WAL may be long, move it to the file meanwhile, which needs no lock.
@@ -379,6 +390,7 @@ class Database(Forkable):
         settings. And the pool that it would go back to may be gone when it is answered at last.
         """
         with engine.connect() as connection:
+            self._using.add(connection)
             try:
                 yield connection
             except Exception as error:
@@ -386,6 +398,7 @@ class Database(Forkable):
                     connection.invalidate()
                 raise
             finally:
+                self._using.discard(connection)
                 if self._disposed:
                     connection.invalidate()
 
