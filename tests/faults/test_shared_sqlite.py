@@ -89,10 +89,17 @@ with Store(settings=settings) as store:
 GATEWAY = """
 import json, sqlite3, sys, threading, time
 
-path, columns = sys.argv[1], sys.argv[2].split(", ")
-connection = sqlite3.connect(path, timeout=3.0, isolation_level=None)
-connection.execute("PRAGMA journal_mode = WAL")
-connection.execute("PRAGMA synchronous = NORMAL")
+path, columns, visits = sys.argv[1], sys.argv[2].split(", "), sys.argv[3] == "True"
+
+
+def opened():
+    connection = sqlite3.connect(path, timeout=3.0, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    return connection
+
+
+connection = opened()
 insert = (
     f"INSERT INTO routing_telemetry ({', '.join(columns)})"
     f" VALUES ({', '.join('?' for _ in columns)})"
@@ -107,6 +114,11 @@ due = time.monotonic()
 while not stop.is_set():
     row = fixed | {"request_id": f"gateway-{len(waits)}"}
     began = time.monotonic()
+    if visits:
+        connection.close()
+        time.sleep(0.05)
+        began = time.monotonic()
+        connection = opened()
     try:
         connection.execute(insert, [row.get(name) for name in columns])
     except sqlite3.Error as error:
@@ -233,9 +245,9 @@ def test_4_processes_that_find_no_file_make_it_and_write_it_together(path):
     print(f"\n{[report['faults'] for report in reports]}")
 
 
-def run_beside_a_gateway(path, processes, rows, text_chars, refused_every=0):
+def run_beside_a_gateway(path, processes, rows, text_chars, refused_every=0, *, visits=False):
     with contextlib.ExitStack() as stack:
-        gateway = Child(stack, GATEWAY, path, GATEWAY_COLUMNS)
+        gateway = Child(stack, GATEWAY, path, GATEWAY_COLUMNS, visits)
         assert gateway.ready() == "ready"
         reports = run_writers(stack, path, processes, rows, text_chars, refused_every)
         answer = gateway.report()
@@ -255,6 +267,10 @@ def test_a_gateway_goes_on_writing_while_4_processes_do_at_full_speed(made):
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_gateway_goes_on_writing_beside_batches_of_huge_texts(made, processes):
     run_beside_a_gateway(made, processes, 500 if processes == 1 else 125, 65_536)
+
+
+def test_who_comes_and_goes_gets_the_lock_of_a_store_that_is_alone_meanwhile(made):
+    run_beside_a_gateway(made, 1, 60_000, 200, visits=True)
 
 
 @pytest.mark.parametrize("refused_every", [2, 10])
