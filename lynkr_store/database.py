@@ -277,7 +277,8 @@ class Database(Forkable):
             with self._checkpointing:
                 pages = checkpoint(connection)
                 if pages >= _LONG_WAL_PAGES:
-                    checkpoint(connection)  # of what came meanwhile
+                    for _ in range(2):  # of what came meanwhile, less each time
+                        checkpoint(connection)
             if pages >= _LONG_WAL_PAGES:
                 with self._gate:
                     checkpoint(connection)

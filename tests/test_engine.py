@@ -432,7 +432,7 @@ def test_a_fold_moves_the_wal_to_the_file(tmp_path):
         assert path.stat().st_size - empty > 100 * 2_000
 
 
-@pytest.mark.parametrize(("pages", "ends"), [(9_999, [False]), (10_000, [False, False, True])])
+@pytest.mark.parametrize(("pages", "ends"), [(9_999, [False]), (10_000, [False] * 3 + [True])])
 def test_the_end_of_a_long_wal_is_moved_between_two_batches(tmp_path, monkeypatch, pages, ends):
     batches_wait = []
     with Store(f"sqlite:///{tmp_path}/t.db") as store:
