@@ -8,8 +8,7 @@ the time of unpacking alone, and what comes out has the order of the fields.
 from collections.abc import Sequence
 from datetime import datetime
 from functools import reduce
-from itertools import chain
-from operator import or_
+from operator import itemgetter, or_
 from types import NoneType
 from typing import Annotated, Any, Final, Literal
 
@@ -88,62 +87,46 @@ def plain_columns(records: Sequence[Packed]) -> tuple[Columns, list[int]]:
         `RoutingEvent` tells which.
     """
     rows, others = [], []
-    for at, (packed, request, response) in enumerate(records):
+    for at, record in enumerate(records):
         try:
-            event = _decode(packed)
-        except _NOT_PLAIN:
+            rows.append(_plain_values(*record))
+        except (ValueError, TypeError, RecursionError):
             others.append(at)
-        else:
-            event.request_text, event.response_text = request, response
-            rows.append(_values(event))
-    try:
-        columns = _finished(dict(zip(_NAMES, zip(*rows, strict=True), strict=False)))
-    except _NOT_PLAIN:
-        if len(records) == 1:
-            return {}, [0]
-        others = [at for at, one in enumerate(records) if plain_columns([one])[1]]
-        columns, _ = plain_columns([one for at, one in enumerate(records) if at not in others])
-    return columns, others
-
-
-_NOT_PLAIN: Final = (ValueError, TypeError, RecursionError)
-
-
-def _finished(columns: Columns) -> Columns:
-    """What is left to do where types and limits are right.
-
-    Raises:
-        ValueError: A text has what a database cannot hold; an instant is naive, or out of domain;
-            JSON has no form for a part.
-        TypeError: The same; or a text is of a subclass.
-        RecursionError: It is nested too deep for JSON.
-    """
-    if not columns:
-        return columns
-    stamps = columns.pop("stamp")
-    if set(map(type, columns["timestamp"])) != {int}:
-        instants = zip(columns["timestamp"], stamps, strict=True)
-        columns["timestamp"] = [stamp if at is None else _ms(at) for at, stamp in instants]
+    if not rows:
+        return {}, others
+    columns: Columns = dict(zip(_NAMES, zip(*rows, strict=True), strict=True))
+    del columns["stamp"]
     for name, numbers in _FLAGS.items():
         columns[name] = list(map(numbers.__getitem__, columns[name]))
     for name, default in _DEFAULTS.items():
         columns[name] = [default if value is None else value for value in columns[name]]
+    return columns, others
+
+
+def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]:
+    """The values of one record in the order of `_NAMES`.
+
+    Raises:
+        ValueError: One must be mended, or is wrong.
+        TypeError: The same; or the record is not packed.
+        RecursionError: JSON of it would be nested too deep.
+    """
+    if type(request) not in _TEXT or type(response) not in _TEXT:
+        raise TypeError
+    event = _decode(packed)
+    event.request_text, event.response_text = request, response
+    if type(event.timestamp) is not int:
+        event.timestamp = event.stamp if event.timestamp is None else _ms(event.timestamp)
     for name in JSON_FIELDS:
-        columns[name] = [
-            value if type(value) in _TEXT else encoded(value) for value in columns[name]
-        ]
-    for name in TEXT_FIELDS:
-        if not _TEXT.issuperset(map(type, columns[name])):
-            raise TypeError
-    texts = chain.from_iterable(columns[name] for name in _TEXTS)
-    if mend_text("".join(filter(None, texts)))[1]:
+        if type(value := getattr(event, name)) not in _TEXT:
+            setattr(event, name, encoded(value))
+    values: tuple[Any, ...] = msgspec.structs.astuple(event)
+    if mend_text("".join(filter(None, _texts(values))))[1]:
         raise ValueError
-    return columns
+    return values
 
 
-def _ms(instant: int | msgspec.msgpack.Ext) -> int:
-    if isinstance(instant, int):
-        return instant
+def _ms(instant: msgspec.msgpack.Ext) -> int:
     ms = epoch_ms(_instant(instant.code, bytes(instant.data)))
     if not INSTANT_MIN_MS <= ms < INSTANT_MAX_MS:
         raise ValueError
@@ -188,7 +171,6 @@ _Event: Final = msgspec.defstruct(
 )
 _NAMES: Final = _Event.__struct_fields__
 _decode: Final[Any] = msgspec.msgpack.Decoder(_Event).decode
-_values: Final = msgspec.structs.astuple
 
 _FLAGS: Final = {
     name: {None: flag_number(RoutingEvent.model_fields[name].default), 0: 0, 1: 1}
@@ -200,8 +182,11 @@ _DEFAULTS: Final = {
     if name not in FLAG_FIELDS and not field.is_required() and field.default is not None
 }
 _TEXT: Final = frozenset({str, NoneType})
-_TEXTS: Final = [
-    name
-    for name, field in RoutingEvent.model_fields.items()
-    if field.annotation in (str, str | None) or name in JSON_FIELDS
-]
+_texts: Final = itemgetter(
+    *(
+        at
+        for at, field in enumerate(RoutingEvent.model_fields.values())
+        if field.annotation in (str, str | None)
+    ),
+    *(_NAMES.index(name) for name in JSON_FIELDS),
+)
