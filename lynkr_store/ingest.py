@@ -1,8 +1,7 @@
 """From what a caller recorded to the row that is stored: checked, mended, redacted, completed."""
 
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,10 +56,6 @@ def new_ids() -> Iterator[str]:
             yield f"{d[:8]}-{d[8:12]}-4{d[13:16]}-{variant}{d[17:20]}-{d[20:]}"
 
 
-def _new_id() -> str:
-    return str(uuid.uuid4())
-
-
 def row_of(
     record: Mapping[str, Any] | RoutingEvent,
     stamp_ms: int,
@@ -79,10 +74,24 @@ def row_of(
     Raises:
         ValidationError: The record is not one; the error names the field, and no value.
     """
-    row, mended = checked(record, stamp_ms)
-    columns = by_column([row])
-    mended += tuple(complete(columns, policy, _new_id))
-    return {name: column[0] for name, column in columns.items()}, mended
+    columns, mended = rows_of([record], stamp_ms, policy)
+    return {name: column[0] for name, column in columns.items()}, tuple(mended)
+
+
+def rows_of(
+    records: Iterable[Mapping[str, Any] | RoutingEvent], stamp_ms: int, policy: TextPolicy
+) -> tuple[Columns, list[str]]:
+    """As `row_of`, of several records: the columns of their rows.
+
+    Raises:
+        ValidationError: One is none.
+    """
+    each = [checked(record, stamp_ms) for record in records]
+    if not each:
+        return {}, []
+    columns = by_column([row for row, _ in each])
+    mended = [cause for _, causes in each for cause in causes]
+    return columns, mended + complete(columns, policy, new_ids().__next__)
 
 
 def checked(record: Mapping[str, Any] | RoutingEvent, stamp_ms: int) -> tuple[Row, tuple[str, ...]]:

@@ -22,12 +22,12 @@ from lynkr_store.filters import (
     given,
 )
 from lynkr_store.functions import joined
-from lynkr_store.ingest import TextPolicy, row_of
+from lynkr_store.ingest import TextPolicy, rows_of
 from lynkr_store.inserts import insert_all
 from lynkr_store.measures import SUMMED
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
-from lynkr_store.rows import Gathering, by_column
+from lynkr_store.rows import Gathering
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -282,9 +282,9 @@ class RoutingRepository:
             RowRejected: The database refuses a row; nothing is added.
             StoreUnavailable: The database cannot be reached.
         """
-        stamp = self._clock()
+        columns, _ = rows_of(records, self._clock(), self._policy)
         gathering = Gathering()
-        gathering.add(by_column([row_of(record, stamp, self._policy)[0] for record in records]))
+        gathering.add(columns)
         if rows := gathering.take():
             with translated():
                 connection = self._session.connection()
