@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Final
 
+from lynkr_store.files import Identity, identity_of
+
 if sys.platform == "linux":
     import fcntl
 
@@ -36,8 +38,8 @@ def has_company(path: Path, own: int) -> bool:
         return True
     try:
         here = _descriptors()
-        index = here[_identity(Path(f"{path}-shm").stat())]
-        if len(here[_identity(path.stat())]) > own or not index:
+        index = here[identity_of(Path(f"{path}-shm"))]
+        if not index or not 0 < len(here[identity_of(path)]) <= own:
             return True
         # SQLite's own descriptor: closing another of the file would take away SQLite's locks
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _IN_USE, 1, 0)
@@ -47,17 +49,10 @@ def has_company(path: Path, own: int) -> bool:
     return bool(found != fcntl.F_UNLCK)
 
 
-def _descriptors() -> defaultdict[tuple[int, int], list[int]]:
+def _descriptors() -> defaultdict[Identity | None, list[int]]:
     """What this process has open: file to descriptors."""
-    found = defaultdict(list)
+    found: defaultdict[Identity | None, list[int]] = defaultdict(list)
     for entry in _OPEN.iterdir():
-        number = int(entry.name)
-        try:
-            found[_identity(os.fstat(number))].append(number)
-        except OSError:
-            continue  # closed meanwhile, as that of the list itself is
+        if file := identity_of(int(entry.name)):  # else closed meanwhile, as the list's own is
+            found[file].append(int(entry.name))
     return found
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino

@@ -41,6 +41,7 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
+from lynkr_store.files import Identity, identity_of
 from lynkr_store.inserts import PART_ROWS, enter_parts, expire_ledger, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
@@ -138,9 +139,9 @@ class Database(Forkable):
         self._lock = threading.Lock()
         self._gate = threading.Lock()  # held while a batch is written
         self._forking: list[threading.Lock] = []
-        self._file: tuple[int, int] | None = None
+        self._file: Identity | None = None
         self._disposed = False
-        self._using: set[Connection] = set()
+        self._using: set[Connection] = set()  # who has another of the engine's is somebody else
         self._hold_s = 0.0  # how long the last batch held the lock
         self._batches = 0
         self._checkpointing = threading.Lock()
@@ -423,15 +424,9 @@ class Database(Forkable):
             expire_ledger(connection, now)
         return refused
 
-    def _identity(self) -> tuple[int, int] | None:
-        """Which file a path names: that of an SQLite database can be removed, or replaced."""
-        try:
-            found = self._path and self._path.stat()
-        except OSError:
-            return None
-        if not found:
-            return None
-        return found.st_dev, found.st_ino
+    def _identity(self) -> Identity | None:
+        """Which file the path names: that of an SQLite database can be removed, or replaced."""
+        return identity_of(self._path) if self._path else None
 
     def _lose_file(self) -> None:
         """The file is gone from its path, and with it what is written there: start anew."""

@@ -25,8 +25,8 @@ from lynkr_store.schemas import (
     TEXT_FIELDS,
     RoutingEvent,
     encoded,
-    epoch_ms,
     flag_number,
+    instant_in_domain,
     mend_text,
 )
 
@@ -115,8 +115,11 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
         raise TypeError
     event = _decode(packed)
     event.request_text, event.response_text = request, response
-    if type(event.timestamp) is not int:
-        event.timestamp = event.stamp if event.timestamp is None else _ms(event.timestamp)
+    instant = event.timestamp
+    if instant is None:
+        event.timestamp = event.stamp
+    elif type(instant) is not int:
+        event.timestamp = instant_in_domain(_instant(instant.code, bytes(instant.data)))
     for name in JSON_FIELDS:
         if type(value := getattr(event, name)) not in _TEXT:
             setattr(event, name, encoded(value))
@@ -124,13 +127,6 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
     if mend_text("".join(filter(None, _texts(values))))[1]:
         raise ValueError
     return values
-
-
-def _ms(instant: msgspec.msgpack.Ext) -> int:
-    ms = epoch_ms(_instant(instant.code, bytes(instant.data)))
-    if not INSTANT_MIN_MS <= ms < INSTANT_MAX_MS:
-        raise ValueError
-    return ms
 
 
 def _type_of(name: str, field: FieldInfo) -> Any:

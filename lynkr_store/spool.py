@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from lynkr_store.exceptions import SpoolError
+from lynkr_store.files import identity_of
 from lynkr_store.rows import Row, Rows
 
 _APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
@@ -300,7 +301,7 @@ class _File:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        self._identity = _identity(path)
+        self._identity = identity_of(path)
         self.found: list[tuple[int, str, int, int | None]] = connection.execute(
             "SELECT seq, batch_id, row_count, attempted_at FROM batches ORDER BY seq"
         ).fetchall()
@@ -337,7 +338,7 @@ class _File:
     @property
     def is_gone(self) -> bool:
         """Whether the file was removed, by a cleaner of temporary files say."""
-        return _identity(self.path) != self._identity
+        return identity_of(self.path) != self._identity
 
     def insert(self, batch_id: str, rows: int, attempted_at: int | None, payload: bytes) -> int:
         cursor = self._connection.execute(
@@ -370,14 +371,6 @@ class _File:
 
     def close(self) -> None:
         self._connection.close()
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

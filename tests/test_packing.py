@@ -93,7 +93,7 @@ def check_both_ways(record):
         return False
     if event.mended:
         assert not row, ascii(record)
-    elif row:
+    else:
         stored = {n: int(v) if type(v) is bool else v for n, v in vars(event).items()}
         if stored["timestamp"] is None:
             stored["timestamp"] = NOW

@@ -13,6 +13,7 @@ from lynkr_store.schemas.events import (
     RoutingEvent,
     encoded,
     flag_number,
+    instant_in_domain,
     mend_text,
 )
 from lynkr_store.schemas.reports import Health, MaintenanceReport
@@ -38,6 +39,7 @@ __all__ = [
     "encoded",
     "epoch_ms",
     "flag_number",
+    "instant_in_domain",
     "mend_text",
     "utc",
 ]

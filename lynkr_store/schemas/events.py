@@ -57,7 +57,12 @@ def mend_text(text: str) -> tuple[str, str | None]:
     return text, cause
 
 
-def _instant_in_domain(value: object) -> object:
+def instant_in_domain(value: object) -> int | None:
+    """A record's instant as epoch milliseconds, if it names one.
+
+    Raises:
+        ValueError: It is none, is naive, or lies outside of its domain.
+    """
     if value is None:
         return None
     ms = epoch_ms(value)
@@ -186,7 +191,7 @@ class RoutingEvent(FrozenInput):
     """The client's or gateway's own id, not unique. Default: a new UUID."""
     session_id: _Text = None
     """The conversation [gen_ai.conversation.id]."""
-    timestamp: Annotated[datetime | int | None, BeforeValidator(_instant_in_domain)] = None
+    timestamp: Annotated[datetime | int | None, BeforeValidator(instant_in_domain)] = None
     """When it happened, kept as epoch milliseconds. Default: the moment of recording."""
     complexity_score: _Score = None
     tier: _Text = None
