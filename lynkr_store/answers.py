@@ -2,25 +2,37 @@
 
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
 from lynkr_store import questions, rollups
-from lynkr_store.questions import LONG_BACKLOG, Question
+from lynkr_store.questions import LONG_BACKLOG, Question, shape
 from lynkr_store.rollups import Standing
 from lynkr_store.spans import QUARTER_MS, cover, floor_to
+
+
+class Part(NamedTuple):
+    """What some of a window's rows add to an answer, or what is taken away again.
+
+    Attributes:
+        by: The values of the question's dimensions.
+        sums: The measures, in the order of `lynkr_store.measures.columns_of`.
+    """
+
+    by: tuple[Any, ...]
+    sums: tuple[int, ...]
 
 
 class Answer(NamedTuple):
     """The parts of an answer.
 
     Attributes:
-        parts: Sign, dimensions and measures of each, to be added up.
+        parts: They are to be added up.
         raw_from: None for the exact answer. Else rows of the window were removed, all of them
             before this instant, and it was made up of whole quarters of an hour there.
     """
 
-    parts: list[dict[str, Any]]
+    parts: list[Part]
     raw_from: int | None
 
 
@@ -44,17 +56,15 @@ def ask(
         removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
         asked = cover(since, until, now, removed)
         found = session.execute(
-            questions.answer(question, long_backlog=backlog > LONG_BACKLOG),
+            questions.answer(question, shape(asked), long_backlog=backlog > LONG_BACKLOG),
             questions.parameters(asked, since, until, stands.folded) | given,
-        )
-        names = tuple(found.keys())
-        parts = [dict(zip(names, row, strict=True)) for row in found.all()]
-        about = {part["part"]: part["requests"] for part in parts if not part["sign"]}
+        ).all()
+        about = {row.part: row.requests for row in found if not row.sign}
         if about["folded"] != stands.folded:
             continue  # a fold came between, and its rows would count twice or not at all
-        if about["known"] != about["there"]:
+        if about.get("missing"):
             # rows at an end of the window were removed: there it becomes one of whole quarters
-            for start, end in filter(any, asked.ends):  # one that is not ragged is empty
+            for start, end in asked.ends:
                 known, there = session.execute(
                     rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
                 ).one()
@@ -63,7 +73,16 @@ def ask(
             continue
         if removed is None or since >= removed:
             removed = incomplete
-        return Answer([part for part in parts if part["sign"]], removed)
+        return Answer([_part(question, row) for row in found if row.sign], removed)
+
+
+def _part(question: Question, row: Row[*tuple[Any, ...]]) -> Part:
+    _, sign, *values = row
+    sums = values[len(question.by) :]
+    return Part(
+        tuple(values[: len(question.by)]),
+        tuple([sign * int(value) if value else 0 for value in sums]),
+    )
 
 
 def _reaches(since: int, stands: Standing) -> bool:

@@ -24,13 +24,12 @@ from sqlalchemy import (
     select,
     union_all,
 )
-from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store import measures
-from lynkr_store.functions import each_row, unindexed, whole_number
+from lynkr_store.functions import each_row, unindexed, whole_number, written_out
 from lynkr_store.models import DIMENSIONS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import GREATEST_ID, folded, folded_in
-from lynkr_store.spans import QUARTER_MS, Cover, cover
+from lynkr_store.spans import QUARTER_MS, Cover
 
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""
@@ -64,42 +63,60 @@ def parameters(asked: Cover, since: int, until: int, folded: int) -> dict[str, A
     return given
 
 
-_SHAPE: Final = cover(0, 0, 0)  # of every cover: it sets the number of parameters
+class Shape(NamedTuple):
+    """How many parts of each kind a cover has: what sets the statement of an answer.
+
+    Nothing is asked for the sake of a part that is not there: PostgreSQL takes longer to plan one
+    than to find nothing in it.
+    """
+
+    buckets: int
+    rows: int
+    ends: int
+
+
+def shape(asked: Cover) -> Shape:
+    """A cover's shape."""
+    return Shape(*map(len, asked))
 
 
 @cache
-def answer(question: Question, *, long_backlog: bool) -> CompoundSelect[*tuple[Any, ...]]:
+def answer(
+    question: Question, shape: Shape, *, long_backlog: bool
+) -> CompoundSelect[*tuple[Any, ...]]:
     """The parts of an answer, to be added up, in one statement and so of one snapshot.
 
     Takes `parameters`, and ``provider`` if the question is of one.
 
     Returns:
         ``sign``, the question's dimensions, ``requests`` and the columns of its measures. The sign
-        is 1 or -1 in a part of the answer. It is 0 in three rows about the answer, told apart by
-        ``part``: ``folded``, with the watermark as ``requests``; and ``known`` and ``there``, with
-        how many rows the roll-ups know of the quarters at the window's ends, and how many of these
-        are there.
+        is 1 or -1 in a part of the answer. It is 0 in rows about the answer, told apart by
+        ``part``: ``folded``, with the watermark as ``requests``; and, of a window with ragged ends,
+        ``missing``, with how many rows that the roll-ups know of the quarters there are gone.
     """
     names = list(measures.columns_of(question.names))
-    return union_all(
-        _from_rollups(question),
-        _up_to_watermark(question),
-        _above_watermark(question, long_backlog=long_backlog),
-        *(_about(question, names, part, n) for part, n in _facts().items()),
-    )
+    parts = [_from_rows(question, shape.rows, long_backlog=long_backlog)]
+    facts: dict[str, ColumnElement[int]] = {"folded": folded().scalar_subquery()}
+    if shape.buckets:
+        parts.append(_from_rollups(question, shape.buckets))
+    if shape.ends:
+        facts["missing"] = _missing(shape.ends)
+    parts += (_about(question, names, part, n) for part, n in facts.items())
+    return written_out(union_all(*parts))
 
 
-def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
+def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
     columns = [ROLLUPS.c[name] for name in measures.columns_of(question.names)]
-    spans = (
-        select(ROLLUPS.c.dimension_id, *columns).where(
-            ROLLUPS.c.span_ms == whole_number(f"bucket_{number}_span_ms"),
-            ROLLUPS.c.start >= whole_number(f"bucket_{number}_since"),
-            ROLLUPS.c.start < whole_number(f"bucket_{number}_until"),
+    buckets = union_all(
+        *(
+            select(ROLLUPS.c.dimension_id, *columns).where(
+                ROLLUPS.c.span_ms == whole_number(f"bucket_{number}_span_ms"),
+                ROLLUPS.c.start >= whole_number(f"bucket_{number}_since"),
+                ROLLUPS.c.start < whole_number(f"bucket_{number}_until"),
+            )
+            for number in range(spans)
         )
-        for number in range(len(_SHAPE.buckets))
-    )
-    buckets = union_all(*spans).subquery()
+    ).subquery()
     key = buckets.c.dimension_id
     # by number first: SQLite groups by sorting, and by text that takes half as long again
     each = select(key, *measures.of_rollups(question.names, buckets.c)).group_by(key).subquery()
@@ -113,33 +130,42 @@ def _from_rollups(question: Question) -> Select[*tuple[Any, ...]]:
     return statement.group_by(*by)
 
 
-def _up_to_watermark(question: Question) -> Select[*tuple[Any, ...]]:
-    names = dict.fromkeys((*question.by, *measures.NEEDED))
-    ends = union_all(
+def _from_rows(question: Question, ranges: int, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
+    read = union_all(
+        _rows(question, literal(1, Integer), *_above_watermark(long_backlog=long_backlog)),
         *(
-            select(
-                whole_number(f"rows_{number}_sign").label("sign"), *(_t[name] for name in names)
-            ).where(*folded_in(f"rows_{number}"), *_of_provider(question))
-            for number in range(len(_SHAPE.rows))
-        )
+            _rows(question, whole_number(f"rows_{number}_sign"), *folded_in(f"rows_{number}"))
+            for number in range(ranges)
+        ),
     ).subquery()
-    return _from_rows(question, select(ends.c.sign), ends.c)
+    keys = ("sign", *question.by)
+    each = measures.of_a_row(question.names, read.c)
+    rows = each_row(select(*(read.c[name] for name in keys), *each))
+    by = [rows.c[name] for name in keys]
+    return select(_part("rows"), *by, *measures.of_rows(rows.c, question.names)).group_by(*by)
 
 
-def _above_watermark(question: Question, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
+def _rows(
+    question: Question, sign: ColumnElement[int], *conditions: ColumnElement[bool]
+) -> Select[*tuple[Any, ...]]:
+    needed = dict.fromkeys((*question.by, *measures.NEEDED))
+    return select(sign.label("sign"), *(_t[name] for name in needed)).where(
+        *conditions, *_of_provider(question)
+    )
+
+
+def _above_watermark(*, long_backlog: bool) -> tuple[ColumnElement[bool], ...]:
     # SQLite uses one index, and cannot know which of the two ranges is the shorter
     row_id, instant = (
         (unindexed(_t.id), _t.timestamp) if long_backlog else (_t.id, unindexed(_t.timestamp))
     )
-    rows = select(literal(1, Integer).label("sign")).where(
+    return (
         row_id > whole_number("folded"),
         # with one end alone, PostgreSQL's plan for any parameters expects a third of the table
         row_id <= literal(GREATEST_ID, BigInteger),
         instant >= whole_number("since"),
         instant < whole_number("until"),
-        *_of_provider(question),
     )
-    return _from_rows(question, rows, _t)
 
 
 def _of_provider(question: Question) -> list[ColumnElement[bool]]:
@@ -150,30 +176,14 @@ def _provider() -> BindParameter[str]:
     return bindparam("provider", type_=Text())
 
 
-def _from_rows(
-    question: Question,
-    statement: Select[*tuple[Any, ...]],
-    columns: ReadOnlyColumnCollection[str, Any],
-) -> Select[*tuple[Any, ...]]:
-    by = [columns[name] for name in question.by]
-    rows = each_row(statement.add_columns(*by, *measures.of_a_row(question.names, columns)))
-    keys = [rows.c.sign, *(rows.c[name] for name in question.by)]
-    sums = measures.of_rows(rows.c, question.names)
-    return select(_part("rows"), *keys, *sums).group_by(*keys)
-
-
-def _facts() -> dict[str, ColumnElement[int]]:
-    ends = range(len(_SHAPE.ends))
-    starts = (ROLLUPS.c.start == whole_number(f"end_{number}_since") for number in ends)
+def _missing(ends: int) -> ColumnElement[int]:
+    starts = (ROLLUPS.c.start == whole_number(f"end_{number}_since") for number in range(ends))
     known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
         ROLLUPS.c.span_ms == QUARTER_MS, or_(*starts)
     )
-    rows = union_all(*(select(_t.id).where(*folded_in(f"end_{number}")) for number in ends))
-    return {
-        "folded": folded().scalar_subquery(),
-        "known": known.scalar_subquery(),
-        "there": select(func.count()).select_from(rows.subquery()).scalar_subquery(),
-    }
+    rows = union_all(*(select(_t.id).where(*folded_in(f"end_{number}")) for number in range(ends)))
+    there = select(func.count()).select_from(rows.subquery())
+    return known.scalar_subquery() - there.scalar_subquery()
 
 
 def _about(

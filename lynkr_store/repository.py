@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, Self, overload
 from sqlalchemy.orm import Session
 
 from lynkr_store import answers, queries
-from lynkr_store.answers import Answer
+from lynkr_store.answers import Answer, Part
 from lynkr_store.domains import half_up
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import BadArgument, RowRejected
@@ -24,7 +24,7 @@ from lynkr_store.filters import (
 from lynkr_store.functions import joined
 from lynkr_store.ingest import TextPolicy, rows_of
 from lynkr_store.inserts import insert_all
-from lynkr_store.measures import SUMMED
+from lynkr_store.measures import SUMMED, columns_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
 from lynkr_store.rows import Gathering
@@ -70,8 +70,6 @@ _PROVIDER_STATS: Final = Question(
     one_provider=True,
 )
 _ACCURACY: Final = Question(by=(), names=("over_provisioned", "under_provisioned"))
-
-_NO_MEASURES: Final = ("part", "sign", "provider", "tier")
 
 
 def epoch_ms_now() -> int:
@@ -188,21 +186,22 @@ class RoutingRepository:
             StoreUnavailable: The database cannot be reached.
         """
         answer = self._ask(_STATS, window)
-        everything = _Tally()
-        by_provider: defaultdict[str, _Tally] = defaultdict(_Tally)
-        by_tier: defaultdict[str, _Tally] = defaultdict(_Tally)
+        by_provider: defaultdict[str, list[Part]] = defaultdict(list)
+        by_tier: defaultdict[str, list[Part]] = defaultdict(list)
         for part in answer.parts:
-            everything.add(part)
+            provider, tier = map(self._reading.text, part.by)
             # texts that differ only in bytes that are no text become one
-            by_provider[self._reading.text(part["provider"]) or ""].add(part)
-            tier = self._reading.text(part["tier"])
+            by_provider[provider or ""].append(part)
             if tier is not None:
-                by_tier[tier].add(part)
+                by_tier[tier].append(part)
+        everything = _Tally.of(_STATS, answer.parts)
         total = everything["requests"]
         if not total:
             return None
-        latencies = {name: tally.mean("latency_ms", 0) for name, tally in by_provider.items()}
-        qualities = {name: tally.mean("quality_score", 1) for name, tally in by_tier.items()}
+        providers = {name: _Tally.of(_STATS, parts) for name, parts in by_provider.items()}
+        tiers = {name: _Tally.of(_STATS, parts) for name, parts in by_tier.items()}
+        latencies = {name: tally.mean("latency_ms", 0) for name, tally in providers.items()}
+        qualities = {name: tally.mean("quality_score", 1) for name, tally in tiers.items()}
         return RoutingStats(
             total_requests=total,
             avg_latency_by_provider={n: int(ms) for n, ms in latencies.items() if ms is not None},
@@ -210,8 +209,8 @@ class RoutingRepository:
             error_rate=everything.percent("errors"),
             over_provisioned_pct=everything.percent("over_provisioned"),
             under_provisioned_pct=everything.percent("under_provisioned"),
-            requests_by_provider=_requests(by_provider),
-            requests_by_tier=_requests(by_tier),
+            requests_by_provider=_requests(providers),
+            requests_by_tier=_requests(tiers),
             total_cost=everything.sum("cost_usd", 4),
             unpriced_requests=total - everything["cost_usd_count"],
             **_source(answer),
@@ -232,7 +231,7 @@ class RoutingRepository:
         # as a filter has it: mended as records are, so that it finds what was recorded with it
         (name,) = RoutingFilter(provider=checked_provider(provider)).provider or ()
         answer = self._ask(_PROVIDER_STATS, window, provider=name)
-        tally = _Tally.of(answer)
+        tally = _Tally.of(_PROVIDER_STATS, answer.parts)
         if not tally["requests"]:
             return None
         latency, output_tokens = tally.mean("latency_ms", 0), tally.mean("output_tokens", 0)
@@ -259,7 +258,7 @@ class RoutingRepository:
             StoreUnavailable: The database cannot be reached.
         """
         answer = self._ask(_ACCURACY, window)
-        tally = _Tally.of(answer)
+        tally = _Tally.of(_ACCURACY, answer.parts)
         if not tally["requests"]:
             return None
         return RoutingAccuracy(
@@ -296,28 +295,20 @@ class RoutingRepository:
                     raise RowRejected("the database refused a row, and none was added") from None
         return len(rows)
 
-    def _ask(self, question: Question, window: Window | None, **given_: str) -> Answer:
+    def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
         now = self._clock()
         since, until = given(window, Window, "window").resolved(now, LOOK_BACK)
         with translated():
-            return answers.ask(self._session, question, since, until, now, **given_)
+            return answers.ask(self._session, question, since, until, now, **of)
 
 
 class _Tally(Counter[str]):
-    """Integers added up over the parts of an answer: counts, and the two halves of each sum."""
+    """The measures of a question over the parts of its answer: counts, the two halves of sums."""
 
     @classmethod
-    def of(cls, answer: Answer) -> Self:
-        tally = cls()
-        for part in answer.parts:
-            tally.add(part)
-        return tally
-
-    def add(self, part: Mapping[str, Any]) -> None:
-        sign = part["sign"]
-        for name, value in part.items():
-            if value and name not in _NO_MEASURES:
-                self[name] += sign * int(value)
+    def of(cls, question: Question, parts: Iterable[Part]) -> Self:
+        sums = zip(*(part.sums for part in parts), strict=True)
+        return cls(dict(zip(columns_of(question.names), map(sum, sums), strict=False)))
 
     def percent(self, name: str) -> float:
         return half_up(_PERCENT * self[name], self["requests"], 1)

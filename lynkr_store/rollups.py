@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 
 from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
-from lynkr_store.functions import unindexed, whole_number
+from lynkr_store.functions import unindexed, whole_number, written_out
 from lynkr_store.models import PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.spans import QUARTER_MS
 
@@ -65,13 +65,15 @@ def standing() -> Select[*tuple[Any, ...]]:
         .order_by(_t.timestamp)
         .limit(1)
     )
-    return select(
-        folded().scalar_subquery().label("folded"),
-        select(func.max(_t.id)).scalar_subquery().label("newest"),
-        noted("raw_from").label("raw_from"),
-        quarters.order_by(ROLLUPS.c.start).scalar_subquery().label("first_bucket"),
-        quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
-        cast(oldest.scalar_subquery(), BigInteger).label("oldest_row"),
+    return written_out(
+        select(
+            folded().scalar_subquery().label("folded"),
+            select(func.max(_t.id)).scalar_subquery().label("newest"),
+            noted("raw_from").label("raw_from"),
+            quarters.order_by(ROLLUPS.c.start).scalar_subquery().label("first_bucket"),
+            quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
+            cast(oldest.scalar_subquery(), BigInteger).label("oldest_row"),
+        )
     )
 
 
@@ -85,7 +87,8 @@ def lag() -> Select[*tuple[Any, ...]]:
 @cache
 def folded() -> Select[*tuple[Any, ...]]:
     """The watermark, without a hold on it."""
-    return select(func.coalesce(noted("folded"), NOTHING))
+    # written out, its digits alone are no 64-bit number to PostgreSQL
+    return select(func.coalesce(noted("folded"), cast(NOTHING, BigInteger)))
 
 
 def noted(name: str) -> ScalarSelect[int]:

@@ -36,20 +36,18 @@ class Rows(NamedTuple):
 class Cover(NamedTuple):
     """What together makes up a window, of the rows that are rolled up.
 
+    None of its parts is empty.
+
     Attributes:
-        buckets: Always as many, some of them empty.
-        rows: Those at the ragged ends, and those outside the roll-ups' domain: four of them.
-        ends: The quarters in which a ragged end lies, and whose rows must all be there: two of
-            them, either empty.
+        buckets: Five of them at most.
+        rows: Those at the ragged ends, and those outside the roll-ups' domain: four at most.
+        ends: The quarters in which a ragged end lies, and whose rows must all be there: two at
+            most.
     """
 
     buckets: tuple[Buckets, ...]
     rows: tuple[Rows, ...]
     ends: tuple[tuple[int, int], ...]
-
-
-_NO_ROWS: Final = Rows(1, 0, 0)
-_NO_END: Final = (0, 0)
 
 
 def floor_to(span_ms: int, ms: int) -> int:
@@ -75,40 +73,53 @@ def cover(since: int, until: int, now: int, raw_from: int | None = None) -> Cove
         raw_from: Before this instant rows were removed. A window that begins later in the same
             quarter is made up of the rows that are left.
     """
-    before = Rows(1, since, max(since, min(until, INSTANT_MIN_MS)))
-    after = Rows(1, min(until, max(since, INSTANT_MAX_MS)), until)
+    rows = [
+        Rows(1, since, min(until, INSTANT_MIN_MS)),
+        Rows(1, max(since, INSTANT_MAX_MS), until),
+    ]
+    ends = []
     since, until = max(since, INSTANT_MIN_MS), min(until, INSTANT_MAX_MS)
-    left = right = _NO_ROWS
-    first_end = last_end = _NO_END
     first, last = ceil_to(QUARTER_MS, since), floor_to(QUARTER_MS, until)
     only_rows = raw_from is not None and first - QUARTER_MS < raw_from <= since
     if since >= until:
         first = last = 0
     elif first > last:
-        left, first_end = Rows(1, since, until), _NO_END if only_rows else (last, first)
+        rows.append(Rows(1, since, until))
+        if not only_rows:
+            ends.append((last, first))
         last = first
     else:
         if since < first:
             before_since = since - (first - QUARTER_MS)
-            left, first_end = Rows(1, since, first), (first - QUARTER_MS, first)
-            if only_rows:
-                first_end = _NO_END
-            elif before_since < first - since:
-                left, first = Rows(-1, since - before_since, since), since - before_since
+            left = Rows(1, since, first)
+            if not only_rows:
+                ends.append((first - QUARTER_MS, first))
+                if before_since < first - since:
+                    left, first = Rows(-1, since - before_since, since), since - before_since
+            rows.append(left)
         if until > last:
-            last_end = (last, last + QUARTER_MS)
+            end = last + QUARTER_MS
+            ends.append((last, end))
             right = Rows(1, last, until)
-            if last_end[1] - until < until - last or until > now:
-                right, last = Rows(-1, until, last_end[1]), last_end[1]
-    return Cover(tuple(_whole(first, last)), (before, left, right, after), (first_end, last_end))
+            if end - until < until - last or until > now:
+                right, last = Rows(-1, until, end), end
+            rows.append(right)
+    there = (some for some in rows if some.since < some.until)
+    return Cover(tuple(_whole(first, last)), tuple(there), tuple(ends))
 
 
 def _whole(since: int, until: int) -> Iterator[Buckets]:
     """Whole quarters as few buckets: the longest in the middle, shorter ones on either side."""
     for span, longer in pairwise(SPANS_MS):
-        first = min(ceil_to(longer, since), until)
-        last = max(floor_to(longer, until), first)
-        yield Buckets(span, since, first)
-        yield Buckets(span, last, until)
+        first, last = ceil_to(longer, since), floor_to(longer, until)
+        if first >= last:
+            break
+        if since < first:
+            yield Buckets(span, since, first)
+        if last < until:
+            yield Buckets(span, last, until)
         since, until = first, last
-    yield Buckets(SPANS_MS[-1], since, until)
+    else:
+        span = SPANS_MS[-1]
+    if since < until:
+        yield Buckets(span, since, until)

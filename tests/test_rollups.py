@@ -24,16 +24,16 @@ from lynkr_store import (
     questions,
     rollups,
 )
+from lynkr_store.answers import Part
 from lynkr_store.engine import writing
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.questions import Question
+from lynkr_store.questions import Question, Shape
 from lynkr_store.rollups import NOTHING
 from lynkr_store.spans import DAY_MS, QUARTER_MS, ceil_to, cover, floor_to
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
 EVERYTHING = Question(by=("provider", "model", "tier", "request_type"), names=measures.ALL)
-KEPT_APART = (*EVERYTHING.by,)
 COLUMNS = tuple(measures.columns_of())
 
 
@@ -62,9 +62,8 @@ def added_up(parts):
     """The measures of an answer's parts, by their dimensions."""
     total = {}
     for part in parts:
-        sums = total.setdefault(tuple(part[name] for name in KEPT_APART), Counter())
-        for name in COLUMNS:
-            sums[name] += part["sign"] * int(part[name] or 0)
+        sums = total.setdefault(part.by, Counter())
+        sums.update(dict(zip(COLUMNS, part.sums, strict=True)))
     joined = {
         key: [
             *(sums[name] for name in ("requests", *measures.COUNTED)),
@@ -88,9 +87,16 @@ def from_rows(engine, since, until):
     """The answer as it is without roll-ups."""
     given = questions.parameters(cover(0, 0, 0), since, until, NOTHING)
     with engine.connect() as connection:
-        statement = questions.answer(EVERYTHING, long_backlog=True)
+        statement = questions.answer(EVERYTHING, Shape(0, 0, 0), long_backlog=True)
         parts = connection.execute(statement, given).mappings().all()
-    return added_up(part for part in parts if part["sign"])
+    return added_up(
+        Part(
+            tuple(part[name] for name in EVERYTHING.by),
+            tuple(int(part[name] or 0) for name in COLUMNS),
+        )
+        for part in parts
+        if part["sign"]
+    )
 
 
 def test_null_and_the_empty_text_are_two_dimensions(engine, begin):

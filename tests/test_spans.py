@@ -1,5 +1,6 @@
 """A window, made up of whole spans and what is left at its ends."""
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -54,9 +55,24 @@ def test_an_instant_counts_once_inside_the_window_and_never_outside(since, until
 
 
 @given(since=INSTANTS, until=INSTANTS)
-def test_every_cover_has_the_same_shape(since, until):
-    asked, shape = cover(since, until, NOW), cover(0, 0, 0)
-    assert [len(part) for part in asked] == [len(part) for part in shape]
+@example(since=-(2**62), until=2**62)
+@example(since=INSTANT_MIN_MS - 1, until=INSTANT_MAX_MS + 10)
+def test_a_cover_has_few_parts_and_none_is_empty(since, until):
+    asked = cover(since, until, NOW)
+    assert all(bucket.since < bucket.until for bucket in asked.buckets)
+    assert all(some.since < some.until for some in asked.rows)
+    assert all(start < end for start, end in asked.ends)
+    assert all(number <= most for number, most in zip(map(len, asked), (5, 4, 2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("hours", "spans"),
+    [(1, [HOUR_MS]), (24, [HOUR_MS]), (46, [HOUR_MS]), (47, [HOUR_MS, DAY_MS])],
+)
+def test_hours_are_one_range_unless_a_whole_day_lies_between(hours, spans):
+    since = floor_to(DAY_MS, NOW) + HOUR_MS
+    asked = cover(since, since + hours * HOUR_MS, NOW + 3 * DAY_MS)
+    assert [bucket.span_ms for bucket in asked.buckets] == spans
 
 
 @given(since=st.integers(NOW - DAY_MS, NOW), length=st.integers(QUARTER_MS, DAY_MS))
@@ -67,9 +83,7 @@ def test_half_a_quarter_of_rows_is_read_at_an_end_at_most(since, length):
 
 def test_no_row_is_read_up_to_the_present_where_none_is_later():
     asked = cover(floor_to(QUARTER_MS, NOW), NOW + 1, NOW)
-    assert [some for some in asked.rows if some.since < some.until] == [
-        (-1, NOW + 1, floor_to(QUARTER_MS, NOW) + QUARTER_MS)
-    ]
+    assert asked.rows == ((-1, NOW + 1, floor_to(QUARTER_MS, NOW) + QUARTER_MS),)
 
 
 @given(days=st.integers(3, 4000), since=st.integers(NOW, NOW + DAY_MS))

@@ -159,14 +159,10 @@ def sums(store, window):
     since, until = window.resolved(NOW, timedelta(hours=24))
     with Session(store.engine) as session:
         answer = answers.ask(session, EVERYTHING, since, until, NOW)
-    return sorted(
-        (str([part["provider"], part["tier"]]), [int(part[name] or 0) for name in COLUMNS_OF_ALL])
-        for part in answer.parts
-    )
+    return sorted((str(part.by), part.sums) for part in answer.parts)
 
 
 EVERYTHING = questions.Question(by=("provider", "tier"), names=measures.ALL)
-COLUMNS_OF_ALL = tuple(measures.columns_of())
 
 
 RELAXED = settings(
