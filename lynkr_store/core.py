@@ -12,15 +12,18 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store import maintenance, revisions
+from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
+from lynkr_store.engine import plan_for_any
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
 from lynkr_store.faults import translated
-from lynkr_store.filters import checked_age
+from lynkr_store.filters import Window, checked_age
 from lynkr_store.ingest import TextPolicy
 from lynkr_store.inserts import LEDGER_DAYS
 from lynkr_store.lifecycle import SigtermHandler, on_fork
 from lynkr_store.probe import Probe
+from lynkr_store.questions import Question
 from lynkr_store.repository import RoutingRepository, epoch_ms_now
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings
@@ -154,7 +157,7 @@ class Core:
             raise
 
     def _answer(self, session: Session, body: Callable[[RoutingRepository], _T]) -> _T:
-        repository = RoutingRepository(session, clock=self._clock, policy=self._policy)
+        repository = _OwnRepository(session, clock=self._clock, policy=self._policy)
         answer = body(repository)
         self._writer.note_unreadable(repository.unreadable)
         return answer
@@ -232,6 +235,14 @@ class Core:
         self._database.open()
         if not self._database.read_only:
             self._upkeep.start()
+
+
+class _OwnRepository(RoutingRepository):
+    """A repository whose transaction is the store's own, and is set up for what is asked in it."""
+
+    def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
+        plan_for_any(self._session.connection())
+        return super()._ask(question, window, **of)
 
 
 def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Label,
     Select,
     SelectBase,
+    String,
     Subquery,
     Table,
     bindparam,
@@ -127,11 +128,15 @@ def _one_of_sqlite(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 class unindexed(FunctionElement[Any]):  # noqa: N801
-    """The same value, which SQLite's planner takes for no reason to use an index.
+    """The same value, which a planner takes for no reason to use an index.
 
-    It has no statistics of the values unless somebody ran ANALYZE, and walks the whole of an index
-    for the sake of one term. PostgreSQL's planner knows better. See
+    SQLite's has no statistics of the values unless somebody ran ANALYZE, and walks the whole of an
+    index for the sake of one term. See
     https://sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
+
+    PostgreSQL's knows better, but not where it plans for any parameters: then every range of a
+    number is as short as every other to it, and it reads two indexes for two of them, one of which
+    may hold the whole table.
     """
 
     name = "unindexed"
@@ -144,7 +149,8 @@ class unindexed(FunctionElement[Any]):  # noqa: N801
 
 @compiles(unindexed, "postgresql")
 def _unindexed_postgresql(element: unindexed, compiler: SQLCompiler, **kw: Any) -> str:
-    return compiler.process(element.clauses, **kw)
+    value = compiler.process(element.clauses, **kw)
+    return value if isinstance(element.type, String) else f"({value} + 0)"
 
 
 @compiles(unindexed, "sqlite")

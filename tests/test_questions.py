@@ -1,13 +1,24 @@
-"""Statements of statistics: what is sent for one."""
+"""Statements of statistics: what is sent for one, and how PostgreSQL goes about it."""
+
+import re
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.dialects.postgresql import psycopg
 
-from lynkr_store import questions, repository
+from lynkr_store import Store, StoreSettings, Window, questions, repository
 from lynkr_store.rollups import NOTHING
-from lynkr_store.spans import HOUR_MS, cover
+from lynkr_store.spans import DAY_MS, HOUR_MS, cover
+from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
 QUESTIONS = [getattr(repository, name) for name in ("_STATS", "_PROVIDER_STATS", "_ACCURACY")]
+ROWS = 20_000
+FILL = f"""
+INSERT INTO routing_telemetry (request_id, timestamp, provider, tier)
+SELECT 'r', {NOW} - n * 10000, CASE WHEN n % 3 = 0 THEN 'b' ELSE 'a' END, 'SIMPLE'
+FROM generate_series(1, {ROWS}) AS numbers (n)
+"""
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -23,3 +34,58 @@ def test_only_what_tells_two_windows_apart_is_sent_beside_the_text(engine, quest
     assert {name for name, value in sent.items() if value is None} == set(given)
     if engine.dialect.name == "postgresql":  # SQLite's OFFSET needs a LIMIT, which is sent
         assert set(sent) == set(given)
+
+
+@pytest.fixture(scope="module", params=POSTGRES)
+def store(request, server_of):
+    server = server_of(request.param)
+    url = server.create_database("questions", "template_head")
+    settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)
+    with Store(settings=settings, clock=lambda: NOW) as store:
+        with store.engine.begin() as connection:
+            connection.execute(text(FILL))
+        store.maintain()
+        with store.engine.begin() as connection:
+            connection.execute(text("ANALYZE"))
+        yield store
+    server.drop_database("questions")
+
+
+def test_postgresql_plans_a_statistic_once(store):
+    for minutes in range(10):
+        until = NOW - minutes * 60_000
+        assert store.get_stats(Window(since=until - DAY_MS, until=until)).total_requests == 8640
+    with store.engine.connect() as connection:  # of its pool, which has one connection
+        [(planned, for_any)] = connection.execute(
+            text(
+                "SELECT sum(custom_plans), sum(generic_plans) FROM pg_prepared_statements "
+                "WHERE statement LIKE '%routing_dimensions%'"
+            )
+        )
+        assert (planned, for_any > 0) == (0, True)
+        assert connection.scalar(text("SHOW plan_cache_mode")) == "auto"
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("long_backlog", [False, True])
+def test_no_more_is_read_of_the_rows_than_one_range_of_one_index(store, question, long_backlog):
+    """With the plan for any parameters: a host's transaction may come to it too."""
+    since, until = NOW - 10 * DAY_MS - 100_000, NOW - 100_000
+    asked = cover(since, until, NOW)
+    statement = questions.answer(question, questions.shape(asked), long_backlog=long_backlog)
+    compiled = statement.compile(dialect=psycopg.dialect(paramstyle="numeric_dollar"))
+    given = questions.parameters(asked, since, until, ROWS) | {"provider": "'a'"}
+    values = ", ".join(str(given[name]) for name in compiled.positiontup)
+    with store.engine.connect() as connection:
+        for line in (
+            "SET LOCAL plan_cache_mode = force_generic_plan",
+            f"PREPARE asked AS {compiled}",
+        ):
+            connection.exec_driver_sql(line)
+        plan = connection.exec_driver_sql(f"EXPLAIN EXECUTE asked ({values})").scalars().all()
+        connection.exec_driver_sql("DEALLOCATE asked")
+    read = [line for line in plan if re.search(r" on routing_telemetry", line)]
+    assert len(read) == 1 + len(asked.rows) + len(asked.ends)
+    own = "idx_telemetry_timestamp" if long_backlog else "pk_routing_telemetry"
+    used = [re.search(r"Index (?:Only )?Scan using (\w+)", line)[1] for line in read]
+    assert sorted(used) == sorted([own] + ["idx_telemetry_timestamp"] * (len(read) - 1))
