@@ -13,6 +13,11 @@ from lynkr_store import Store, StoreSettings, upgrade
 UNFOLDED: Final = 10_000
 
 
+def unfolded(sample: Sample) -> int:
+    """How many of its rows, the newest, a filled store has not folded."""
+    return min(UNFOLDED, sample.count // 10)
+
+
 def filled_store(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store, list[int]]:
     """A store, without a cache, whose rows are folded but for the newest.
 
@@ -22,12 +27,11 @@ def filled_store(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store,
     url = stack.enter_context(place.database())
     now = [END_MS + 1]
     settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)  # unasked: none
-    unfolded = min(UNFOLDED, sample.count // 10)
     rows = sample.rows()
     upgrade(url)
     with closing(connect(url)) as connection:
         with without_indexes(connection):
-            insert(connection, islice(rows, sample.count - unfolded))
+            insert(connection, islice(rows, sample.count - unfolded(sample)))
         settle(connection)
         with Store(settings=settings, clock=lambda: now[0]) as store:
             store.maintain()
