@@ -294,14 +294,15 @@ def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("work", [folding.fold, folding.rebuild])
-def test_after_kill_9_behind_any_statement_it_is_gone_on_with(url, engine, work, monkeypatch):
+def test_after_kill_9_behind_any_statement_it_is_gone_on_with(url, engine, work, step, monkeypatch):
     monkeypatch.setattr(folding, "STEP_ROWS", 3)
     monkeypatch.setattr(folding, "PAUSE_S", 0)
     begin = opener(engine)
     moments = 0
     while not (done := _killed_after(moments, url, engine, work)):
-        moments += 1
+        moments += step
         with begin() as connection:
             assert done is False
             put(connection, {"timestamp": NOW - 1000 - moments, "cost_usd": 0.1})
