@@ -6,6 +6,7 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
 from lynkr_store import questions, rollups
+from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import LONG_BACKLOG, Question, shape
 from lynkr_store.rollups import Standing
 from lynkr_store.spans import QUARTER_MS, cover, floor_to
@@ -53,7 +54,10 @@ def ask(
     while True:
         stands = Standing(*session.execute(rollups.standing()).one())
         backlog = 0 if stands.newest is None else stands.newest - stands.folded
-        removed = removed_before(session.connection(), stands) if _reaches(since, stands) else None
+        removed = None
+        if _reaches(since, stands):
+            connection = session.connection(bind_arguments={"clause": TELEMETRY})
+            removed = removed_before(connection, stands)
         asked = cover(since, until, now, removed)
         found = session.execute(
             questions.answer(question, shape(asked), long_backlog=backlog > LONG_BACKLOG),
@@ -62,15 +66,14 @@ def ask(
         about = {row.part: row.requests for row in found if not row.sign}
         if about["folded"] != stands.folded:
             continue  # a fold came between, and its rows would count twice or not at all
-        if about.get("missing"):
+        gone = [end for number, end in enumerate(asked.ends) if about[f"missing_{number}"]]
+        if gone:
             # rows at an end of the window were removed: there it becomes one of whole quarters
-            for start, end in asked.ends:
-                known, there = session.execute(
-                    rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
-                ).one()
-                if known != there:
-                    since, until, incomplete = min(since, start), max(until, end), end
+            since, until = min(since, gone[0][0]), max(until, gone[-1][1])
+            incomplete = gone[-1][1]
             continue
+        if removed is not None and since >= removed and _were_removed(session, stands):
+            continue  # meanwhile, perhaps of the window, and nothing in the answer would tell
         if removed is None or since >= removed:
             removed = incomplete
         return Answer([_part(question, row) for row in found if row.sign], removed)
@@ -83,6 +86,11 @@ def _part(question: Question, row: Row[*tuple[Any, ...]]) -> Part:
         tuple(values[: len(question.by)]),
         tuple([sign * int(value) if value else 0 for value in sums]),
     )
+
+
+def _were_removed(session: Session, stands: Standing) -> bool:
+    now = Standing(*session.execute(rollups.standing()).one())
+    return (now.oldest_row, now.raw_from) != (stands.oldest_row, stands.raw_from)
 
 
 def _reaches(since: int, stands: Standing) -> bool:

@@ -20,7 +20,6 @@ from sqlalchemy import (
     func,
     literal,
     null,
-    or_,
     select,
     union_all,
 )
@@ -89,18 +88,18 @@ def answer(
     Takes `parameters`, and ``provider`` if the question is of one.
 
     Returns:
-        ``sign``, the question's dimensions, ``requests`` and the columns of its measures. The sign
-        is 1 or -1 in a part of the answer. It is 0 in rows about the answer, told apart by
-        ``part``: ``folded``, with the watermark as ``requests``; and, of a window with ragged ends,
-        ``missing``, with how many rows that the roll-ups know of the quarters there are gone.
+        ``part``, ``sign``, the question's dimensions, ``requests`` and the columns of its measures.
+        The sign is 1 or -1 in a part of the answer. It is 0 in rows about the answer, which
+        ``part`` tells apart: ``folded``, with the watermark as ``requests``; and for each ragged
+        end, by its number, ``missing_0`` and ``missing_1``, with how many rows that the roll-ups
+        know of the quarter there are gone.
     """
     names = list(measures.columns_of(question.names))
     parts = [_from_rows(question, shape.rows, long_backlog=long_backlog)]
     facts: dict[str, ColumnElement[int]] = {"folded": folded().scalar_subquery()}
     if shape.buckets:
         parts.append(_from_rollups(question, shape.buckets))
-    if shape.ends:
-        facts["missing"] = _missing(shape.ends)
+    facts |= {f"missing_{number}": _missing(f"end_{number}") for number in range(shape.ends)}
     parts += (_about(question, names, part, n) for part, n in facts.items())
     return written_out(union_all(*parts))
 
@@ -169,20 +168,20 @@ def _above_watermark(*, long_backlog: bool) -> tuple[ColumnElement[bool], ...]:
 
 
 def _of_provider(question: Question) -> list[ColumnElement[bool]]:
-    return [unindexed(_t.provider) == _provider()] if question.one_provider else []
+    # it is never NULL, and there is no index of this: where there are many providers, PostgreSQL's
+    # plan for any of them would walk all rows of a common one
+    return [func.coalesce(_t.provider, "") == _provider()] if question.one_provider else []
 
 
 def _provider() -> BindParameter[str]:
     return bindparam("provider", type_=Text())
 
 
-def _missing(ends: int) -> ColumnElement[int]:
-    starts = (ROLLUPS.c.start == whole_number(f"end_{number}_since") for number in range(ends))
+def _missing(end: str) -> ColumnElement[int]:
     known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
-        ROLLUPS.c.span_ms == QUARTER_MS, or_(*starts)
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == whole_number(f"{end}_since")
     )
-    rows = union_all(*(select(_t.id).where(*folded_in(f"end_{number}")) for number in range(ends)))
-    there = select(func.count()).select_from(rows.subquery())
+    there = select(func.count()).select_from(TELEMETRY).where(*folded_in(end))
     return known.scalar_subquery() - there.scalar_subquery()
 
 

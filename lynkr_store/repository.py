@@ -286,7 +286,7 @@ class RoutingRepository:
         gathering.add(columns)
         if rows := gathering.take():
             with translated():
-                connection = self._session.connection()
+                connection = self._session.connection(bind_arguments={"clause": TELEMETRY})
                 try:
                     insert_all(connection, rows)
                 except Exception as error:

@@ -44,7 +44,7 @@ class Standing(NamedTuple):
         raw_from: What was noted: before this instant rows were removed.
         first_bucket: The first quarter that the roll-ups know.
         last_bucket: The last one.
-        oldest_row: The first instant of a folded row that is there.
+        oldest_row: The first instant of a folded row that is there, if there are roll-ups.
     """
 
     folded: int
@@ -59,6 +59,7 @@ class Standing(NamedTuple):
 def standing() -> Select[*tuple[Any, ...]]:
     """One row with the values of a `Standing`."""
     quarters = select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
+    first = quarters.order_by(ROLLUPS.c.start).scalar_subquery()
     oldest = (
         select(_t.timestamp)
         .where(in_domain, unindexed(_t.id) <= folded().scalar_subquery())
@@ -70,9 +71,12 @@ def standing() -> Select[*tuple[Any, ...]]:
             folded().scalar_subquery().label("folded"),
             select(func.max(_t.id)).scalar_subquery().label("newest"),
             noted("raw_from").label("raw_from"),
-            quarters.order_by(ROLLUPS.c.start).scalar_subquery().label("first_bucket"),
+            first.label("first_bucket"),
             quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
-            cast(oldest.scalar_subquery(), BigInteger).label("oldest_row"),
+            # without roll-ups no row is folded, and each would be looked at
+            case((first.is_not(None), cast(oldest.scalar_subquery(), BigInteger))).label(
+                "oldest_row"
+            ),
         )
     )
 

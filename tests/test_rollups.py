@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, event, insert, select
+from sqlalchemy import BigInteger, cast, delete, event, insert, select
 from sqlalchemy.orm import Session
 
 from lynkr_store import (
+    RoutingRepository,
     Store,
     StoreSettings,
     Window,
@@ -25,10 +26,11 @@ from lynkr_store import (
     rollups,
 )
 from lynkr_store.answers import Part
+from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import writing
-from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.questions import Question, Shape
-from lynkr_store.rollups import NOTHING
+from lynkr_store.rollups import NOTHING, Standing
 from lynkr_store.spans import DAY_MS, QUARTER_MS, ceil_to, cover, floor_to
 from tests.conftest import POSTGRES
 
@@ -275,6 +277,29 @@ def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
     assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
 
 
+def test_without_roll_ups_no_row_is_looked_at(engine, begin):
+    with begin() as connection:
+        put(connection, {}, {})
+        assert Standing(*connection.execute(rollups.standing()).one()).oldest_row is None
+    folding.fold(begin)
+    with begin() as connection:
+        assert Standing(*connection.execute(rollups.standing()).one()).oldest_row == NOW - 1
+
+
+def test_a_session_may_have_an_engine_for_each_table(engine, begin):
+    with begin() as connection:
+        put(connection, {}, {"timestamp": NOW - DAY_MS - 1})
+    folding.fold(begin)
+    with begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < NOW - 1))
+    tables = Base.metadata.tables.values()
+    with Session(binds=dict.fromkeys(tables, engine)) as session:
+        repository = RoutingRepository(session, clock=lambda: NOW)
+        assert repository.get_stats(Window(since=0)).total_requests == 2
+        assert repository.add_many([{"provider": "b"}]) == 1
+        assert len(repository.query()) == 2
+
+
 def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
     def lag():
         with begin() as connection:
@@ -469,6 +494,58 @@ def test_a_fold_between_two_statements_of_an_answer_is_noticed(engine, begin, mo
     assert added_up(answer.parts) == from_rows(engine, *whole)
 
 
+class Interrupted(Session):
+    """Something happens before one of its statements, by number."""
+
+    def __init__(self, engine, number, happens):
+        super().__init__(engine)
+        self._left = iter([lambda: None] * number + [happens])
+
+    def execute(self, *args, **kwargs):
+        next(self._left, lambda: None)()
+        return super().execute(*args, **kwargs)
+
+
+def interrupted(engine, number, happens, window):
+    with Interrupted(engine, number, happens) as session:
+        answer = answers.ask(session, EVERYTHING, *window, NOW)
+    return sum(sums[0] for sums in added_up(answer.parts).values()), answer.raw_from
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_fold_at_any_moment_makes_no_end_longer_whose_rows_are_there(engine, begin, number):
+    start = floor_to(QUARTER_MS, NOW)
+    old = start - 40 * DAY_MS
+    with begin() as connection:
+        put(connection, *({"timestamp": at} for at in (old + 100, old + 200_000, start + 10_000)))
+    folding.fold(begin)
+    with begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < start))
+        put(connection, *({"timestamp": start + s * 1000} for s in (20, 500, 510)))
+    window = old + 150_000, start + 300_000  # two rows are later, in the same quarter
+    answer = interrupted(engine, number, lambda: folding.fold(begin), window)
+    assert answer == (4, start + 10_000)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_rows_removed_at_any_moment_are_in_the_answer_or_it_says_so(engine, begin, number):
+    start = floor_to(QUARTER_MS, NOW) - DAY_MS
+
+    def remove(minutes):
+        before = start + minutes * 60_000
+        with begin() as connection:
+            connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < before))
+
+    with begin() as connection:
+        put(connection, *({"timestamp": start + n * 60_000} for n in range(30)))
+    folding.fold(begin)
+    remove(3)
+    window = start + 5 * 60_000, start + DAY_MS
+    answer = interrupted(engine, number, lambda: remove(10), window)
+    before, after = (25, None), (30, start + 10 * 60_000)
+    assert answer in ([after] if number == 0 else [before, after])
+
+
 # -- whatever happens ------------------------------------------------------------------------------
 
 INSTANTS = st.one_of(
@@ -515,10 +592,14 @@ class History:
         with self.begin() as connection:
             for table in (TELEMETRY, ROLLUPS, DIMENSIONS, PROGRESS):
                 connection.execute(delete(table))
+        self.known = []  # id and instant of each row that is there or in the roll-ups
 
     def put(self, records):
         with self.begin() as connection:
             put(connection, *records)
+            rows = select(TELEMETRY.c.id, cast(TELEMETRY.c.timestamp, BigInteger))
+            last = max((row_id for row_id, *_ in self.known), default=0)
+            self.known += connection.execute(rows.where(TELEMETRY.c.id > last)).all()
 
     def fold(self, steps):
         done = []
@@ -554,12 +635,23 @@ class History:
     def erase(self, provider):
         mine = TELEMETRY.c.provider == provider
         with self.begin() as connection:
+            there = set(connection.scalars(select(TELEMETRY.c.id).where(mine)))
             folding.subtract(connection, mine)
             connection.execute(delete(TELEMETRY).where(mine))
+        self.known = [row for row in self.known if row[0] not in there]
 
     def cleanup(self, cutoff):
         with self.begin() as connection:
+            folded = connection.scalar(rollups.folded())
             connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff))
+        self.known = [
+            (row_id, at)
+            for row_id, at in self.known
+            if at >= cutoff or (row_id <= folded and at >= INSTANT_MIN_MS)
+        ]
+
+    def requests(self, since, until):
+        return sum(since <= at < until for _, at in self.known)
 
 
 @pytest.fixture(scope="module", params=["sqlite-file", POSTGRES[-1]])
@@ -618,3 +710,7 @@ def check_history(place, steps, windows):
                 else:
                     assert cleaned
                     assert since < raw_from
+                    requests = sum(sums[0] for sums in found.values())
+                    quarters = floor_to(QUARTER_MS, since), ceil_to(QUARTER_MS, until)
+                    assert history.requests(since, until) <= requests
+                    assert requests <= history.requests(*quarters)

@@ -54,6 +54,22 @@ def test_an_instant_counts_once_inside_the_window_and_never_outside(since, until
         assert times_counted(asked, at) == (since <= at < until), at
 
 
+@given(since=INSTANTS, until=INSTANTS, raw_from=INSTANTS, instant=INSTANTS)
+@example(since=NOW, until=NOW + 1, raw_from=NOW, instant=NOW)
+@example(since=NOW, until=NOW + DAY_MS, raw_from=NOW - 1, instant=NOW)
+def test_of_rows_that_are_left_each_counts_once(since, until, raw_from, instant):
+    asked = cover(since, until, NOW, raw_from)
+    for at in (instant, since, until, raw_from, raw_from + 1, floor_to(QUARTER_MS, since)):
+        if at >= raw_from:
+            assert times_counted(asked, at) == (since <= at < until), at
+
+
+@given(since=st.integers(NOW, NOW + QUARTER_MS), length=st.integers(0, DAY_MS))
+def test_rows_that_are_gone_are_not_missed_where_the_window_begins_after_them(since, length):
+    asked = cover(since, since + length, NOW, max(floor_to(QUARTER_MS, since) + 1, since - 60_000))
+    assert all(start >= since for start, _ in asked.ends)
+
+
 @given(since=INSTANTS, until=INSTANTS)
 @example(since=-(2**62), until=2**62)
 @example(since=INSTANT_MIN_MS - 1, until=INSTANT_MAX_MS + 10)
