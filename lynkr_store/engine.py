@@ -332,11 +332,16 @@ def plan_for_any(connection: Connection) -> None:
     """Have PostgreSQL plan this transaction's statements once, for whatever their parameters are.
 
     For a statement that has one good plan: planned anew each time, as the server would where it
-    expects any range to be half a percent of a large table, it takes twice as long. See
+    expects any range to be half a percent of a large table, it takes twice as long. It is planned
+    once for each connection, when psycopg has seen it five times and prepares it. See
     https://www.postgresql.org/docs/current/runtime-config-query.html#GUC-PLAN-CACHE-MODE
+
+    A host's engine may commit each statement by itself; there it does nothing.
     """
     if backend_of(connection) is Backend.POSTGRESQL:
-        connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+        driver: Any = connection.connection.driver_connection
+        if not driver.autocommit:
+            connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
 
 
 def ensure_begun(connection: Connection) -> None:

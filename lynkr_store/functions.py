@@ -3,6 +3,7 @@
 There is no default compilation: an unsupported database fails loudly.
 """
 
+from functools import lru_cache
 from typing import Any, Final, TypeVar, assert_never, cast
 
 from sqlalchemy import (
@@ -211,16 +212,20 @@ def written_out(statement: _Statement) -> _Statement:
     """The same statement with its constants in its text; its parameters stay what they are.
 
     A constant that is sent beside the text costs as much as a parameter: psycopg takes the text
-    apart at each, and PostgreSQL plans anew what has any.
+    apart at each, and PostgreSQL, unless told otherwise, plans anew what has any.
     """
 
     def constant(element: ExternallyTraversible, **_: Any) -> ColumnElement[Any] | None:
         if not isinstance(element, BindParameter) or element.required:
             return None
-        text = str(element.compile(compile_kwargs={"literal_binds": True}))
-        return literal_column(text, element.type)
+        return literal_column(_written(element.value), element.type)
 
     return cast("_Statement", replacement_traverse(statement, {}, constant))
+
+
+@lru_cache(maxsize=None, typed=True)  # 1 is not 1.0
+def _written(value: float | str) -> str:
+    return str(literal(value).compile(compile_kwargs={"literal_binds": True}))
 
 
 def whole_number(name: str) -> BindParameter[int]:

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.dialects.postgresql import psycopg
 
 from lynkr_store import Store, StoreSettings, Window, questions, repository
@@ -16,7 +16,7 @@ QUESTIONS = [getattr(repository, name) for name in ("_STATS", "_PROVIDER_STATS",
 ROWS = 20_000
 FILL = f"""
 INSERT INTO routing_telemetry (request_id, timestamp, provider, tier)
-SELECT 'r', {NOW} - n * 10000, CASE WHEN n % 3 = 0 THEN 'b' ELSE 'a' END, 'SIMPLE'
+SELECT 'r', {NOW} - n * 10000, CASE WHEN n % 3 = 0 THEN 'p' || n % 900 ELSE 'a' END, 'SIMPLE'
 FROM generate_series(1, {ROWS}) AS numbers (n)
 """
 
@@ -64,6 +64,18 @@ def test_postgresql_plans_a_statistic_once(store):
         )
         assert (planned, for_any > 0) == (0, True)
         assert connection.scalar(text("SHOW plan_cache_mode")) == "auto"
+
+
+def test_an_engine_that_commits_each_statement_is_left_as_it_is(store, caplog):
+    engine = create_engine(store.engine.url, isolation_level="AUTOCOMMIT")
+    settings = StoreSettings(cache_ttl_s=0, maintenance_interval_s=86_400)
+    with Store(engine=engine, settings=settings, clock=lambda: NOW) as own:
+        for _ in range(8):
+            assert own.get_stats().total_requests == 8640
+        with engine.connect() as connection:
+            assert connection.scalar(text("SHOW plan_cache_mode")) == "auto"
+    engine.dispose()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
