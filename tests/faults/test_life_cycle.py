@@ -680,10 +680,11 @@ def test_a_master_that_forks_and_recycles_workers_loses_nothing(program, url, ki
     ("end", "status", "noise"),
     [
         ("pass", 0, ""),
-        ("sys.exit(3)", 3, ""),
+        pytest.param("sys.exit(3)", 3, "", marks=pytest.mark.slow),  # as an exception does
         ("raise RuntimeError('uncaught')", 1, ".*RuntimeError: uncaught\n"),
         ("threading.Thread(target=record, args=(store, 'late', 5)).start()", 0, ""),
-        ("assert store.flush(60); os._exit(4)", 4, ""),
+        # as a kill does
+        pytest.param("assert store.flush(60); os._exit(4)", 4, "", marks=pytest.mark.slow),
         ("assert store.flush(60); os.kill(os.getpid(), signal.SIGKILL)", -9, ""),
     ],
     ids=["end", "sys.exit", "exception", "thread", "_exit", "kill"],
