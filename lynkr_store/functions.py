@@ -137,7 +137,7 @@ class unindexed(FunctionElement[Any]):  # noqa: N801
 
     PostgreSQL's knows better, but not where it plans for any parameters: then every range of a
     number is as short as every other to it, and it reads two indexes for two of them, one of which
-    may hold the whole table.
+    may hold the whole table. To it a text stays what it is: of those it has to know the frequent.
     """
 
     name = "unindexed"
