@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of
+from lynkr_store.engine import backend_of, driver_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.rows import Row, Rows
 from lynkr_store.turns import Away
@@ -152,7 +152,7 @@ def _into(dialect: Dialect, columns: Iterable[str]) -> str:
 
 def _copy(connection: Connection, rows: Rows, away: Away) -> None:
     statement, types = _copy_of(rows.columns)
-    driver: Any = connection.connection.driver_connection
+    driver = driver_of(connection)
     try:
         # the server takes longer than Python, which waits for it again and again
         with driver.cursor() as cursor, away(), cursor.copy(statement) as copy:

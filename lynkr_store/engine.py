@@ -338,10 +338,8 @@ def plan_for_any(connection: Connection) -> None:
 
     A host's engine may commit each statement by itself; there it does nothing.
     """
-    if backend_of(connection) is Backend.POSTGRESQL:
-        driver: Any = connection.connection.driver_connection
-        if not driver.autocommit:
-            connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+    if backend_of(connection) is Backend.POSTGRESQL and not driver_of(connection).autocommit:
+        connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
 
 
 def ensure_begun(connection: Connection) -> None:
@@ -350,11 +348,14 @@ def ensure_begun(connection: Connection) -> None:
     Python's driver does not by itself: the SAVEPOINT would then be the transaction, and its
     RELEASE the commit.
     """
-    if backend_of(connection) is Backend.SQLITE:
-        pooled = connection.connection
-        driver: Any = pooled.driver_connection or pooled.dbapi_connection  # the latter if detached
-        if not driver.in_transaction:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if backend_of(connection) is Backend.SQLITE and not driver_of(connection).in_transaction:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def driver_of(connection: Connection) -> Any:
+    """The driver's own connection."""
+    pooled = connection.connection
+    return pooled.driver_connection or pooled.dbapi_connection  # the latter if detached
 
 
 def checkpoint_after(connection: Connection, pages: int) -> None:
@@ -372,7 +373,7 @@ def checkpoint(connection: Connection) -> int:
     Returns:
         Pages that stand in the WAL; a writer begins it anew when all of them are in the file.
     """
-    driver: Any = connection.connection.driver_connection
+    driver = driver_of(connection)
     try:
         _, pages, _ = driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     except connection.dialect.loaded_dbapi.Error:

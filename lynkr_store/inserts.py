@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from lynkr_store import bulk, queries
 from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MIN_MS
-from lynkr_store.engine import backend_of, ensure_begun
+from lynkr_store.engine import backend_of, driver_of, ensure_begun
 from lynkr_store.faults import Fault, fault_of, refusal
 from lynkr_store.models import TELEMETRY
 from lynkr_store.rows import Row, Rows
@@ -197,10 +197,12 @@ def _fault(connection: Connection, error: Exception) -> Fault:
     It does on a full disk, say: there is no savepoint to go back to then, and what followed would
     be outside any transaction. See https://sqlite.org/lang_transaction.html, section 3.
     """
-    if backend_of(connection) is Backend.SQLITE and not connection.invalidated:
-        driver: Any = connection.connection.driver_connection
-        if not driver.in_transaction:
-            return Fault.DATABASE
+    if (
+        backend_of(connection) is Backend.SQLITE
+        and not connection.invalidated
+        and not driver_of(connection).in_transaction
+    ):
+        return Fault.DATABASE
     return fault_of(error)
 
 
