@@ -52,7 +52,7 @@ def ask(
     """
     incomplete = None
     while True:
-        stands = Standing(*session.execute(rollups.standing()).one())
+        stands = look(session)
         backlog = 0 if stands.newest is None else stands.newest - stands.folded
         removed = None
         if _reaches(since, stands):
@@ -79,6 +79,11 @@ def ask(
         return Answer([_part(question, row) for row in found if row.sign], removed)
 
 
+def look(connection: Session | Connection) -> Standing:
+    """How the roll-ups stand to the rows now."""
+    return Standing(*connection.execute(rollups.standing()).one())
+
+
 def _part(question: Question, row: Row[*tuple[Any, ...]]) -> Part:
     _, sign, *values = row
     sums = values[len(question.by) :]
@@ -89,7 +94,7 @@ def _part(question: Question, row: Row[*tuple[Any, ...]]) -> Part:
 
 
 def _were_removed(session: Session, stands: Standing) -> bool:
-    now = Standing(*session.execute(rollups.standing()).one())
+    now = look(session)
     return (now.oldest_row, now.raw_from) != (stands.oldest_row, stands.raw_from)
 
 

@@ -12,14 +12,14 @@ from typing import Final, NamedTuple, assert_never
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
 from lynkr_store import bulk, folds, rollups
-from lynkr_store.answers import removed_before
+from lynkr_store.answers import look, removed_before
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of
 from lynkr_store.measures import columns_of
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rollups import NOTHING, Standing
+from lynkr_store.rollups import NOTHING
 from lynkr_store.rows import Rows
 from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, floor_to
 
@@ -191,7 +191,7 @@ def note(connection: Connection, name: str, value: int) -> None:
 
 def _note_removed(connection: Connection) -> int | None:
     """Note from when on the rows are there, before late ones hide that older ones were removed."""
-    stands = Standing(*connection.execute(rollups.standing()).one())
+    stands = look(connection)
     removed = removed_before(connection, stands)
     if removed is not None and removed != stands.raw_from:
         note(connection, "raw_from", removed)

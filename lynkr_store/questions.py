@@ -27,8 +27,8 @@ from sqlalchemy import (
 from lynkr_store import measures
 from lynkr_store.functions import each_row, unindexed, whole_number, written_out
 from lynkr_store.models import DIMENSIONS, ROLLUPS, TELEMETRY
-from lynkr_store.rollups import GREATEST_ID, folded, folded_in
-from lynkr_store.spans import QUARTER_MS, Cover
+from lynkr_store.rollups import GREATEST_ID, counts_in, folded, folded_in
+from lynkr_store.spans import Cover
 
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""
@@ -178,11 +178,8 @@ def _provider() -> BindParameter[str]:
 
 
 def _missing(end: str) -> ColumnElement[int]:
-    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
-        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == whole_number(f"{end}_since")
-    )
-    there = select(func.count()).select_from(TELEMETRY).where(*folded_in(end))
-    return known.scalar_subquery() - there.scalar_subquery()
+    known, there = counts_in(end)
+    return known - there
 
 
 def _about(

@@ -111,11 +111,17 @@ def counts_of_quarter() -> Select[*tuple[Any, ...]]:
 
     Equal, unless rows were removed.
     """
+    known, there = counts_in("quarter")
+    return select(known.label("known"), there.label("there"))
+
+
+def counts_in(name: str) -> tuple[ScalarSelect[int], ScalarSelect[int]]:
+    """As `counts_of_quarter`, of the one from ``{name}_since`` to ``{name}_until``."""
     known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
-        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == whole_number("quarter_since")
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == whole_number(f"{name}_since")
     )
-    there = select(func.count()).where(*folded_in("quarter"))
-    return select(known.scalar_subquery().label("known"), there.scalar_subquery().label("there"))
+    there = select(func.count()).select_from(TELEMETRY).where(*folded_in(name))
+    return known.scalar_subquery(), there.scalar_subquery()
 
 
 def folded_in(name: str) -> tuple[ColumnElement[bool], ...]:

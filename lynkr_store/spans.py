@@ -81,13 +81,10 @@ def cover(since: int, until: int, now: int, raw_from: int | None = None) -> Cove
     since, until = max(since, INSTANT_MIN_MS), min(until, INSTANT_MAX_MS)
     first, last = ceil_to(QUARTER_MS, since), floor_to(QUARTER_MS, until)
     only_rows = raw_from is not None and first - QUARTER_MS < raw_from <= since
-    if since >= until:
-        first = last = 0
-    elif first > last:
+    if first > last:  # no boundary lies in the window, which may be empty
         rows.append(Rows(1, since, until))
-        if not only_rows:
+        if since < until and not only_rows:
             ends.append((last, first))
-        last = first
     else:
         if since < first:
             before_since = since - (first - QUARTER_MS)

@@ -598,7 +598,7 @@ class History:
         with self.begin() as connection:
             put(connection, *records)
             rows = select(TELEMETRY.c.id, cast(TELEMETRY.c.timestamp, BigInteger))
-            last = max((row_id for row_id, *_ in self.known), default=0)
+            last = max((row_id for row_id, _ in self.known), default=0)
             self.known += connection.execute(rows.where(TELEMETRY.c.id > last)).all()
 
     def fold(self, steps):
