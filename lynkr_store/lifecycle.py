@@ -1,12 +1,13 @@
 """What happens to a process: it forks, it ends, it is told to end."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
 from types import FrameType
 from typing import Any, Final
 
@@ -14,54 +15,102 @@ from lynkr_store.exceptions import BadArgument
 
 _MULTIPROCESSING_PRIORITY: Final = 100  # before multiprocessing closes what the store may need
 
+_log = logging.getLogger("lynkr_store")
+
 
 class Forkable:
-    """What must know that the process forks."""
+    """A part of the library that must be told when the process forks.
+
+    The parts are told one after the other: before a fork and in the child in the order in which
+    `on_fork` was called for them, in the parent in the reverse. A part that raises an exception
+    does not keep the others from being told.
+    """
 
     def before_fork(self) -> None:
-        """In the parent: bring what the child would inherit half-done to an end."""
+        """In the parent: bring what the child would inherit half-done to an end, in a few s."""
 
     def after_fork_in_parent(self) -> None:
         """In the parent: go on."""
 
     def after_fork_in_child(self) -> None:
-        """In the child: start anew. No thread, lock or connection of the parent's is of use."""
+        """In the child: start with new threads, locks and connections.
+
+        Also called for a part that was not told before, because another thread made it meanwhile.
+        """
 
 
-_forkable: "weakref.WeakSet[Forkable]" = weakref.WeakSet()
-_forking: list[Forkable] = []
+class _Forks:
+    """Tells the parts of one fork at a time.
+
+    A second thread that forks meanwhile waits: what its child inherits must be at rest too, and the
+    first fork's end would set it going again.
+    """
+
+    def __init__(self) -> None:
+        self._parts: weakref.WeakKeyDictionary[Forkable, None] = weakref.WeakKeyDictionary()
+        self._registered = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._turn = threading.RLock()  # a signal handler may fork while its thread does
+        self._told: list[list[Forkable]] = []  # a list for each fork under way
+
+    def add(self, part: Forkable) -> None:
+        self._parts.setdefault(part)
+        if not self._registered and hasattr(os, "register_at_fork"):
+            self._registered = True
+            os.register_at_fork(
+                before=self._before,
+                after_in_parent=self._after_in_parent,
+                after_in_child=self._after_in_child,
+            )
+
+    def _alive(self) -> list[Forkable]:
+        return [part for known in self._parts.keyrefs() if (part := known()) is not None]
+
+    def _before(self) -> None:
+        while True:
+            try:
+                self._turn.acquire()
+                break
+            except BaseException as error:  # noqa: BLE001 - of a signal handler; the fork goes on
+                _say(error)
+        told: list[Forkable] = []
+        self._told.append(told)
+        for part in self._alive():
+            told.append(part)  # also if it fails half-way
+            _tell(part.before_fork)
+
+    def _after_in_parent(self) -> None:
+        try:
+            for part in reversed(self._told.pop()):
+                _tell(part.after_fork_in_parent)
+        finally:
+            self._turn.release()
+
+    def _after_in_child(self) -> None:
+        self._reset()
+        for part in self._alive():
+            _tell(part.after_fork_in_child)
+
+
+_forks: Final = _Forks()
 
 
 def on_fork(part: Forkable) -> None:
-    """Have an object told of forks for as long as it lives."""
-    _forkable.add(part)
-    _register()
+    """Have an object told of forks for as long as it lives; harmless when called again."""
+    _forks.add(part)
 
 
-@cache
-def _register() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
-        )
+def _tell(hook: Callable[[], None]) -> None:
+    try:
+        hook()
+    except BaseException as error:  # noqa: BLE001 - Python would print it and fork all the same
+        _say(error)
 
 
-def _before() -> None:
-    _forking[:] = _forkable
-    for part in _forking:
-        part.before_fork()
-
-
-def _after_in_parent() -> None:
-    for part in reversed(_forking):
-        part.after_fork_in_parent()
-    _forking.clear()
-
-
-def _after_in_child() -> None:
-    for part in _forking:
-        part.after_fork_in_child()
-    _forking.clear()
+def _say(error: BaseException) -> None:
+    _log.warning("a step of a fork failed: %s", type(error).__name__)
 
 
 def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:

@@ -140,6 +140,104 @@ def test_a_default_part_needs_to_do_nothing():
     """) == ["|", "/"]
 
 
+def test_two_threads_fork_one_after_the_other():
+    """The second would free in the parent what the first has brought to rest, and the reverse."""
+    words = said("""
+        import threading
+
+        inside = threading.Event()
+
+        class Slow(Part):
+            def before_fork(self):
+                super().before_fork()
+                inside.set()
+                if threading.current_thread() is not second:
+                    second.join(0.2)  # it does not get here before the first is done
+
+        part = Slow("a")
+        on_fork(part)
+        second = threading.Thread(target=lambda: inside.wait() and fork())
+        second.start()
+        fork()
+        second.join()
+        fork()
+    """)
+    ours = [word for word in words if word in ("before:a", "parent:a")]
+    assert ours == ["before:a", "parent:a"] * 3
+    assert words.count("child:a") == 3
+
+
+def test_a_thread_that_forks_while_it_forks_waits_for_nobody():
+    words = said("""
+        class Handler(Part):
+            def before_fork(self):
+                super().before_fork()
+                if self.name:
+                    self.name = ""
+                    fork()  # a signal handler may
+
+        part = Handler("a")
+        on_fork(part)
+        fork()
+    """)
+    assert words.count("child:") == 2
+    assert words.count("parent:") == 2
+
+
+@pytest.mark.parametrize("when", ["before_fork", "after_fork_in_parent", "after_fork_in_child"])
+@pytest.mark.parametrize("kind", ["ValueError", "KeyboardInterrupt", "SystemExit"])
+def test_a_part_that_fails_keeps_no_other_from_being_told(when, kind):
+    words = said(f"""
+        import logging
+        logging.disable()
+
+        class Failing(Part):
+            def {when}(self):
+                raise {kind}("of a signal handler")
+
+        parts = [Part("a"), Failing("b"), Part("c")]
+        for part in parts:
+            on_fork(part)
+        fork()
+        fork()
+    """)
+    for name in "ac":
+        assert [words.count(f"{w}:{name}") for w in ("before", "parent", "child")] == [2, 2, 2]
+
+
+def test_an_interrupt_while_a_fork_waits_for_another_leaves_nothing_held():
+    words = said("""
+        import logging
+        import signal
+        import threading
+
+        logging.disable()
+        inside, interrupted = threading.Event(), threading.Event()
+
+        class Slow(Part):
+            def before_fork(self):
+                super().before_fork()
+                inside.set()
+                interrupted.wait(10)
+
+        def interrupt(*_):
+            interrupted.set()
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        part = Slow("a")
+        on_fork(part)
+        other = threading.Thread(target=fork)
+        other.start()
+        inside.wait()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)  # while this thread waits for its turn
+        fork()
+        other.join()
+        fork()
+    """)
+    assert [words.count(f"{w}:a") for w in ("before", "parent", "child")] == [3, 3, 3]
+
+
 # -- the end of a worker -----------------------------------------------------------------------
 
 
