@@ -164,7 +164,9 @@ class Core:
 
     def _do_add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
         self._open(to_write=True)
-        return self._do(self._database.writing, lambda r: r.add_many(records))
+        added = self._do(self._database.writing, lambda r: r.add_many(records))
+        self._database.require_file()
+        return added
 
     def _do_cleanup(self, older_than: timedelta) -> int:
         cutoff_ms = self._clock() - checked_age(older_than) // timedelta(milliseconds=1)

@@ -27,7 +27,6 @@ from lynkr_store.engine import (
     create_store_engine,
     disposing,
     ensure_begun,
-    forget_connections,
     is_memory,
     parse_url,
     writing,
@@ -42,6 +41,7 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.files import Identity, identity_of
+from lynkr_store.forking import keep_out_of_children, path_of
 from lynkr_store.inserts import PART_ROWS, enter_parts, expire_ledger, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
@@ -64,9 +64,9 @@ it before, beside the batches, and a batch does in the pause in which the lock i
 _MANY_ROWS: Final = 100
 """Rows from which on a batch is taken for one of many. Small ones write the same pages again and
 again: of these the WAL would hold many times what is in the file."""
+_OTHER_FILE: Final = "the file was removed, or another one was put in its place"
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
-FORK_WAIT_S: Final = 5.0  # for a transaction under way, longer than SQLite's busy timeout
 _UPGRADE_WAIT_S: Final = 5.0  # who opens a store waits for an answer; the writer tries again
 _OPEN_WAIT_S: Final = 1.0
 """How long a writer waits for a thread that is opening the database. That may be one that a signal
@@ -107,6 +107,7 @@ class Database(Forkable):
             check_host_engine(engine)
             if read_only:
                 raise BadArgument("read_only: give a url, not an engine")
+            keep_out_of_children(engine)
             self.engine = in_schema(engine, settings.schema_name)
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
             self.engine, self.view = _reading(settings.url)
@@ -125,9 +126,7 @@ class Database(Forkable):
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
         self._shared_file = self.backend is Backend.SQLITE and not self.in_memory
-        path = self.engine.url.database
-        named = self._shared_file and path and not path.startswith("file:")
-        self._path = Path(path) if named and path else None
+        self._path = path_of(self.engine)
         if self.backend is Backend.POSTGRESQL:
             # whatever a host's engine is set to: a batch is one transaction, and its second try
             # must see what the first committed meanwhile
@@ -138,7 +137,6 @@ class Database(Forkable):
         self._opened_once = False
         self._lock = threading.Lock()
         self._gate = threading.Lock()  # held while a batch is written
-        self._forking: list[threading.Lock] = []
         self._file: Identity | None = None
         self._disposed = False
         self._using: set[Connection] = set()  # who has another of the engine's is somebody else
@@ -149,11 +147,6 @@ class Database(Forkable):
         self._batch = ""  # the last one, and what was refused of it and its parts
         self._tried: dict[str, Counter[str]] = {}
         self._known_good: Row | None = None  # a row that was taken, without its texts
-
-    @property
-    def was_opened(self) -> bool:
-        """Whether it was reached before, so that the engine is set up."""
-        return self._opened_once
 
     @property
     def in_memory(self) -> bool:
@@ -169,12 +162,13 @@ class Database(Forkable):
             SchemaAhead: A newer release made it.
             AdoptionRefused: Its tables are not the gateway's; nothing was changed.
         """
-        if self._opened:
+        if self._opened and not self._is_other_file():
             return
         held = self._lock.acquire(timeout=patience_s)
         try:
+            self.follow_file()
             if not self._opened:
-                before = self._identity()
+                before, self._file = self._identity(), None
                 with translated():
                     self._check_schema()
                 self._file = self._identity()
@@ -185,6 +179,26 @@ class Database(Forkable):
         finally:
             if held:
                 self._lock.release()
+
+    def follow_file(self) -> None:
+        """Forget the file that was opened, if its path names another or none by now.
+
+        Raises:
+            StoreUnavailable: The database was opened read-only, with views made for that one file.
+        """
+        if self._is_other_file():
+            if self.read_only:
+                raise StoreUnavailable(f"{self._path}: {_OTHER_FILE}; open the store again")
+            self._lose_file()
+
+    def require_file(self) -> None:
+        """Make sure that the file which was opened is still the one that its path names.
+
+        Raises:
+            StoreUnavailable: It was removed or replaced, and what was written into it is lost.
+        """
+        if self._is_other_file():
+            raise StoreUnavailable(f"{self._path}: {_OTHER_FILE}")
 
     def look_again(self) -> None:
         """Name the remedy, where a statement failed because the schema was changed meanwhile.
@@ -225,8 +239,6 @@ class Database(Forkable):
                 self._gate.acquire()
         try:
             self._away = away
-            if self._file and self._identity() != self._file:
-                self._lose_file()
             with translated():
                 try:
                     self.open(patience_s=_OPEN_WAIT_S)
@@ -323,8 +335,7 @@ class Database(Forkable):
                 raise OutcomeUnknown("the connection was lost while a commit was under way") from (
                     error
                 )
-        if self._path and self._identity() != self._file:
-            raise StoreUnavailable("the file was removed or replaced while a batch was written")
+        self.require_file()
         return refused
 
     @contextmanager
@@ -390,7 +401,11 @@ class Database(Forkable):
 
         It keeps what it was made with, which may be the fault's reason: a file's mode, a session's
         settings. And the pool that it would go back to may be gone when it is answered at last.
+
+        Raises:
+            StoreUnavailable: The file that was opened is gone.
         """
+        self.require_file()
         with engine.connect() as connection:
             self._using.add(connection)
             try:
@@ -428,32 +443,17 @@ class Database(Forkable):
         """Which file the path names: that of an SQLite database can be removed, or replaced."""
         return identity_of(self._path) if self._path else None
 
+    def _is_other_file(self) -> bool:
+        return self._file is not None and self._identity() != self._file
+
     def _lose_file(self) -> None:
         """The file is gone from its path, and with it what is written there: start anew."""
         self.engine.dispose()  # a host's too: it closes idle connections, and makes new ones
         self._opened = self._opened_once = False
         self._file = None
 
-    def before_fork(self) -> None:
-        """Let a batch end, and close the connections: SQLite's do not survive in two processes.
-
-        An engine's first connection, of any backend, sets it up; a child must not inherit that
-        half-done.
-        """
-        if self.backend is Backend.SQLITE or not self._opened_once:
-            locks = (self._gate, self._lock)
-            self._forking = [lock for lock in locks if lock.acquire(timeout=FORK_WAIT_S)]
-        if self._shared_file:
-            self.engine.dispose()  # a host's too: it makes new connections when asked
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-        while self._forking:
-            self._forking.pop().release()
-
     def after_fork_in_child(self) -> None:
-        """Start anew, with connections of this process's own."""
-        forget_connections(self.engine)
+        """Start anew; the engine does so by itself."""
         self._begin()
 
     def dispose(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, Pool, QueuePool, StaticPool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
 from sqlalchemy.engine import Dialect, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
@@ -21,6 +21,7 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
     UnsupportedDatabase,
 )
+from lynkr_store.forking import keep_out_of_children
 from lynkr_store.search_path import checked_schema, options_of, startup_option
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
@@ -238,12 +239,11 @@ def create_reading_engine(path: Path, *, views: Sequence[str] = ()) -> Engine:
     uri = next((uri for uri in _reading_uris(path) if _can_open(uri)), None)
     if uri is None:
         raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database")
-    engine = create_engine(
-        "sqlite://",
-        creator=lambda: sqlite3.connect(uri, uri=True, check_same_thread=False),
-        poolclass=QueuePool,
-        hide_parameters=True,
-    )
+    engine = create_engine(URL.create("sqlite", database=str(path)), hide_parameters=True)
+    keep_out_of_children(engine)
+
+    def do_connect(*_: object) -> sqlite3.Connection:
+        return sqlite3.connect(uri, uri=True, check_same_thread=False)
 
     def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
         _set_up(connection)
@@ -255,6 +255,7 @@ def create_reading_engine(path: Path, *, views: Sequence[str] = ()) -> Engine:
         cursor.execute("PRAGMA query_only = 1")
         cursor.close()
 
+    event.listen(engine, "do_connect", do_connect)
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", _on_begin)
     return engine
@@ -381,18 +382,6 @@ def checkpoint(connection: Connection) -> int:
     return int(pages)
 
 
-_inherited: list[Pool] = []
-
-
-def forget_connections(engine: Engine) -> None:
-    """After a fork, in the child: leave the parent's connections alone and make new ones.
-
-    The old pool is kept from the collector, which would close what is the parent's.
-    """
-    _inherited.append(engine.pool)
-    engine.dispose(close=False)
-
-
 @contextmanager
 def disposing(engine: Engine) -> Iterator[Engine]:
     """The engine, disposed in the end."""
@@ -407,6 +396,7 @@ def _listen(engine: Engine) -> None:
         event.listen(engine, "do_connect", _before_connect)
         event.listen(engine, "connect", _on_connect)
         event.listen(engine, "begin", _on_begin)
+    keep_out_of_children(engine)
 
 
 def _before_connect(

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, func, inspect, select
 
 from lynkr_store import queries, revisions, rollups
 from lynkr_store.backend import Backend
-from lynkr_store.database import FORK_WAIT_S, Database
+from lynkr_store.database import Database
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.faults import translated
@@ -56,8 +56,6 @@ class Probe(Forkable):
 
     def _begin(self) -> None:
         self._lock = threading.RLock()  # a signal handler that closes the store may come back
-        self._gate = threading.Lock()  # held during a look
-        self._forking = False
         self._under_way: threading.Thread | None = None
         self._began = 0.0
         self.last: Looked | None = None
@@ -96,17 +94,6 @@ class Probe(Forkable):
         if thread is not None:
             thread.join(_FINISH_S)
 
-    def before_fork(self) -> None:
-        """Let a look at an SQLite file end, and the very first at any database."""
-        if self.database.backend is Backend.SQLITE or not self.database.was_opened:
-            self._forking = self._gate.acquire(timeout=FORK_WAIT_S)
-
-    def after_fork_in_parent(self) -> None:
-        """Go on."""
-        if self._forking:
-            self._forking = False
-            self._gate.release()
-
     def after_fork_in_child(self) -> None:
         """Start anew."""
         self._begin()
@@ -114,7 +101,7 @@ class Probe(Forkable):
     def _run(self) -> None:
         look, error = self.last.look if self.last else None, None
         try:
-            with self._gate, translated():
+            with translated():
                 look = _look(self.database)
         except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
             error = f"{type(fault).__name__}: {fault}"
@@ -122,6 +109,7 @@ class Probe(Forkable):
 
 
 def _look(database: Database) -> Look:
+    database.follow_file()
     engine = database.engine
     if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
         path = Path(engine.url.database)

@@ -4,23 +4,18 @@ What they answer is written once, in `lynkr_store.repository`; what they do, in 
 """
 
 import asyncio
-import weakref
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
-from sqlalchemy import Engine, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import Engine
 
 from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
 from lynkr_store.core import Core
-from lynkr_store.database import FORK_WAIT_S
 from lynkr_store.engine import (
     check_host_engine,
     create_store_async_engine,
-    forget_connections,
     parse_url,
     writing,
 )
@@ -33,7 +28,7 @@ from lynkr_store.filters import (
     checked_provider,
     given,
 )
-from lynkr_store.lifecycle import Forkable, on_fork
+from lynkr_store.forking import keep_out_of_children
 from lynkr_store.maintenance import BUDGET_S
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
@@ -299,9 +294,8 @@ class AsyncStore(Core):
                 schema=self._settings.schema_name,
                 echo=self._settings.echo,
             )
-        self._connections = self._engine and _Connections(self._engine)
-        if self._connections:
-            on_fork(self._connections)
+        if self._engine:
+            keep_out_of_children(self._engine.sync_engine)
 
     async def __aenter__(self) -> Self:
         return self
@@ -431,37 +425,6 @@ class AsyncStore(Core):
             if error.unclear:
                 await asyncio.to_thread(self._database.look_again)
             raise
-
-
-class _Connections(Forkable):
-    """Those of the reads, which a child must not share."""
-
-    def __init__(self, engine: "AsyncEngine") -> None:
-        self._engine = engine.sync_engine
-        self._drivers: weakref.WeakSet[Any] = weakref.WeakSet()
-        if self._engine.dialect.name == Backend.SQLITE:
-            event.listen(self._engine, "connect", self._note)
-
-    def _note(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG002
-        self._drivers.add(connection.driver_connection)
-
-    def before_fork(self) -> None:
-        """End SQLite's connections, which do not survive in two processes.
-
-        Aiosqlite's are closed in threads of their own, here without an event loop.
-        """
-        if not self._drivers:
-            return
-        drivers = [driver for driver in self._drivers if hasattr(driver, "stop")]
-        for driver in drivers:
-            driver.stop()
-        for driver in drivers:
-            driver._thread.join(FORK_WAIT_S)  # noqa: SLF001 - it has no public way to wait
-        self._drivers.clear()
-        self._engine.dispose(close=False)
-
-    def after_fork_in_child(self) -> None:
-        forget_connections(self._engine)
 
 
 def _in_schema(engine: "AsyncEngine", schema: str | None) -> "AsyncEngine":

@@ -1,0 +1,323 @@
+"""Which connections a fork closes, who waits for it, and that an engine follows its file."""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.orm import Session
+
+from lynkr_store import (
+    AsyncStore,
+    RoutingRepository,
+    Store,
+    StoreSettings,
+    create_store_engine,
+    writing,
+)
+from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.forking import keep_out_of_children
+from tests.support.stores import Asynchronous
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+
+WAIT_S = 60
+
+
+def forked(body):
+    """What a child says in one line, and how it ends."""
+    said, to_say = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(said)
+        try:
+            os.write(to_say, str(body()).encode())
+        except BaseException as error:  # noqa: BLE001 - for the parent to see
+            os.write(to_say, f"{type(error).__name__}: {error}".encode())
+        os._exit(0)
+    os.close(to_say)
+    with os.fdopen(said) as file:
+        words = file.read()
+    os.waitpid(pid, 0)
+    return words
+
+
+def counted(engine):
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT count(*) FROM routing_telemetry"))
+
+
+def open_files(path):
+    return sum(
+        str(entry.resolve()).startswith(str(path)) for entry in Path("/proc/self/fd").iterdir()
+    )
+
+
+@pytest.fixture
+def file(new_url):
+    return new_url("sqlite-file", at_head=True)
+
+
+@pytest.fixture(params=["own", "host", "options"])
+def engine_of(request):
+    """Make an engine of the store's, a host's, or one with options of its own."""
+    made = []
+
+    def make(url):
+        engine = create_store_engine(url) if request.param == "own" else create_engine(url)
+        made.append(engine)
+        if request.param == "options":
+            engine = engine.execution_options(own="option")
+        keep_out_of_children(engine)
+        keep_out_of_children(engine)  # harmless
+        return engine
+
+    yield make
+    for engine in made:
+        engine.dispose()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files")
+def test_no_connection_is_open_in_the_child_nor_in_the_parent_at_a_fork(file, engine_of):
+    engine = engine_of(file)
+    counted(engine)
+    path = engine.url.database
+    assert open_files(path)
+    assert forked(lambda: open_files(path)) == "0"
+    assert open_files(path) == 0
+    assert counted(engine) == 0
+    assert forked(lambda: counted(engine)) == "0"
+
+
+def test_a_fork_waits_for_a_connection_in_use(file, engine_of):
+    engine = engine_of(file)
+    taken, told = threading.Event(), threading.Event()
+
+    def use():
+        with engine.connect() as connection:
+            taken.set()
+            told.wait(WAIT_S)
+            connection.scalar(text("SELECT count(*) FROM routing_telemetry"))
+
+    user = threading.Thread(target=use)
+    user.start()
+    taken.wait(WAIT_S)
+    timer = threading.Timer(0.2, told.set)
+    timer.start()
+    assert forked(lambda: counted(engine)) == "0"
+    user.join()
+
+
+def test_a_file_that_is_in_use_all_the_time_is_refused_in_the_child(file, engine_of, monkeypatch):
+    monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", 0.1)
+    engine = engine_of(file)
+    with engine.connect() as connection:  # by the thread that forks: it waits for nothing
+        connection.scalar(text("SELECT 1"))
+        words = forked(lambda: counted(engine))
+        assert words.startswith("StoreUnavailable: "), words
+        assert engine.url.database in words
+        assert "forked" in words
+        # nor by another engine of the same process
+        again = forked(lambda: counted(create_store_engine(file)))
+        assert again.startswith("StoreUnavailable"), again
+    assert forked(lambda: counted(engine)) == "0"  # it was given back
+    assert counted(engine) == 0
+
+
+def test_a_grandchild_is_refused_what_its_parent_is(file):
+    engine = create_store_engine(file)
+    with engine.connect() as connection:
+        connection.scalar(text("SELECT 1"))
+        assert forked(lambda: forked(lambda: counted(engine))).startswith("StoreUnavailable")
+    engine.dispose()
+
+
+def test_a_connection_that_was_detached_counts_as_open(file, monkeypatch):
+    monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", 0.1)
+    engine = create_store_engine(file)
+    connection = engine.connect()
+    connection.detach()
+    assert forked(lambda: counted(engine)).startswith("StoreUnavailable")
+    connection.close()
+    assert forked(lambda: counted(engine)) == "0"
+    engine.dispose()
+
+
+def test_a_connection_that_cannot_be_made_holds_up_no_fork(tmp_path, monkeypatch):
+    monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", WAIT_S)
+    (tmp_path / "folder").mkdir()
+    engine = create_store_engine(f"sqlite:///{tmp_path}/folder")
+    kept = []
+    for _ in range(2):
+        with pytest.raises(Exception, match="unable to open") as raised:
+            engine.connect()
+        kept.append(raised)  # its traceback keeps what was to be made
+    timer = threading.Timer(WAIT_S / 2, os.abort)
+    timer.start()
+    assert forked(lambda: "in time") == "in time"
+    timer.cancel()
+    engine.dispose()
+
+
+def test_threads_that_read_all_the_time_and_forks_all_the_time(file):
+    engine, over, failures = create_store_engine(file), threading.Event(), []
+
+    def read():
+        while not over.is_set():
+            try:
+                counted(engine)
+            except BaseException as error:  # noqa: BLE001 - told in the main thread
+                failures.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    words = {forked(lambda: counted(engine)) for _ in range(20)}
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert words == {"0"}
+    engine.dispose()
+
+
+def test_a_listener_that_a_host_added_later_makes_the_connection(file):
+    engine = create_engine(file)
+    keep_out_of_children(engine)
+    asked = []
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect, record, arguments, options):
+        asked.append(1)
+        return dialect.loaded_dbapi.connect(*arguments, **options)
+
+    assert counted(engine) == 0
+    assert asked == [1]
+    engine.dispose()
+
+
+def test_a_memory_database_stays_the_parents(open_memory):
+    store = open_memory
+    store.record(provider="p")
+    assert store.flush(WAIT_S)
+    words = forked(lambda: len(store.query()))
+    assert words == "0"
+    assert len(store.query()) == 1
+
+
+@pytest.fixture
+def open_memory():
+    with Store("sqlite://", settings=StoreSettings(flush_interval_s=0.01)) as store:
+        yield store
+
+
+# -- the file ----------------------------------------------------------------------------------
+
+
+def remove(path):
+    for end in ("", "-wal", "-shm"):
+        Path(path + end).unlink(missing_ok=True)
+
+
+def replace(path):
+    """As a restore does: another file of the same shape, with a row of its own."""
+    other = create_store_engine(f"sqlite:///{path}.new")
+    with Store(engine=other, settings=StoreSettings(upgrade_on_open=True)) as store:
+        store.add_many([{"provider": "p", "request_id": "restored"}])
+    other.dispose()
+    remove(path)
+    for end in ("", "-wal", "-shm"):
+        if Path(f"{path}.new{end}").exists():
+            Path(f"{path}.new{end}").rename(path + end)
+
+
+def names(path):
+    engine = create_store_engine(f"sqlite:///{path}")
+    with Session(engine) as session:
+        found = [row.request_id for row in RoutingRepository(session).query()]
+    engine.dispose()
+    return sorted(found)
+
+
+LOST = [remove, replace]
+
+
+@pytest.mark.parametrize("lose", LOST)
+def test_every_way_in_looks_which_file_it_is(open_file_store, lose):
+    """Rows that are added, reads and maintenance go to the file that is there now."""
+    store, path = open_file_store
+    store.add_many([{"provider": "p", "request_id": "before"}])
+    assert [row.request_id for row in store.query()] == ["before"]
+    restored = ["restored"] * (lose is replace)
+    lose(path)
+    assert store.add_many([{"provider": "p", "request_id": "added"}]) == 1
+    assert sorted(row.request_id for row in store.query()) == sorted(["added", *restored])
+    assert names(path) == sorted(["added", *restored])
+    lose(path)
+    assert [row.request_id for row in store.query()] == restored
+    assert [row.request_id for row in store.iter_records()] == restored
+    lose(path)
+    store.maintain()
+    assert store.health().rollup_lag in (0, None)
+    assert names(path) == restored
+    lose(path)
+    store.cleanup()
+    assert names(path) == restored
+    lose(path)
+    assert (store.get_provider_stats("p") is None) == (not restored)
+    lose(path)
+    store.record(provider="p", request_id="written")
+    assert store.flush(WAIT_S)
+    assert names(path) == sorted(["written", *restored])
+
+
+@pytest.fixture(params=["sync", "async"])
+def open_file_store(request, tmp_path):
+    path = f"{tmp_path}/telemetry.db"
+    settings = StoreSettings(url=f"sqlite:///{path}", flush_interval_s=0.01, cache_ttl_s=0)
+    if request.param == "sync":
+        with Store(settings=settings) as store:
+            yield store, path
+        return
+    with asyncio.Runner() as runner:
+        store = Asynchronous(AsyncStore(settings=settings), runner)
+        yield store, path
+        store.close()
+
+
+@pytest.mark.parametrize("lose", LOST)
+@pytest.mark.parametrize("moment", ["begin", "before_cursor_execute", "commit"])
+def test_rows_that_went_into_a_lost_file_are_not_called_added(tmp_path, lose, moment):
+    path = f"{tmp_path}/telemetry.db"
+    with Store(f"sqlite:///{path}") as store:
+        store.query()
+        event.listen(store.engine, moment, lambda *_: lose(path), once=True)
+        with pytest.raises(StoreUnavailable, match=f"{path}: .* removed"):
+            store.add_many([{"provider": "p", "request_id": "lost"}])
+        assert store.add_many([{"provider": "p", "request_id": "again"}]) == 1
+    assert names(path) == sorted(["again"] + ["restored"] * (lose is replace))
+
+
+@pytest.mark.parametrize("lose", LOST)
+def test_a_session_of_the_hosts_follows_the_file(tmp_path, lose):
+    path = f"{tmp_path}/telemetry.db"
+    with Store(f"sqlite:///{path}") as store:
+        store.add_many([{"provider": "p", "request_id": "before"}])
+        lose(path)
+        store.maintain()  # which makes the tables
+        with Session(writing(store.engine)) as session, session.begin():
+            RoutingRepository(session).add_many([{"provider": "p", "request_id": "added"}])
+    assert names(path) == sorted(["added"] + ["restored"] * (lose is replace))
+
+
+def test_a_store_opened_read_only_does_not_read_another_file(tmp_path):
+    path = f"{tmp_path}/telemetry.db"
+    with Store(f"sqlite:///{path}") as store:
+        store.add_many([{"provider": "p"}])
+    with Store(f"sqlite:///{path}", read_only=True) as store:
+        assert len(store.query()) == 1
+        replace(path)
+        with pytest.raises(StoreUnavailable, match="open the store again"):
+            store.query()
