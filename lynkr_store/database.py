@@ -286,15 +286,15 @@ class Database(Forkable):
         """Move what stands in SQLite's WAL to the file, most of it beside the batches."""
         if not self._shared_file:
             return
-        with self.connected(self.engine) as connection:
-            with self._checkpointing:
-                pages = checkpoint(connection)
-                if pages >= _LONG_WAL_PAGES:
-                    for _ in range(2):  # of what came meanwhile, less each time
-                        checkpoint(connection)
+        with self._checkpointing, self.connected(self.engine) as connection:
+            pages = checkpoint(connection)
             if pages >= _LONG_WAL_PAGES:
-                with self._gate:
+                for _ in range(2):  # of what came meanwhile, less each time
                     checkpoint(connection)
+        if pages >= _LONG_WAL_PAGES:
+            # as a batch does: the lock first, then a connection, of which a host may have only one
+            with self._gate, self.connected(self.engine) as connection:
+                checkpoint(connection)
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
         if batch_id != self._batch:

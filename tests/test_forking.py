@@ -15,6 +15,7 @@ from lynkr_store import (
     Store,
     StoreSettings,
     create_store_engine,
+    database,
     writing,
 )
 from lynkr_store.exceptions import StoreUnavailable
@@ -321,3 +322,33 @@ def test_a_store_opened_read_only_does_not_read_another_file(tmp_path):
         replace(path)
         with pytest.raises(StoreUnavailable, match="open the store again"):
             store.query()
+
+
+# -- a pool of one -----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_and_a_batch_share_a_pool_of_one(file, monkeypatch):
+    """Each takes the lock first and the connection then: the other order held both up for 30 s."""
+    engine = create_engine(file, pool_size=1, max_overflow=0, pool_timeout=20)
+    monkeypatch.setattr("lynkr_store.database._LONG_WAL_PAGES", 0)
+    plain, passes, batch_waits = database.checkpoint, [], threading.Event()
+
+    def checkpoint(connection):
+        passes.append(1)
+        if len(passes) == 3:  # the last one beside the batches
+            store.record(provider="p")
+            started.set()
+            batch_waits.wait(0.5)
+        return plain(connection)
+
+    started = threading.Event()
+    monkeypatch.setattr(database, "checkpoint", checkpoint)
+    with Store(engine=engine, settings=StoreSettings(flush_interval_s=0.01)) as store:
+        store.query()
+        upkeep = threading.Thread(target=store._database.checkpoint)
+        upkeep.start()
+        assert started.wait(WAIT_S)
+        assert store.flush(10)
+        upkeep.join(10)
+        assert not upkeep.is_alive()
+    engine.dispose()
