@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of, driver_of
+from lynkr_store.engine import backend_of, driver_of, overwriting
 from lynkr_store.models import TELEMETRY
 from lynkr_store.rows import Row, Rows
 from lynkr_store.turns import Away
@@ -56,7 +56,10 @@ def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -
     rows = Rows.of(rows)
     away = connection.get_execution_options().get(AWAY, nullcontext)
     if backend_of(connection) is Backend.SQLITE:
-        _insert(connection, _verb(connection) if leaves else _INSERT, rows, away)
+        with overwriting(
+            connection
+        ):  # SQLite leaves copies behind of rows that it moves for new ones
+            _insert(connection, _verb(connection) if leaves else _INSERT, rows, away)
     elif connection.dialect.is_async:  # psycopg's COPY has to be awaited there
         connection.execute(insert_rows(), list(rows))
     else:

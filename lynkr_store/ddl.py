@@ -5,6 +5,7 @@ script (``--sql``) nothing can be looked up, and everything is written out.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from alembic import context, op
@@ -17,7 +18,7 @@ from lynkr_store.adopt import (
     refuse_while_the_gateway_writes,
 )
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of
+from lynkr_store.engine import backend_of, overwriting
 from lynkr_store.exceptions import DowngradeRefused
 
 _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
@@ -70,8 +71,9 @@ def drop_columns(table: str, columns: Sequence[str]) -> None:
         adopted = backend_of(bind) is Backend.SQLITE and adopted_revision(bind) is not None
         if adopted and not _may_drop_data():
             return
-    for column in columns:
-        op.drop_column(table, column)
+    with _overwriting():
+        for column in columns:
+            op.drop_column(table, column)
 
 
 def has_table(table: str) -> bool:
@@ -87,7 +89,13 @@ def drop_table(table: str) -> None:
     """
     if not (_may_drop_data() or context.is_offline_mode()):
         _keep_rows(op.get_bind(), table)
-    op.drop_table(table)
+    with _overwriting():
+        op.drop_table(table)
+
+
+def _overwriting() -> AbstractContextManager[None]:
+    """Have SQLite overwrite what is dropped, which may be texts; a host's connection too."""
+    return nullcontext() if context.is_offline_mode() else overwriting(op.get_bind())
 
 
 def _keep_rows(connection: Connection, table: str) -> None:

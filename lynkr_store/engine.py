@@ -11,7 +11,12 @@ from urllib.parse import quote
 from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
 from sqlalchemy.engine import Dialect, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InvalidRequestError,
+    NoSuchModuleError,
+)
 from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
 
 from lynkr_store.backend import VERSION_TABLE, Backend
@@ -30,8 +35,10 @@ _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather tha
 # what is known of a connection
 _SET_PAGES: Final = "lynkr_store_wal_pages"  # what `checkpoint_after` told it
 _PATIENT: Final = "lynkr_store_patient"  # it waits for locks
+_OVERWRITES: Final = "lynkr_store_overwrites"  # what is removed, with zeros
 _IN_WAL: Final = "lynkr_store_in_wal"  # a commit needs no lock beside that which BEGIN took
 
+_SECURE_DELETE: Final = "secure_delete"
 _BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
 WAL_PAGES: Final = 1_000
 """Pages in the WAL after which a commit moves them to the file, by SQLite's default."""
@@ -41,6 +48,8 @@ _CONNECTION_PRAGMAS: Final = (
     ("synchronous", "NORMAL"),  # with WAL: no corruption on a power cut, the last commits may go
     ("cache_size", -16_384),  # KiB, so 16 MB
     ("temp_store", "MEMORY"),  # sorting never writes prompt texts to another file
+    # what is removed is overwritten with zeros; measured: less than 1 % of the ingest's time
+    (_SECURE_DELETE, "ON"),
 )
 _FRESH_FILE_PRAGMAS: Final = (
     # Both are fixed with the file's first page, so they come before WAL.
@@ -382,6 +391,46 @@ def checkpoint(connection: Connection) -> int:
     return int(pages)
 
 
+def empty_wal(connection: Connection) -> None:
+    """Move what stands in SQLite's WAL to the file and make the WAL empty, if nobody uses either.
+
+    Otherwise the WAL keeps the pages as they were before texts were removed from them, until new
+    ones take their place. Outside of a transaction. It waits for nobody, and a failure is left to
+    the next time.
+    """
+    driver = driver_of(connection)
+    with suppress(connection.dialect.loaded_dbapi.Error):
+        (patience_ms,) = driver.execute("PRAGMA busy_timeout").fetchone()
+        driver.execute("PRAGMA busy_timeout = 0")
+        try:
+            driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        finally:
+            driver.execute(f"PRAGMA busy_timeout = {patience_ms}")
+
+
+@contextmanager
+def overwriting(connection: Connection) -> Iterator[None]:
+    """Have SQLite overwrite what is removed or moved with zeros, on a host's connection too.
+
+    By default SQLite only notes that the place is free. A host's connection is afterwards as it
+    was. Other backends are left alone: PostgreSQL's VACUUM clears what nobody sees any more.
+    """
+    if backend_of(connection) is not Backend.SQLITE:
+        yield
+        return
+    if connection.info.get(_OVERWRITES):  # our own
+        yield
+        return
+    before = connection.exec_driver_sql(f"PRAGMA {_SECURE_DELETE}").scalar_one()
+    connection.exec_driver_sql(f"PRAGMA {_SECURE_DELETE} = ON").close()
+    try:
+        yield
+    finally:
+        with suppress(DBAPIError, InvalidRequestError):  # after a fault it may be closed
+            name = ("OFF", "ON", "FAST")[before]
+            connection.exec_driver_sql(f"PRAGMA {_SECURE_DELETE} = {name}").close()
+
+
 @contextmanager
 def disposing(engine: Engine) -> Iterator[Engine]:
     """The engine, disposed in the end."""
@@ -424,6 +473,7 @@ def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> Non
     try:
         for name, value in _CONNECTION_PRAGMAS:
             cursor.execute(f"PRAGMA {name} = {value}")
+        record.info[_OVERWRITES] = True
         cursor.execute("PRAGMA page_count")
         fresh = cursor.fetchall() == [(0,)]
         if fresh:

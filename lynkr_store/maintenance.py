@@ -145,6 +145,7 @@ def cleanup(database: Database, cutoff_ms: int) -> int:
     fold(database)
     deleted = retention.delete_older(database, cutoff_ms, upto_id=folded_upto(database))
     retention.give_back(database)
+    retention.forget(database)
     return deleted
 
 

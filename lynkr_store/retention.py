@@ -17,7 +17,7 @@ from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
-from lynkr_store.engine import backend_of
+from lynkr_store.engine import backend_of, empty_wal, overwriting
 from lynkr_store.faults import translated
 from lynkr_store.folding import settled_id
 from lynkr_store.folds import last_of_step, note, note_first
@@ -86,6 +86,8 @@ def retain(
     if texts_before_ms is not None:
         removed = remove_texts(database, texts_before_ms, stop=stop)
     freed = give_back(database, stop=stop)
+    if rows_before_ms is not None or texts_before_ms is not None:
+        forget(database)
     with translated(), database.connected(database.engine) as connection:
         if rows_before_ms is not None:
             rows_left = _count_rows(connection, rows_before_ms)
@@ -261,6 +263,22 @@ def give_back(database: Database, *, stop: _Stop = _never) -> int:
     return _in_steps(database, step, stop)
 
 
+def forget(database: Database) -> None:
+    """Empty SQLite's WAL, where pages stand as they were before rows or texts were removed.
+
+    As far as that goes without waiting: while somebody reads or writes it is left to the next time.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached.
+    """
+    if database.backend is not Backend.SQLITE:
+        return
+    with translated():
+        database.checkpoint()  # most of it beside the batches
+        with database.connected(database.engine) as connection:
+            empty_wal(connection)
+
+
 def _pragma(connection: Connection, name: str) -> int:
     return int(connection.exec_driver_sql(f"PRAGMA {name}").scalar_one())
 
@@ -285,7 +303,7 @@ def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
     """Take steps, each in a transaction, until one was the last; add up what they did."""
     total, rows, took_s = 0, _ROWS_FIRST, _STEP_S[database.backend]
     while not stop():
-        with translated(), database.begun(took_s) as connection:
+        with translated(), database.begun(took_s) as connection, overwriting(connection):
             began = time.monotonic()
             done, more = step(connection, rows)
         total += done
