@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager, suppress
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
 from sqlalchemy.engine import Dialect, make_url
@@ -27,6 +27,7 @@ from lynkr_store.exceptions import (
     UnsupportedDatabase,
 )
 from lynkr_store.forking import keep_out_of_children
+from lynkr_store.files import make_private
 from lynkr_store.search_path import checked_schema, options_of, startup_option
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
@@ -120,6 +121,14 @@ def _backend_named(name: str) -> Backend:
 def is_memory(url: URL) -> bool:
     """Whether the URL names an SQLite database in memory."""
     return url.get_backend_name() == Backend.SQLITE and url.database in (None, "", ":memory:")
+
+
+def file_of(url: URL) -> Path | None:
+    """The file of an SQLite database; None for one in memory, and for other backends."""
+    name = url.database
+    if url.get_backend_name() != Backend.SQLITE or is_memory(url) or not name:
+        return None
+    return Path(unquote(urlsplit(name).path) if name.startswith("file:") else name)
 
 
 def create_store_engine(
@@ -454,17 +463,23 @@ def _before_connect(
     arguments: list[Any],
     options: dict[str, Any],
 ) -> None:
-    """Make the file's directory."""
+    """Make the file's directory, and the file, which its owner alone may read: it holds prompts.
+
+    SQLite gives the mode to its ``-wal`` and ``-shm`` too. A file that is there keeps its mode.
+    """
     path = arguments[0]
     if path == ":memory:" or options.get("uri"):
         return
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # whoever else may write there could put another file in its place
+        Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise StoreUnavailable(
             f"url: the directory {Path(path).parent} cannot be made ({error.strerror}); "
             "give a path where this user may write"
         ) from error
+    with suppress(OSError, RuntimeError):  # then SQLite makes it, or says why it cannot be
+        make_private(Path(path).resolve())  # where a link leads, for there SQLite makes it
 
 
 def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

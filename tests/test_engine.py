@@ -3,12 +3,14 @@
 import asyncio
 import builtins
 import io
+import os
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext, suppress
 
 import pytest
 from rich.console import Console
@@ -33,6 +35,7 @@ from lynkr_store import (
     database,
     migrate,
     render,
+    upgrade,
     writing,
 )
 from lynkr_store.engine import create_store_async_engine, parse_url, writing_at_once
@@ -54,11 +57,124 @@ def test_a_file_has_the_pragmas_it_should(tmp_path):
         "busy_timeout": 3000,
         "page_size": 8192,
         "auto_vacuum": 2,
+        "secure_delete": 1,
     }
     with engine.connect() as connection:
         found = {n: connection.exec_driver_sql(f"PRAGMA {n}").scalar() for n in wanted}
     engine.dispose()
     assert found == wanted
+
+
+@contextmanager
+def under_umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes(folder):
+    return {place.name: oct(stat.S_IMODE(place.stat().st_mode)) for place in folder.iterdir()}
+
+
+def make_by(way, url):
+    """Have a file made, and what SQLite keeps beside it, which are there while it is open."""
+    match way:
+        case "store":
+            store = Store(url)
+            assert store.add_many([{"provider": "p"}]) == 1
+            return store
+        case "upgrade":
+            upgrade(url)
+            return Store(url)
+        case _:
+
+            async def body():
+                engine = create_store_async_engine(url)
+                async with engine.connect() as connection:
+                    await connection.exec_driver_sql("CREATE TABLE t (a)")
+                await engine.dispose()
+
+            asyncio.run(body())
+            return nullcontext()
+
+
+@pytest.mark.parametrize("way", ["store", "upgrade", "async"])
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_a_file_that_is_made_is_its_owners_alone(tmp_path, mask, way):
+    folder = tmp_path / "data"
+    with under_umask(mask), make_by(way, f"sqlite:///{folder}/telemetry.db"):
+        found = modes(folder)
+        assert "telemetry.db" in found
+        assert way != "store" or {"telemetry.db-wal", "telemetry.db-shm"} <= found.keys()
+        assert set(found.values()) == {"0o600"}
+        assert not folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o664, 0o666])
+def test_a_file_that_is_there_keeps_its_mode(tmp_path, mode):
+    file = tmp_path / "telemetry.db"
+    file.touch()
+    file.chmod(mode)
+    with under_umask(0), make_by("store", f"sqlite:///{file}"):
+        assert set(modes(tmp_path).values()) == {oct(mode)}, "so a group may share it"
+
+
+def test_a_file_that_is_made_again_is_its_owners_alone_too(tmp_path):
+    file = tmp_path / "telemetry.db"
+    file.touch(0o644)
+    with Store(f"sqlite:///{file}") as store:
+        assert store.add_many([{"provider": "p"}]) == 1
+        for place in tmp_path.iterdir():
+            place.unlink()
+        assert store.record(provider="p")
+        assert store.flush(30)
+        assert modes(tmp_path)["telemetry.db"] == "0o600"
+
+
+def test_the_file_that_a_link_leads_to_is_its_owners_alone(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "telemetry.db").symlink_to(folder / "telemetry.db")
+    with under_umask(0), make_by("store", f"sqlite:///{tmp_path}/telemetry.db"):
+        assert set(modes(folder).values()) == {"0o600"}
+
+
+def test_where_a_file_cannot_be_made_without_a_descriptor_sqlite_makes_it(tmp_path, monkeypatch):
+    def mknod(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "mknod", mknod)
+    with make_by("store", f"sqlite:///{tmp_path}/telemetry.db"):
+        assert (tmp_path / "telemetry.db").exists()
+
+
+def test_a_file_that_another_thread_makes_first_keeps_its_lock(tmp_path, monkeypatch):
+    """A descriptor of the file that was closed would take away every lock of this process."""
+    file, mknod, others = tmp_path / "telemetry.db", os.mknod, []
+
+    def too_late(*args):
+        others.append(sqlite3.connect(file, isolation_level=None))
+        others[0].execute("BEGIN IMMEDIATE")
+        mknod(*args)
+
+    monkeypatch.setattr(os, "mknod", too_late)
+    engine = create_store_engine(f"sqlite:///{file}")
+    with suppress(OperationalError):  # locked, which it is
+        engine.connect().close()
+    monkeypatch.undo()
+    code = (
+        "import sqlite3, sys\n"
+        "other = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "other.execute('BEGIN IMMEDIATE')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, file], capture_output=True, text=True, check=False
+    )
+    assert "database is locked" in done.stderr
+    others[0].close()
+    engine.dispose()
 
 
 def test_parameters_never_show(empty_engine):
