@@ -8,14 +8,14 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store import maintenance, revisions
 from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
-from lynkr_store.engine import plan_for_any
+from lynkr_store.engine import file_of, plan_for_any
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.filters import Window, checked_age
@@ -28,7 +28,7 @@ from lynkr_store.repository import RoutingRepository, epoch_ms_now
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
-from lynkr_store.spool import Spool
+from lynkr_store.spool import Spool, clashes
 from lynkr_store.upkeep import Upkeep
 from lynkr_store.writer import CLOSE_S, Writer
 
@@ -56,6 +56,9 @@ class Core:
         self._clock = clock or epoch_ms_now
         self._policy = TextPolicy(settings.capture_text, settings.text_max_chars, settings.redact)
         self._database = Database(settings, engine, clock=self._clock, read_only=read_only)
+        make_spool = None
+        if settings.spool_path and not read_only:
+            make_spool = _spool_maker(settings, self._database.engine.url)
         self._cache = TTLCache(settings.cache_ttl_s)
         self._probe = Probe(self._database)
         self._writer = Writer(
@@ -66,7 +69,7 @@ class Core:
             max_bytes=settings.queue_max_bytes,
             batch_rows=settings.batch_max_rows,
             interval_s=settings.flush_interval_s,
-            spool=_spool_maker(settings) if settings.spool_path and not read_only else None,
+            spool=make_spool,
             spool_after_s=settings.spool_after_s,
             forget_after_ms=(LEDGER_DAYS - 1) * DAY_MS,  # a day for clocks that are set
         )
@@ -269,7 +272,13 @@ def _closing(core: Core) -> Callable[[], None]:
     return close
 
 
-def _spool_maker(settings: StoreSettings) -> Callable[[], Spool]:
+def _spool_maker(settings: StoreSettings, url: URL) -> Callable[[], Spool]:
     assert settings.spool_path  # noqa: S101 - asked before
     path = settings.spool_path.absolute()  # from where the store was opened
+    database = file_of(url)
+    if database and clashes(path, database):
+        raise BadArgument(
+            f"spool_path: {path} is the database's file, or one that SQLite keeps beside it; give "
+            "a path of its own"
+        )
     return lambda: Spool(path, settings.spool_max_bytes)

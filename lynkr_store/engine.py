@@ -26,8 +26,8 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
     UnsupportedDatabase,
 )
-from lynkr_store.forking import keep_out_of_children
 from lynkr_store.files import make_private
+from lynkr_store.forking import keep_out_of_children
 from lynkr_store.search_path import checked_schema, options_of, startup_option
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN

@@ -4,11 +4,17 @@ An SQLite file of JSON, held by one process at a time: SQLite's own exclusive lo
 system releases it when the process dies. A second process with the same path uses a sibling,
 ``spool.db.2``; a file that nobody holds belongs to whoever opens it next, with what is in it. So
 no batch is ever replayed by two processes, and none waits for a process that is gone.
+
+What is in a spool are prompts, and what is found in one is stored as a record of ours. So each file
+is this user's, for this user alone, and no link (`lynkr_store.files`); the same holds for the
+journals beside it, which SQLite would play back into it. Another user's file is never opened.
 """
 
+import errno
 import glob
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -18,10 +24,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lynkr_store.exceptions import SpoolError
-from lynkr_store.files import identity_of
+from lynkr_store.files import (
+    Identity,
+    identity_of,
+    make_directory,
+    make_private,
+    private,
+    refuse_open_directory,
+)
 from lynkr_store.rows import Row, Rows
 
 _APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
@@ -33,6 +46,11 @@ _DAMAGE_CODES: Final = (
     0,  # the driver's own, of text that is none
 )
 _MOST_FILES: Final = 1_000  # processes that share a path
+_JOURNAL: Final = "-journal"
+_BESIDE: Final = (_JOURNAL, "-wal", "-shm")
+"""What SQLite reads as part of a file, whoever put it there."""
+_MOST_ID_CHARS: Final = 64
+_SCALARS: Final = (str, int, float, bool, type(None))
 _OVERHEAD: Final = 1.05  # of pages over what they carry, about
 
 _PRAGMAS: Final = (
@@ -58,6 +76,10 @@ class SpoolDamaged(SpoolError):
     """A batch, or a whole file, cannot be read."""
 
 
+class SpoolForeign(SpoolError):
+    """A file where the spool's should be is another user's, or another program's; not touched."""
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A batch in a spool.
@@ -66,6 +88,8 @@ class Entry:
         rows: How many it has.
         attempted_at: When the database was first asked to store it without an answer, in epoch
             milliseconds; None when it never was, or always answered.
+        found: Another `Spool` wrote it, of an earlier process as a rule.
+        sound: What the file says of it can be true.
     """
 
     file: "_File"
@@ -73,6 +97,8 @@ class Entry:
     batch_id: str
     rows: int
     attempted_at: int | None
+    found: bool = False
+    sound: bool = True
 
 
 class Spool:
@@ -92,6 +118,8 @@ class Spool:
         self._entries: deque[Entry] = deque()
         self.set_aside: list[Path] = []
         """Damaged files, under their new names."""
+        self.passed_over: list[SpoolForeign] = []
+        """Why a sibling was not used, once for each."""
         self.found_rows = 0
         """Rows found, so far, in files that other processes left."""
         self.lost_rows = 0
@@ -110,7 +138,7 @@ class Spool:
             held = {self._own, *self._left}
             for path in self._siblings():
                 if all(file is None or file.path != path for file in held):
-                    file = self._claim(path)
+                    file = self._claim_sibling(path)
                     if file and not file.found:  # its own process may be about to take it
                         file.close()
                     elif file:
@@ -130,6 +158,11 @@ class Spool:
         Raises:
             SpoolError: It does not fit, or the file cannot be written.
         """
+        return self._enter(batch_id, rows, attempted_at, found=False)
+
+    def _enter(
+        self, batch_id: str, rows: Sequence[Row], attempted_at: int | None, *, found: bool
+    ) -> Entry:
         payload = _encoded(rows)
         with self._lock, _explained(self._path):
             own = self._take_own()
@@ -144,7 +177,7 @@ class Spool:
                 self._replace(own, aside=True)
                 own = self._take_own()
                 seq = self._inserted(own, batch_id, len(rows), attempted_at, payload)
-            entry = Entry(own, seq, batch_id, len(rows), attempted_at)
+            entry = Entry(own, seq, batch_id, len(rows), attempted_at, found)
             self._entries.append(entry)
             return entry
 
@@ -156,16 +189,23 @@ class Spool:
         return own.insert(batch_id, rows, attempted_at, payload)
 
     def load(self, entry: Entry) -> list[Row]:
-        """The rows of a batch.
+        """The rows of a batch, as many as the file says.
 
         Raises:
-            SpoolDamaged: They cannot be read.
+            SpoolDamaged: They cannot be read, in whatever way: what is behind them must not wait.
+            MemoryError: There is no room for them now; they are sound as far as is known, and a
+                later call may find it, for the writer makes no batch that is large.
         """
         with self._lock:
             try:
-                return _decoded(*entry.file.payload(entry.seq))
-            except (sqlite3.Error, ValueError, TypeError, LookupError):
-                raise SpoolDamaged(f"{entry.file.path}: a batch cannot be read") from None
+                rows = _decoded(*entry.file.payload(entry.seq))
+            except MemoryError:
+                raise
+            except Exception:  # noqa: BLE001 - RecursionError, say: one kind more must block nothing
+                rows = []
+        if not entry.sound or len(rows) != entry.rows:
+            raise SpoolDamaged(f"{entry.file.path}: a batch cannot be read")
+        return rows
 
     def mark_attempt(self, entry: Entry, now_ms: int) -> None:
         """Write down, before the database is asked, that an answer may be missed.
@@ -200,26 +240,32 @@ class Spool:
     def abandon(self, entry: Entry) -> None:
         """Set the file of a damaged batch aside; what can be read of the others moves on."""
         with self._lock:
-            self._replace(entry.file, aside=True)
+            self._replace(entry.file, aside=True, but=entry)
 
-    def _replace(self, old: "_File", *, aside: bool = False) -> None:
-        """Move what can be read of a file to another, and count what cannot as lost."""
+    def _replace(self, old: "_File", *, aside: bool = False, but: Entry | None = None) -> None:
+        """Move what can be read of a file, but for one batch, and count the rest as lost."""
         entries = [entry for entry in self._entries if entry.file is old]
-        kept = [(entry, rows) for entry in entries if (rows := self._readable(entry))]
         self._entries = deque(entry for entry in self._entries if entry.file is not old)
-        old.close()
         if aside:
             self._set_aside(old.path)
         if old is self._own:
             self._own = None
         else:
             self._left.remove(old)
-        lost = sum(entry.rows for entry in entries)
-        for entry, rows in kept:
-            with suppress(SpoolError):
-                self.enter(entry.batch_id, rows, entry.attempted_at)
-                lost -= entry.rows
-        self.lost_rows += lost
+        try:
+            for entry in entries:  # one at a time: all of them may not fit into memory
+                if entry is but or not self._moved(entry):
+                    self.lost_rows += entry.rows
+        finally:
+            old.close()
+
+    def _moved(self, entry: Entry) -> bool:
+        try:
+            rows = self.load(entry)
+            self._enter(entry.batch_id, rows, entry.attempted_at, found=entry.found)
+        except (SpoolError, MemoryError):
+            return False
+        return True
 
     def _set_aside(self, path: Path) -> None:
         """Give a damaged file another name; where that cannot be, keep away from it."""
@@ -251,19 +297,20 @@ class Spool:
         if self._closed:
             raise SpoolError("the spool was closed")
         if self._own is None:
-            self._own = next((file for path in self._names() if (file := self._claim(path))), None)
+            self._own = self._claim(self._path) or next(
+                (file for path in self._names() if (file := self._claim_sibling(path))), None
+            )
             if self._own is None:
                 raise SpoolError(f"spool_path: too many processes share {self._path}")
             self._find(self._own)
         return self._own
 
     def _find(self, file: "_File") -> None:
-        found = [Entry(file, *values) for values in file.found]
+        found = [_entry(file, *values) for values in file.found]
         self.found_rows += sum(entry.rows for entry in found)  # counted before they can be taken
         self._entries.extend(found)
 
     def _names(self) -> Iterator[Path]:
-        yield self._path
         for number in range(2, _MOST_FILES):
             yield self._path.with_name(f"{self._path.name}.{number}")
 
@@ -271,11 +318,21 @@ class Spool:
         beside = self._path.parent.glob(f"{glob.escape(self._path.name)}.*")
         return [self._path, *sorted(path for path in beside if path.suffix[1:].isdigit())]
 
+    def _claim_sibling(self, path: Path) -> "_File | None":
+        """As `_claim`; one that is not ours is passed over, for nobody said that it should be."""
+        try:
+            return self._claim(path)
+        except SpoolForeign as error:
+            if str(error) not in map(str, self.passed_over):
+                self.passed_over.append(error)
+            return None
+
     def _claim(self, path: Path) -> "_File | None":
         """Hold a file, making it if need be; None when another process does.
 
         Raises:
-            SpoolError: It is another program's database, or cannot be opened.
+            SpoolForeign: It is another user's or another program's.
+            SpoolError: It cannot be opened.
         """
         if path in self._shunned:
             return None
@@ -288,39 +345,38 @@ class Spool:
                 self._set_aside(path)
                 return None if path in self._shunned else _File.held(path)
 
-    def _readable(self, entry: Entry) -> list[Row] | None:
-        try:
-            return self.load(entry)
-        except SpoolDamaged:
-            return None
-
 
 class _File:
     """One SQLite file, locked."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, identity: Identity) -> None:
         self.path = path
         self._connection = connection
-        self._identity = identity_of(path)
-        self.found: list[tuple[int, str, int, int | None]] = connection.execute(
-            "SELECT seq, batch_id, row_count, attempted_at FROM batches ORDER BY seq"
+        self._identity = identity
+        self.found: list[tuple[Any, ...]] = connection.execute(
+            "SELECT seq, batch_id, row_count, attempted_at, length(payload)"
+            " FROM batches ORDER BY seq"
         ).fetchall()
 
     @classmethod
     def held(cls, path: Path) -> "_File | None":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # It will hold what people wrote. One that is there is not opened but by SQLite: closing it
-        # would drop every lock that this process has on it (POSIX, fcntl).
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        make_directory(path.parent)
+        with _of_ours(path):
+            refuse_open_directory(path.parent)
+            _make(path)
+            identity = private(path)
+            for end in _BESIDE:
+                with suppress(FileNotFoundError):
+                    private(_beside(path, end))
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             objects = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
             if objects and _pragma(connection, "application_id") != _APPLICATION_ID:
-                raise SpoolError(  # noqa: TRY301
+                raise SpoolForeign(  # noqa: TRY301
                     f"spool_path: {path} is another program's database; give another path"
                 )
+            _take(path, identity)
             for pragma in _PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}").fetchall()
             connection.execute("BEGIN EXCLUSIVE")
@@ -328,7 +384,8 @@ class _File:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(_TABLE)
             connection.execute("COMMIT")
-            return cls(path, connection)
+            _take(path, identity)
+            return cls(path, connection, identity)
         except BaseException as error:
             connection.close()
             if isinstance(error, sqlite3.OperationalError) and _code(error) == sqlite3.SQLITE_BUSY:
@@ -373,6 +430,85 @@ class _File:
         self._connection.close()
 
 
+def clashes(path: Path, database: Path) -> bool:
+    """Whether a spool of that path would use an SQLite database's own files, by whatever name.
+
+    Args:
+        path: The spool's; its siblings and their journals count too.
+        database: The database's file, there or not; what SQLite keeps beside it counts too.
+    """
+    spools, files = ([of, *(_beside(of, end) for end in _BESIDE)] for of in (path, database))
+    if any(_is_same(spool, file) for spool in spools for file in files):
+        return True
+    sibling = re.compile(rf"{re.escape(_real(path))}\.\d+({'|'.join(_BESIDE)})?")
+    return any(sibling.fullmatch(_real(file)) for file in files)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    identity = identity_of(one)
+    return _real(one) == _real(other) or (identity is not None and identity == identity_of(other))
+
+
+def _real(path: Path) -> str:
+    return os.path.realpath(path)  # Path.resolve() raises where links lead in a circle
+
+
+def _make(path: Path) -> None:
+    """Make the file, if there is none, for its owner alone."""
+    try:
+        make_private(path)
+    except OSError:  # not without a descriptor: its end is harmless before SQLite has the file open
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def _take(path: Path, identity: Identity) -> None:
+    """Shut a file of ours to other users, and its journal, which nobody else can then put there.
+
+    Raises:
+        SpoolForeign: One was replaced while SQLite opened it.
+    """
+    journal = _beside(path, _JOURNAL)
+    with _of_ours(path):
+        if private(path) != identity:
+            raise SpoolForeign(f"spool_path: {path} was replaced while it was opened")
+        private(path, shut=True)
+        _make(journal)
+        private(journal, shut=True)
+
+
+@contextmanager
+def _of_ours(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        if error.errno != errno.EPERM:
+            raise
+        raise SpoolForeign(f"spool_path: {path}: {error.strerror}") from None
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(f"{path.name}{end}")
+
+
+def _entry(file: _File, seq: Any, batch_id: Any, rows: Any, attempted_at: Any, size: Any) -> Entry:
+    """What a file says of a batch; where that cannot be true, one row is counted as lost with it.
+
+    Each row takes a byte of the payload or more, so a number beyond that is none of rows.
+    """
+    counted = type(rows) is int and type(size) is int and 0 < rows <= size
+    sound = (
+        counted
+        and type(seq) is int
+        and type(batch_id) is str
+        and 0 < len(batch_id) <= _MOST_ID_CHARS
+        and batch_id.isascii()
+        and batch_id.isprintable()
+        and (attempted_at is None or (type(attempted_at) is int and attempted_at >= 0))
+    )
+    return Entry(file, seq, batch_id, rows if counted else 1, attempted_at, found=True, sound=sound)
+
+
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     value: int = connection.execute(f"PRAGMA {name}").fetchone()[0]
     return value
@@ -411,9 +547,8 @@ def _renamed(path: Path) -> Path:
         if not aside.exists():
             break
     path.rename(aside)
-    journal = path.with_name(f"{path.name}-journal")
-    if journal.exists():
-        journal.rename(aside.with_name(f"{aside.name}-journal"))
+    with suppress(FileNotFoundError):
+        _beside(path, _JOURNAL).rename(_beside(aside, _JOURNAL))
     return aside
 
 
@@ -424,7 +559,19 @@ def _encoded(rows: Sequence[Row]) -> bytes:
 
 
 def _decoded(checksum: int, payload: bytes) -> list[Row]:
+    """The rows, in the shape in which `_encoded` was given them.
+
+    Raises:
+        Exception: The payload has another shape, or is another than was written.
+    """
     if zlib.crc32(payload) != checksum:
         raise ValueError("another content than was written")
     table = json.loads(payload)
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    columns, rows = table["columns"], table["rows"]
+    if type(columns) is not list or not columns or not all(type(name) is str for name in columns):
+        raise ValueError("columns without names")
+    if len(set(columns)) != len(columns):
+        raise ValueError("columns of one name")
+    if not all(type(row) is list and all(type(v) in _SCALARS for v in row) for row in rows):
+        raise ValueError("rows of another shape")
+    return [dict(zip(columns, row, strict=True)) for row in rows]

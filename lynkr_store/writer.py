@@ -192,6 +192,7 @@ class Writer(Forkable):
         self._found_rows = 0  # of the spool's, as far as they are in the account
         self._lost_rows = 0
         self._asides_said = 0
+        self._passed_over_said = 0
         self._faults_said: set[str] = set()
         self._lost_said: Counter[str] = Counter()
         self._lost_said_at = -_LOG_EVERY_S
@@ -543,6 +544,11 @@ class Writer(Forkable):
         for path in self._spool.set_aside[self._asides_said :]:
             _log.warning("a damaged spool was set aside: %s", path)
             self._asides_said += 1
+        for error in self._spool.passed_over[self._passed_over_said :]:
+            _log.warning("a spool file was not used: %s", error)
+            self._passed_over_said += 1
+            with self._lock:
+                self._account.faults_by[type(error).__name__] += 1
 
     def _report_losses(self, *, now: bool = False) -> None:
         """Log what was lost since the last line, at most one line a minute."""
