@@ -8,6 +8,7 @@ from lynkr_store.engine import create_store_engine, writing
 from lynkr_store.exceptions import (
     AdoptionRefused,
     BadArgument,
+    ClockAhead,
     DowngradeRefused,
     LynkrStoreError,
     MissingDriver,
@@ -44,6 +45,7 @@ __all__ = [
     "AsyncStore",
     "BadArgument",
     "Base",
+    "ClockAhead",
     "Cursor",
     "DowngradeRefused",
     "Health",

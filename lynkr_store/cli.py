@@ -21,7 +21,7 @@ from sqlalchemy import Engine
 
 from lynkr_store import migrate, render, revisions
 from lynkr_store.engine import create_store_engine, disposing
-from lynkr_store.exceptions import LynkrStoreError, SchemaError, StoreUnavailable
+from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.repository import LOOK_BACK, epoch_ms_now
@@ -63,6 +63,13 @@ _Since = Annotated[str | None, typer.Option(help="ISO 8601 with a zone, or epoch
 _Until = Annotated[str | None, typer.Option(help="The first instant after; as --since.")]
 _Last = Annotated[str | None, typer.Option(help="A look back instead: 90s, 15m, 24h, 7d, 2w, 1y.")]
 _Sql = Annotated[bool, typer.Option("--sql", help="Print the script instead of running it.")]
+_TrustClock = Annotated[
+    bool,
+    typer.Option(
+        "--trust-clock",
+        help="Delete though the clock is far ahead of the newest row and the last retention.",
+    ),
+]
 _Texts = Annotated[list[str] | None, typer.Option(help="May be repeated.")]
 
 
@@ -72,7 +79,7 @@ def main() -> None:
         app()
     except StoreUnavailable as error:
         _fail(error, Exit.UNREACHABLE)
-    except SchemaError as error:
+    except (SchemaError, ClockAhead) as error:
         _fail(error, Exit.NO)
     except (LynkrStoreError, ValueError) as error:
         _fail(error, Exit.WRONG_USE)
@@ -269,11 +276,12 @@ def cleanup(
     *,
     url: _Url = None,
     older_than: Annotated[str, typer.Option(help="An age: 12h, 30d, 26w.")],
+    trust_clock: _TrustClock = False,
     as_json: _Json = False,
 ) -> None:
     """Delete the rows older than an age."""
     with _changing(url) as store:
-        deleted = store.cleanup(_age(older_than))
+        deleted = store.cleanup(_age(older_than), trust_clock=trust_clock)
     _print_json({"rows_deleted": deleted}) if as_json else print(f"{deleted:,} rows deleted")
 
 
@@ -283,17 +291,20 @@ def maintain(
     url: _Url = None,
     budget: Annotated[str, typer.Option(help="Time for retention: 30s, 10m.")] = "30s",
     rebuild: Annotated[bool, typer.Option(help="Make the roll-ups anew from the rows.")] = False,
+    trust_clock: _TrustClock = False,
     as_json: _Json = False,
 ) -> None:
     """Build missing indexes, fold new rows, apply the configured retention, give pages back.
 
     LYNKR_STORE_RETENTION_DAYS is for rows, LYNKR_STORE_TEXT_RETENTION_DAYS for their texts alone.
+    Exit 1 where retention waits because the clock may be wrong.
     """
     budget_s = _age(budget).total_seconds()
     with _changing(url) as store, Console(stderr=True).status("at work") as status:
         report = store.maintain(
             budget_s=budget_s,
             rebuild=rebuild,
+            trust_clock=trust_clock,
             on_step=lambda rows: status.update(f"{rows:,} rows folded"),
         )
     if as_json:
@@ -304,6 +315,10 @@ def maintain(
         print(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
         print(f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}")
         print(f"bytes freed: {report.bytes_freed:,}")
+        if report.retention_waits:
+            print(f"retention waits: {report.retention_waits}")
+    if report.retention_waits:
+        sys.exit(Exit.NO)
 
 
 def _engine(url: str) -> AbstractContextManager[Engine]:

@@ -171,16 +171,22 @@ class Core:
         self._database.require_file()
         return added
 
-    def _do_cleanup(self, older_than: timedelta) -> int:
-        cutoff_ms = self._clock() - checked_age(older_than) // timedelta(milliseconds=1)
+    def _do_cleanup(self, older_than: timedelta, *, trust_clock: bool) -> int:
+        now_ms = self._clock()
+        cutoff_ms = now_ms - checked_age(older_than) // timedelta(milliseconds=1)
         self._open(to_write=True)
         try:
-            return maintenance.cleanup(self._database, cutoff_ms)
+            return maintenance.cleanup(self._database, cutoff_ms, now_ms, trust_clock=trust_clock)
         finally:
             self._cache.clear()
 
     def _do_maintain(
-        self, budget_s: float, on_step: maintenance.OnStep | None, *, rebuild: bool
+        self,
+        budget_s: float,
+        on_step: maintenance.OnStep | None,
+        *,
+        rebuild: bool,
+        trust_clock: bool,
     ) -> MaintenanceReport:
         if not budget_s >= 0:
             raise BadArgument("budget_s: give seconds, 0 or more")
@@ -192,6 +198,7 @@ class Core:
                 self._clock,
                 budget_s=budget_s,
                 rebuild=rebuild,
+                trust_clock=trust_clock,
                 on_step=on_step or (lambda _: None),
             )
         finally:

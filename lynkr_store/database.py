@@ -42,7 +42,7 @@ from lynkr_store.exceptions import (
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.files import Identity, identity_of
 from lynkr_store.forking import keep_out_of_children, path_of
-from lynkr_store.inserts import PART_ROWS, enter_parts, expire_ledger, insert_once
+from lynkr_store.inserts import PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now
@@ -52,7 +52,6 @@ from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 from lynkr_store.turns import Away
 
-_EXPIRE_EVERY: Final = 100  # batches; each time up to ten times as many leave the ledger
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
 _LONG_WAL_PAGES: Final = 10_000
@@ -141,7 +140,6 @@ class Database(Forkable):
         self._disposed = False
         self._using: set[Connection] = set()  # who has another of the engine's is somebody else
         self._hold_s = 0.0  # how long the last batch held the lock
-        self._batches = 0
         self._checkpointing = threading.Lock()
         self._away: Away = nullcontext  # of the batch that is written
         self._batch = ""  # the last one, and what was refused of it and its parts
@@ -422,8 +420,8 @@ class Database(Forkable):
     def _insert(
         self, connection: Connection, batch_id: str, rows: Sequence[Row]
     ) -> Counter[str] | None:
-        now = self._clock()
-        done = insert_once(connection, batch_id, rows, now, known_good=self._known_good)
+        now, good = self._clock(), self._known_good
+        done = insert_once(connection, batch_id, rows, now, known_good=good)
         if done is None:
             return None
         stored, refused = done
@@ -434,9 +432,6 @@ class Database(Forkable):
         self._tried[batch_id] = refused
         if not refused:
             self._known_good = {**rows[-1], **_NO_TEXTS}
-        self._batches += 1
-        if self._batches % _EXPIRE_EVERY == 0:
-            expire_ledger(connection, now)
         return refused
 
     def _identity(self) -> Identity | None:

@@ -53,6 +53,13 @@ class RowRejected(LynkrStoreError, ValueError):
     """
 
 
+class ClockAhead(LynkrStoreError):
+    """The clock is far ahead of all that the database has seen, and may be wrong.
+
+    Nothing was deleted: set the clock, or, where it is right, insist (``trust_clock=True``).
+    """
+
+
 class SchemaError(LynkrStoreError):
     """The database's schema is not the one this release works with."""
 

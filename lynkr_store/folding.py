@@ -233,6 +233,17 @@ def trim(
             connection.execute(folds.trim(min(until, first + _TRIM_MS)))
 
 
+def can_trim(connection: Connection, before_ms: int) -> bool:
+    """Whether `trim` would find something to delete."""
+    first, removed = (
+        connection.scalar(folds.first_start()),
+        removed_before(connection, look(connection)),
+    )
+    if first is None or removed is None:
+        return False
+    return int(first) + DAY_MS <= min(before_ms, removed)
+
+
 def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
     """Take rows out of the roll-ups, which are to be erased in the same transaction.
 

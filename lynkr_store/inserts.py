@@ -86,10 +86,25 @@ def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
     connection.execute(queries.enter_batch(backend_of(connection), batch_id, 0, now_ms))
 
 
-def expire_ledger(connection: Connection, now_ms: int) -> None:
-    """Forget up to 1,000 batches that are older than `LEDGER_DAYS`."""
-    cutoff = now_ms - LEDGER_DAYS * DAY_MS
-    connection.execute(queries.expire_batches(cutoff, _EXPIRED_ROWS))
+def has_expired(connection: Connection, now_ms: int) -> bool:
+    """Whether the ledger has batches that are older than `LEDGER_DAYS`."""
+    return connection.scalar(queries.batches_before(_forgotten_before(now_ms))) is not None
+
+
+def _forgotten_before(now_ms: int) -> int:
+    return now_ms - LEDGER_DAYS * DAY_MS
+
+
+def expire_ledger(connection: Connection, now_ms: int) -> bool:
+    """Forget up to 1,000 batches that are older than `LEDGER_DAYS`; say whether there may be more.
+
+    Args:
+        connection: In a transaction that may write.
+        now_ms: A present that can be trusted: a batch that is forgotten may be stored twice.
+    """
+    expire = queries.expire_batches(_forgotten_before(now_ms), _EXPIRED_ROWS)
+    expired = connection.execute(expire)
+    return expired.rowcount == _EXPIRED_ROWS
 
 
 def insert_isolating(

@@ -1,5 +1,6 @@
 """Builds the indexes that are missing. Nothing here runs unasked."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Final, assert_never
@@ -9,13 +10,15 @@ from sqlalchemy import table as sql_table
 from sqlalchemy.schema import CreateIndex, DropIndex
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
-from lynkr_store import folding, migrate, retention, rollups
+from lynkr_store import clock_check, folding, migrate, retention, rollups
 from lynkr_store.backend import Backend
-from lynkr_store.courtesy import GAP_S
+from lynkr_store.courtesy import GAP_S, PAUSE_S
 from lynkr_store.database import Database
 from lynkr_store.engine import backend_of, writing
+from lynkr_store.exceptions import ClockAhead
 from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
+from lynkr_store.inserts import expire_ledger, has_expired
 from lynkr_store.models import INDEXES
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
@@ -32,6 +35,9 @@ OnStep = Callable[[int], None]
 _TURN: Final = ADVISORY_LOCK + 2
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
+_LEDGER_STEPS: Final = 10  # of 1,000 batches: as many as may be written from one time to the next
+
+_log = logging.getLogger("lynkr_store")
 
 
 def maintain(
@@ -41,6 +47,7 @@ def maintain(
     *,
     budget_s: float = BUDGET_S,
     rebuild: bool = False,
+    trust_clock: bool = False,
     on_step: OnStep = lambda _: None,
 ) -> MaintenanceReport:
     """Do all that keeps a database in shape; see `lynkr_store.Store.maintain`.
@@ -55,7 +62,9 @@ def maintain(
             folded += folding.rebuild(
                 database.begun, on_step=lambda rows: on_step(folded + rows)
             ).rows
-    retained = retain(database, settings, clock, budget_s)
+    retained = retain(database, settings, clock, budget_s, trust_clock=trust_clock)
+    if retained.retention_waits:
+        _log.warning("retention waits: %s", retained.retention_waits)
     with translated(), database.connected(database.engine) as connection:
         lag = connection.scalar(rollups.lag()) or 0
     return MaintenanceReport(
@@ -73,11 +82,14 @@ def keep_up(
 
     Raises:
         StoreUnavailable: The database cannot be reached.
+        ClockAhead: The clock may be wrong, so retention waits.
     """
     database.open()
     fold(database, stop=stop)
     if not stop():
-        retain(database, settings, clock, BUDGET_S if _retains(settings) else 0, stop)
+        budget_s = BUDGET_S if _retains(settings) else 0
+        if waits := retain(database, settings, clock, budget_s, stop).retention_waits:
+            raise ClockAhead(waits)
 
 
 def fold(
@@ -108,41 +120,80 @@ def retain(
     clock: Callable[[], int],
     budget_s: float,
     stop: Callable[[], bool] = lambda: False,
+    *,
+    trust_clock: bool = False,
 ) -> Retained:
     """Apply the configured retention to rows, texts and roll-ups; see `lynkr_store.retention`.
+
+    The ledger of batches forgets here too. All of it waits while the clock may be wrong; see
+    `lynkr_store.clock_check`.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
     """
     now, deadline = clock(), time.monotonic() + budget_s
-    rows_before, texts_before, rollups_before = (
+    rows_before, texts_before = (
         None if days is None else now - int(days * DAY_MS)
-        for days in (
-            settings.retention_days,
-            settings.text_retention_days,
-            settings.rollup_retention_days,
-        )
+        for days in (settings.retention_days, settings.text_retention_days)
     )
+    rollups_before = now - int(settings.rollup_retention_days * DAY_MS)
+    doubt = _doubt(database, now, trust_clock=trust_clock)
     retained = retention.retain(
         database,
         rows_before_ms=rows_before,
         texts_before_ms=texts_before,
-        stop=lambda: stop() or time.monotonic() >= deadline,
+        stop=lambda: doubt is not None or stop() or time.monotonic() >= deadline,
         upto_id=folded_upto(database),
     )
-    if rollups_before is not None:
-        with translated():
+    with translated():
+        if doubt is None:
             folding.trim(database.begun, rollups_before, look=database.looked, stop=stop)
+            _forget_batches(database, now, stop)
+            return retained
+        with database.looked() as connection:
+            due = folding.can_trim(connection, rollups_before)
+    if due or retained.rows_remaining or retained.texts_remaining:
+        return retained._replace(retention_waits=doubt)
     return retained
 
 
-def cleanup(database: Database, cutoff_ms: int) -> int:
+def _doubt(database: Database, now_ms: int, *, trust_clock: bool) -> str | None:
+    """Why the clock may be wrong; None where it is trusted, which is then noted."""
+    with translated():
+        with database.looked() as connection:
+            trusted = connection.scalar(select(rollups.noted(clock_check.TRUSTED)))
+            newest = clock_check.newest(clock_check.seen_upto(now_ms, trusted))
+            seen = clock_check.Seen(*connection.execute(newest).one())
+        doubt = None if trust_clock else clock_check.doubt(now_ms, trusted, seen)
+        if doubt is None and clock_check.is_news(now_ms, trusted):
+            with database.begun() as connection:
+                folding.note(connection, clock_check.TRUSTED, now_ms)
+    return doubt
+
+
+def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -> None:
+    """Take from the ledger what is older than it remembers, some of it now and the rest later."""
+    with database.looked() as connection:
+        more = has_expired(connection, now_ms)
+    for _ in range(_LEDGER_STEPS):
+        if not more or stop():
+            return
+        with database.begun() as connection:
+            more = expire_ledger(connection, now_ms)
+        time.sleep(PAUSE_S)
+
+
+def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: bool = False) -> int:
     """Delete the rows before a moment, which the roll-ups remember; return how many.
 
     Raises:
+        ClockAhead: The present may be wrong, and nothing was deleted.
         StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
     """
     fold(database)
+    doubt = _doubt(database, now_ms, trust_clock=trust_clock)
+    if doubt is not None and retention.any_older(database, cutoff_ms):
+        raise ClockAhead(doubt)
     deleted = retention.delete_older(database, cutoff_ms, upto_id=folded_upto(database))
     retention.give_back(database)
     retention.forget(database)

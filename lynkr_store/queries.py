@@ -120,6 +120,11 @@ def correct_batch(batch_id: str, row_count: int) -> Update:
     return update(LEDGER).where(LEDGER.c.batch_id == batch_id).values(row_count=row_count)
 
 
+def batches_before(cutoff_ms: int) -> Select[*tuple[Any, ...]]:
+    """The id of one of the ledger's entries before the cutoff, if there is any."""
+    return select(LEDGER.c.batch_id).where(LEDGER.c.committed_at < cutoff_ms).limit(1)
+
+
 def expire_batches(cutoff_ms: int, limit: int) -> Delete:
     """Delete up to ``limit`` of the ledger's entries before the cutoff, the oldest first."""
     oldest = (

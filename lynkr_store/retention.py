@@ -50,13 +50,18 @@ def _never() -> bool:
 
 
 class Retained(NamedTuple):
-    """What `retain` did and left, as `lynkr_store.schemas.MaintenanceReport` says it."""
+    """What `retain` did and left, as `lynkr_store.schemas.MaintenanceReport` says it.
+
+    Attributes:
+        retention_waits: Why nothing was done though there is something to do.
+    """
 
     rows_deleted: int
     rows_remaining: int
     texts_removed: int
     texts_remaining: int
     bytes_freed: int
+    retention_waits: str | None = None
 
 
 def retain(
@@ -94,6 +99,16 @@ def retain(
         if texts_before_ms is not None:
             texts_left = _count_texts(connection, texts_before_ms)
     return Retained(deleted, rows_left, removed, texts_left, freed)
+
+
+def any_older(database: Database, cutoff_ms: int) -> bool:
+    """Whether there are rows before a moment.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached.
+    """
+    with translated(), database.looked() as connection:
+        return bool(connection.scalar(queries.count_older(TELEMETRY, cutoff_ms, most=1)))
 
 
 def delete_older(

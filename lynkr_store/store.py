@@ -211,23 +211,32 @@ class Store(Core):
         """Write records now, in one transaction, all or none; see `RoutingRepository.add_many`."""
         return self._do_add_many(records)
 
-    def cleanup(self, older_than: timedelta = timedelta(days=30)) -> int:
+    def cleanup(
+        self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
+    ) -> int:
         """Delete rows older than an age, in short transactions.
+
+        Args:
+            older_than: The age.
+            trust_clock: Delete them although the clock is far ahead of the newest row and of the
+                last retention.
 
         Returns:
             How many were deleted.
 
         Raises:
             BadArgument: A negative age.
+            ClockAhead: The clock may be wrong, and nothing was deleted.
             StoreUnavailable: The database cannot be reached.
         """
-        return self._do_cleanup(older_than)
+        return self._do_cleanup(older_than, trust_clock=trust_clock)
 
     def maintain(
         self,
         *,
         budget_s: float = BUDGET_S,
         rebuild: bool = False,
+        trust_clock: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> MaintenanceReport:
         """Build missing indexes, fold new rows, apply the configured retention, free pages.
@@ -239,13 +248,15 @@ class Store(Core):
                 report says how much that is.
             rebuild: Make the roll-ups anew from the rows; what is known of a time whose rows are
                 gone stays.
+            trust_clock: Apply the retention although the clock is far ahead of the newest row and
+                of the last retention; else it waits, and the report says so.
             on_step: Told after each step of folding how many rows were folded so far.
 
         Raises:
             BadArgument: ``budget_s`` is negative or NaN.
             StoreUnavailable: The database cannot be reached.
         """
-        return self._do_maintain(budget_s, on_step, rebuild=rebuild)
+        return self._do_maintain(budget_s, on_step, rebuild=rebuild, trust_clock=trust_clock)
 
     def health(self) -> Health:
         """The account of every record and the state of the database, within 50 ms. Never raises."""
@@ -389,19 +400,24 @@ class AsyncStore(Core):
         assert self._engine  # noqa: S101 - of every other backend
         return await self._run(writing(self._engine), lambda r: r.add_many(records))
 
-    async def cleanup(self, older_than: timedelta = timedelta(days=30)) -> int:
+    async def cleanup(
+        self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
+    ) -> int:
         """See `Store.cleanup`."""
-        return await asyncio.to_thread(self._do_cleanup, older_than)
+        return await asyncio.to_thread(self._do_cleanup, older_than, trust_clock=trust_clock)
 
     async def maintain(
         self,
         *,
         budget_s: float = BUDGET_S,
         rebuild: bool = False,
+        trust_clock: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> MaintenanceReport:
         """See `Store.maintain`; ``on_step`` is called in a thread."""
-        return await asyncio.to_thread(self._do_maintain, budget_s, on_step, rebuild=rebuild)
+        return await asyncio.to_thread(
+            self._do_maintain, budget_s, on_step, rebuild=rebuild, trust_clock=trust_clock
+        )
 
     async def health(self) -> Health:
         """See `Store.health`."""

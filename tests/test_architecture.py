@@ -55,6 +55,7 @@ LEVELS = {
     "spans": 1,
     "rollups": 4,
     "questions": 5,
+    "clock_check": 5,
     "folds": 5,
     "answers": 6,
     "folding": 7,

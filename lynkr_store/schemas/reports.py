@@ -1,6 +1,9 @@
 """What operators read: the store's health, and what maintenance did."""
 
 from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field
 
 from lynkr_store.backend import Backend
 from lynkr_store.schemas.base import FrozenMap, FrozenOutput
@@ -76,3 +79,6 @@ class MaintenanceReport(FrozenOutput):
     """Such that are still to be looked at. Counted up to 100,000."""
     bytes_freed: int
     """By how much the SQLite file gets smaller."""
+    retention_waits: Annotated[str | None, Field(exclude_if=lambda why: why is None)] = None
+    """Why nothing was deleted by its age though something is old enough, and what to do: the clock
+    may be wrong. None where retention went ahead; then it is left out of the JSON too."""

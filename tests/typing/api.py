@@ -48,7 +48,9 @@ def sync(store: Store, session: Session) -> None:
     assert_type(store.get_routing_accuracy(), RoutingAccuracy | None)
     assert_type(store.add_many([{"provider": "p"}, RoutingEvent(provider="p")]), int)
     assert_type(store.cleanup(timedelta(days=1)), int)
-    assert_type(store.maintain(), MaintenanceReport)
+    assert_type(store.cleanup(timedelta(days=1), trust_clock=True), int)
+    assert_type(store.maintain(trust_clock=True), MaintenanceReport)
+    assert_type(store.maintain().retention_waits, str | None)
     assert_type(store.health(), Health)
     assert_type(store.engine, Engine)
     with Store() as opened:
@@ -70,7 +72,8 @@ async def asynchronous(store: AsyncStore) -> None:
     assert_type(await store.get_routing_accuracy(Window()), RoutingAccuracy | None)
     assert_type(await store.add_many([]), int)
     assert_type(await store.cleanup(), int)
-    assert_type(await store.maintain(), MaintenanceReport)
+    assert_type(await store.cleanup(trust_clock=True), int)
+    assert_type(await store.maintain(trust_clock=True), MaintenanceReport)
     assert_type(await store.health(), Health)
     async with AsyncStore() as opened:
         assert_type(opened, AsyncStore)
