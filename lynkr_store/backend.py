@@ -12,3 +12,7 @@ class Backend(StrEnum):
 
     SQLITE = "sqlite"
     POSTGRESQL = "postgresql"
+
+
+OLDEST: Final = {Backend.SQLITE: (3, 40), Backend.POSTGRESQL: (15,)}
+"""The lowest version of each that the tests run on."""

@@ -19,7 +19,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
 
-from lynkr_store.backend import VERSION_TABLE, Backend
+from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
 from lynkr_store.exceptions import (
     BadArgument,
     MissingDriver,
@@ -116,6 +116,22 @@ def _backend_named(name: str) -> Backend:
         return Backend(name)
     except ValueError:
         raise UnsupportedDatabase(f"url: {name} is not supported; {_REMEDY}") from None
+
+
+def require_supported(connection: Connection) -> None:
+    """Make sure that the database is not too old.
+
+    Raises:
+        UnsupportedDatabase: It is; the message says which version is needed.
+    """
+    backend = backend_of(connection)
+    version, oldest = connection.dialect.server_version_info, OLDEST[backend]
+    if version is not None and version < oldest:
+        found, needed = (".".join(map(str, each)) for each in (version, oldest))
+        where = " (Python's sqlite3 brings it)" if backend is Backend.SQLITE else ""
+        raise UnsupportedDatabase(
+            f"{backend.value} {found} is too old: use version {needed} or newer{where}"
+        )
 
 
 def is_memory(url: URL) -> bool:

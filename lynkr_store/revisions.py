@@ -14,6 +14,7 @@ from alembic.script.revision import RangeNotAncestorError
 from sqlalchemy import Connection, delete, insert, inspect, select
 
 from lynkr_store.backend import VERSION_TABLE
+from lynkr_store.engine import require_supported
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind
 from lynkr_store.models import NOTES
 from lynkr_store.version import __version__
@@ -78,8 +79,10 @@ def standing(connection: Connection) -> Standing:
     """Where the database stands.
 
     Raises:
+        UnsupportedDatabase: It is too old.
         SchemaAhead: A newer release changed it so that this one cannot work with it.
     """
+    require_supported(connection)
     revision = current(connection)
     if revision is None or revision in _known():
         return Standing(revision, ahead=False)

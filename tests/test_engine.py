@@ -4,6 +4,7 @@ import asyncio
 import builtins
 import io
 import os
+import re
 import sqlite3
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 
 import pytest
 from rich.console import Console
-from sqlalchemy import URL, QueuePool, StaticPool, create_engine, text
+from sqlalchemy import URL, QueuePool, StaticPool, create_engine, inspect, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
@@ -272,6 +273,38 @@ def test_passwords_with_special_characters_work_and_never_show():
     assert store.engine.url.password == "p%40@ss/w:rd %"  # noqa: S105
     assert "w:rd" not in repr(store)
     store.close()
+
+
+OLD = {
+    "sqlite": ((3, 31, 1), (3, 40), "sqlite 3.31.1 is too old: use version 3.40 or newer"),
+    "postgresql": ((14, 9), (15,), "postgresql 14.9 is too old: use version 15 or newer"),
+}
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_database_that_is_too_old_is_refused_with_the_version_to_use(url, read_only):
+    with Store(url, read_only=read_only) as store:
+        store.query()
+    with Store(url, read_only=read_only) as store:
+        dialect = store.engine.dialect
+        with store.engine.connect():  # which asks for the version
+            found, oldest, words = OLD[dialect.name]
+        dialect.server_version_info = found
+        for _ in range(2):
+            with pytest.raises(UnsupportedDatabase, match=re.escape(words)):
+                store.query()
+        dialect.server_version_info = oldest
+        assert store.query() == []
+
+
+def test_a_database_that_is_too_old_is_not_upgraded(empty_engine):
+    with empty_engine.connect():
+        found, _, words = OLD[empty_engine.dialect.name]
+    empty_engine.dialect.server_version_info = found
+    with pytest.raises(UnsupportedDatabase, match=re.escape(words)):
+        migrate.upgrade(empty_engine)
+    with empty_engine.connect() as connection:
+        assert inspect(connection).get_table_names() == []
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "aiosqlite"])
