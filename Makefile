@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow test-postgresql bench snapshots check format build clean
+.PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (under
 
 test-slow: $(VENV)/dev.stamp ## the tests that take longer
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+test-oldest: $(VENV)/dev.stamp ## the tests with the lowest versions that pyproject.toml allows
+	$(BIN)/python -m tests.support.oldest
 
 test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k postgres

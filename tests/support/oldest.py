@@ -1,0 +1,73 @@
+"""Run the fast tests with the oldest releases that ``pyproject.toml`` allows.
+
+A lower bound says that a release works. Installers choose the newest, so no other run finds out.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from packaging.requirements import Requirement
+
+ROOT: Final = Path(__file__).parents[2]
+TESTS: Final = (
+    "tests/conformance",
+    *(
+        f"tests/test_{name}.py"
+        for name in (
+            *("architecture", "bulk", "cache", "cli", "engine", "filters", "inserts", "intake"),
+            *("lifecycle", "lists", "packing", "questions", "readme", "retention", "rollups"),
+            *("rows", "schemas", "spool", "upkeep", "writer", "writer_spool"),
+        )
+    ),
+)
+"""Those that use what is installed: every dependency is reached by several of them."""
+
+_INSTALLED: Final = ("postgres", "async")  # the extras of hosts; test tools are the newest
+
+
+def constraints(project: dict[str, Any]) -> Iterator[str]:
+    """One line for each dependency and each requirement of hosts' extras: its lowest release.
+
+    Args:
+        project: The table of that name in ``pyproject.toml``.
+
+    Raises:
+        ValueError: A requirement has no lower bound.
+    """
+    extras = project["optional-dependencies"]
+    for line in (*project["dependencies"], *(r for extra in _INSTALLED for r in extras[extra])):
+        requirement = Requirement(line)
+        bounds = [each.version for each in requirement.specifier if each.operator == ">="]
+        if len(bounds) != 1:
+            raise ValueError(f"{line}: give one lower bound (>=)")
+        yield f"{requirement.name}=={bounds[0]}"
+
+
+def main(folder: Path) -> None:
+    """Install them in an environment below the folder and run the tests; raise if one fails."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = folder / "constraints.txt"
+    pinned.write_text("\n".join(constraints(project)) + "\n")
+    ours = ("PYTHON", "PYTEST", "COV")  # of a run of the tests that this one is part of
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+
+    def run(*command: object) -> None:
+        subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=environment)
+
+    run(sys.executable, "-m", "venv", folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "install", "--constraint", pinned, "--editable", f"{ROOT}[dev]")
+    options = ("-q", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider")
+    run(python, "-m", "pytest", *options, *TESTS)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        main(Path(name))
