@@ -72,6 +72,7 @@ class Core:
             spool=make_spool,
             spool_after_s=settings.spool_after_s,
             forget_after_ms=(LEDGER_DAYS - 1) * DAY_MS,  # a day for clocks that are set
+            has_forgotten=self._database.has_forgotten,
         )
         keep_up = partial(maintenance.keep_up, self._database, settings, self._clock)
         self._upkeep = Upkeep(keep_up, settings.maintenance_interval_s)

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import bulk, migrate, revisions
+from lynkr_store import bulk, migrate, revisions, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.company import has_company
 from lynkr_store.courtesy import again_s, pause_s
@@ -42,7 +42,7 @@ from lynkr_store.exceptions import (
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.files import Identity, identity_of
 from lynkr_store.forking import keep_out_of_children, path_of
-from lynkr_store.inserts import PART_ROWS, enter_parts, insert_once
+from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now
@@ -50,6 +50,7 @@ from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
+from lynkr_store.spans import DAY_MS
 from lynkr_store.turns import Away
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
@@ -251,6 +252,20 @@ class Database(Forkable):
             self._gate.release()
         self.on_written(len(rows))
         return refused
+
+    def has_forgotten(self, at_ms: int) -> bool:
+        """Whether the ledger may have forgotten a batch that was stored at an instant.
+
+        By what it did forget, not by the present, which may be wrong.
+
+        Raises:
+            StoreUnavailable: The database cannot be reached.
+        """
+        with translated():
+            self.open(patience_s=_OPEN_WAIT_S)
+            with self.looked() as connection:
+                before = connection.scalar(select(rollups.noted(FORGOTTEN)))
+        return before is not None and at_ms - DAY_MS < before  # a day for clocks that are set
 
     @contextmanager
     def looked(self) -> Iterator[Connection]:

@@ -21,6 +21,10 @@ LEDGER_DAYS: Final = 30
 """Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost
 longer ago, is not tried again: whether it is stored can no longer be told."""
 
+FORGOTTEN: Final = "ledger_forgot_before_ms"
+"""The name, among the values of the progress, of the instant before which batches were forgotten.
+"""
+
 _EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 
 PART_ROWS: Final = 100
@@ -88,10 +92,11 @@ def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
 
 def has_expired(connection: Connection, now_ms: int) -> bool:
     """Whether the ledger has batches that are older than `LEDGER_DAYS`."""
-    return connection.scalar(queries.batches_before(_forgotten_before(now_ms))) is not None
+    return connection.scalar(queries.batches_before(forgotten_before(now_ms))) is not None
 
 
-def _forgotten_before(now_ms: int) -> int:
+def forgotten_before(now_ms: int) -> int:
+    """The first instant whose batches the ledger remembers, in epoch milliseconds."""
     return now_ms - LEDGER_DAYS * DAY_MS
 
 
@@ -102,7 +107,7 @@ def expire_ledger(connection: Connection, now_ms: int) -> bool:
         connection: In a transaction that may write.
         now_ms: A present that can be trusted: a batch that is forgotten may be stored twice.
     """
-    expire = queries.expire_batches(_forgotten_before(now_ms), _EXPIRED_ROWS)
+    expire = queries.expire_batches(forgotten_before(now_ms), _EXPIRED_ROWS)
     expired = connection.execute(expire)
     return expired.rowcount == _EXPIRED_ROWS
 

@@ -18,7 +18,7 @@ from lynkr_store.engine import backend_of, writing
 from lynkr_store.exceptions import ClockAhead
 from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
-from lynkr_store.inserts import expire_ledger, has_expired
+from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
 from lynkr_store.models import INDEXES
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
@@ -180,6 +180,9 @@ def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -
             return
         with database.begun() as connection:
             more = expire_ledger(connection, now_ms)
+            earlier = connection.scalar(select(rollups.noted(FORGOTTEN)))
+            latest = max(forgotten_before(now_ms), rollups.NOTHING if earlier is None else earlier)
+            folding.note(connection, FORGOTTEN, latest)
         time.sleep(PAUSE_S)
 
 

@@ -125,6 +125,8 @@ class Writer(Forkable):
         spool: Where batches go while the sink is away.
         spool_after_s: Seconds without the sink after which they do.
         forget_after_ms: The age at which the sink forgets a batch it has stored.
+        has_forgotten: Whether it has, of an instant: asked from that age on, for the clock may be
+            wrong.
 
     Attributes:
         submit: See `lynkr_store.intake.Intake.submit`.
@@ -143,6 +145,7 @@ class Writer(Forkable):
         spool: Callable[[], Spool] | None = None,
         spool_after_s: float = 5.0,
         forget_after_ms: int = 2**62,
+        has_forgotten: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._sink = sink
         self._policy = policy
@@ -154,6 +157,7 @@ class Writer(Forkable):
         self._make_spool = spool
         self._spool_after_s = spool_after_s
         self._forget_after_ms = forget_after_ms
+        self._has_forgotten = has_forgotten
         self.begin()
 
     def begin(self) -> None:
@@ -606,8 +610,12 @@ class Writer(Forkable):
             self._spool.abandon(entry)
             self._report_aside()
             return None
-        now = self._clock()
-        if entry.attempted_at is not None and now - entry.attempted_at >= self._forget_after_ms:
+        now, asked = self._clock(), entry.attempted_at
+        if (
+            asked is not None
+            and now - asked >= self._forget_after_ms
+            and self._has_forgotten(asked)
+        ):
             self._drop_spooled(entry, "outcome_unknown")
             return None
         batch = _Batch(entry.batch_id, rows, entry=entry, began=time.monotonic())

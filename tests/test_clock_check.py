@@ -12,7 +12,8 @@ from lynkr_store import ClockAhead, LynkrStoreError, Store, StoreSettings, Windo
 from lynkr_store.clock_check import AHEAD_MS, Seen, doubt, is_news, newest, seen_upto
 from lynkr_store.models import LEDGER, ROLLUPS, SAVINGS, TELEMETRY
 from lynkr_store.rows import Rows
-from tests.support.stores import eventually, looked
+from lynkr_store.spool import Spool
+from tests.support.stores import adds_up, eventually, looked
 
 NOW = 1_750_000_000_000
 HOUR = 3_600_000
@@ -342,6 +343,55 @@ def test_the_ledger_forgets_in_steps_by_a_clock_that_is_trusted(url):
         assert not [each for each in statements if "DELETE FROM ingest_batches" in each]
         with store.engine.connect() as connection:
             assert connection.scalar(select(func.count()).select_from(LEDGER)) == 0
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_spooled_batch_is_tried_again_as_long_as_the_ledger_remembers(url, tmp_path, stored):
+    """One whose answer was lost; by a clock that is a year ahead the ledger would not know it."""
+    clock, rows = Clock(), Rows.of([record(0) | {"request_id": f"r{n}"} for n in range(5)])
+    settings = StoreSettings(url=url, spool_path=tmp_path / "spool.db")
+
+    def spooled():
+        spool = Spool(settings.spool_path, 2**30)
+        spool.enter("b", rows, clock.now)
+        spool.close()
+
+    with Store(url, clock=clock) as store:
+        if stored:
+            store._database.write("b", rows, nullcontext)
+        assert store.maintain().retention_waits is None
+        spooled()
+        with Store(settings=settings, clock=lambda: NOW + YEAR) as replaying:
+            eventually(lambda: replaying.health().written == 5)
+            assert looked(replaying).dropped == 0
+        assert len(store.query()) == 5, "once"
+        with store._database.writing.begin() as connection:
+            other = {"batch_id": "other", "row_count": 1, "committed_at": NOW}
+            connection.execute(insert(LEDGER), other)
+        clock.now += 32 * DAY
+        store.maintain()  # now it has forgotten
+        clock.now = NOW
+        spooled()
+        with Store(settings=settings, clock=lambda: NOW + 32 * DAY) as replaying:
+            eventually(lambda: replaying.health().dropped_by == {"outcome_unknown": 5})
+        assert len(store.query()) == 5
+
+
+def test_a_ledger_that_is_away_keeps_an_old_batch_waiting(tmp_path):
+    rows, away = Rows.of([record(0) | {"request_id": "r"}]), tmp_path / "away"
+    spool = Spool(tmp_path / "spool.db", 2**30)
+    spool.enter("b", rows, NOW)
+    spool.close()
+    away.write_text("where a folder should be")
+    settings = StoreSettings(url=f"sqlite:///{away}/telemetry.db", spool_path=tmp_path / "spool.db")
+    with Store(settings=settings, clock=lambda: NOW + YEAR) as store:
+        eventually(lambda: store.health().faults_by)
+        health = store.health()
+        assert (health.recovered, health.spooled, health.dropped) == (1, 1, 0)
+        assert adds_up(health)
+        away.unlink()
+        eventually(lambda: store.health().written == 1)
+        assert adds_up(store.health())
 
 
 def test_a_stores_own_retention_waits_too_and_says_so_once(url, caplog):
