@@ -29,6 +29,7 @@ from lynkr_store.writer import Writer
 
 MIB = 2**20
 NOBODY = 65_534
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -53,7 +54,9 @@ def make(path):
 
 
 def rows(name, count=3, text=""):
-    return [{"request_id": f"{name}-{n}", "provider": "p", "text": text} for n in range(count)]
+    return [
+        {"request_id": f"{name}-{n}", "provider": "p", "request_text": text} for n in range(count)
+    ]
 
 
 def drained(spool):
@@ -597,6 +600,126 @@ def test_random_damage_is_survived(make, path):
         except SpoolError as error:
             # what may be another program's stays where it is
             assert "another program's" in str(error), seed  # noqa: PT017
+
+
+PAYLOADS = {
+    "too deep": b"[" * 200_000,
+    "no UTF-8": b'{"columns":["provider"],"rows":[["\xff"],["p"],["p"]]}',
+    "no JSON": b"{",
+    "nothing": b"",
+    "a number of too many digits": b"1" * 10_000,
+    "null": b"null",
+    "a list": b"[]",
+    "no rows": json.dumps({"columns": ["provider"]}).encode(),
+    "no columns": json.dumps({"columns": [], "rows": [[], [], []]}).encode(),
+    "columns that are no list": json.dumps({"columns": "ab", "rows": [["p", "q"]] * 3}).encode(),
+    "columns without names": json.dumps({"columns": [1], "rows": [["p"]] * 3}).encode(),
+    "one column twice": json.dumps({"columns": ["a", "a"], "rows": [["p", "q"]] * 3}).encode(),
+    "rows of other lengths": json.dumps(
+        {"columns": ["a"], "rows": [["p"], ["p", "q"], []]}
+    ).encode(),
+    "rows that are no lists": json.dumps({"columns": ["a"], "rows": [{"a": "p"}] * 3}).encode(),
+    "rows of texts": json.dumps({"columns": ["a"], "rows": ["p", "q", "r"]}).encode(),
+    "a list as a value": json.dumps({"columns": ["a"], "rows": [[["p"]]] * 3}).encode(),
+    "an object as a value": json.dumps({"columns": ["a"], "rows": [[{"p": 1}]] * 3}).encode(),
+    "fewer rows": json.dumps({"columns": ["provider"], "rows": [["p"]] * 2}).encode(),
+    "more rows": json.dumps({"columns": ["provider"], "rows": [["p"]] * 4}).encode(),
+}
+"""Payloads in the place of three rows', whose checksum is right."""
+
+SAYINGS = {
+    "row_count": [-1, 0, 1, 2, 4, 50, 2**62, -(2**62), 1.5, "x", b"\x01"],
+    "attempted_at": [-1, 1.5, "x", b"\x01"],
+    "batch_id": ["", "\n", "\0", "größe", "x" * 65, b"\x01"],
+}
+"""What cannot be true of a batch of three rows."""
+
+
+def alter(path, batch, **columns):
+    """Write other values into a spool that nobody holds."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for name, value in columns.items():
+            connection.execute(f"UPDATE batches SET {name} = ? WHERE batch_id = ?", (value, batch))
+
+
+def replays_all_but(make, path, batch_id, lost=None):
+    """The batch alone is lost, the others are stored, and nothing is left for the next process."""
+    sink = Sink()
+    writer = replaying(path, sink, 11_000)
+    eventually(lambda: writer.account().recovered > 0 == writer.account().spooled)
+    writer.close(30)
+    account = writer.account()
+    assert account.written == 12
+    assert sorted(batch for batch, _ in sink.seen) == sorted(
+        {f"id-{n}" for n in range(5)} - {batch_id}
+    )
+    assert (account.spooled, account.pending, account.submitted) == (0, 0, 0)
+    assert account.recovered == 12 + account.dropped_by["spool_damaged"]
+    assert list(account.dropped_by) == ["spool_damaged"]
+    if lost is not None:
+        assert account.dropped_by["spool_damaged"] == lost
+    assert all(count > 0 for count in (*account.dropped_by.values(), *account.faults_by.values()))
+    assert len(list(path.parent.glob("spool.db.damaged-*[0-9]"))) == 1
+    again = make()
+    assert (again.found_rows, again.first()) == (0, None), "the next process starts with nothing"
+
+
+@pytest.mark.parametrize("payload", PAYLOADS.values(), ids=PAYLOADS)
+@pytest.mark.parametrize(
+    "batch", [pytest.param("id-0", marks=SLOW), "id-2", pytest.param("id-4", marks=SLOW)]
+)
+def test_a_batch_that_cannot_be_decoded_costs_its_rows_alone(make, path, payload, batch):
+    filled(make)
+    alter(path, batch, payload=payload, checksum=zlib.crc32(payload))
+    # the file says that there are three: of less than three bytes that cannot be
+    replays_all_but(make, path, batch, lost=3 if len(payload) >= 3 else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in SAYINGS.items() for value in values]
+)
+def test_what_a_file_says_of_a_batch_is_not_believed(make, path, name, value):
+    filled(make)
+    alter(path, "id-2", **{name: value})
+    lost = value if name == "row_count" and value in (1, 2, 4, 50) else None
+    replays_all_but(make, path, "id-2", lost=lost or (3 if name != "row_count" else 1))
+
+
+def test_a_batch_for_which_memory_is_short_waits_until_it_is_there(make, path, monkeypatch):
+    filled(make)
+    loads, short = json.loads, [2]
+
+    def loads_with_little_memory(payload):
+        if b"b2-0" in payload and short[0]:
+            short[0] -= 1
+            raise MemoryError
+        return loads(payload)
+
+    monkeypatch.setattr(json, "loads", loads_with_little_memory)
+    monkeypatch.setattr("lynkr_store.writer._SPOOL_AGAIN_S", 0.01)
+    sink = Sink()
+    writer = replaying(path, sink, 11_000)
+    eventually(lambda: writer.account().written == 15)
+    writer.close(30)
+    assert [batch for batch, _ in sink.seen] == [f"id-{n}" for n in range(5)], "in order"
+    assert writer.account().faults_by == {"MemoryError": 2}
+    assert writer.account().dropped_by == {}
+
+
+def test_batches_move_from_a_damaged_file_one_at_a_time(make, path, monkeypatch):
+    filled(make, batches=40)
+    alter(path, "id-0", row_count=2)
+    spool = make()
+    sizes, load = [], spool.load
+
+    def watched(entry):
+        sizes.append(sum(other.file is spool._own for other in spool._entries))
+        return load(entry)
+
+    monkeypatch.setattr(spool, "load", watched)
+    spool.abandon(spool.first())
+    assert sizes == list(range(39)), "what was read is in the other file before the next is read"
+    assert drained(spool) == [f"b{n}-0" for n in range(1, 40)]
 
 
 def foreign(path, mode, *, application_id=0, tables=True, auto_vacuum="NONE"):

@@ -217,6 +217,21 @@ def test_one_damaged_batch_costs_its_rows_alone(open_store, database, path, capl
     assert len(list(path.parent.glob("spool.db.damaged-*[0-9]"))) == 1
 
 
+@pytest.mark.parametrize("row_count", [-1, 1, 5, "x"])
+def test_a_wrong_number_of_rows_makes_no_counter_wrong(open_store, database, path, row_count):
+    filled(path)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE batches SET row_count = ? WHERE seq = 2", (row_count,))
+    store = open_store()
+    h = eventually(store, lambda h: h.recovered and not h.spooled)
+    lost = row_count if row_count in (1, 5) else 1
+    assert (h.recovered, h.written, h.pending) == (12 + lost, 12, 0)
+    assert dict(h.dropped_by) == {"spool_damaged": lost}
+    assert database.rows() == [name for n, name in enumerate(ids("left", 15)) if n // 3 != 1]
+    store.close()
+    assert checked(open_store()).recovered == 0, "across restarts"
+
+
 def test_what_an_earlier_process_left_is_stored_without_being_asked(open_store, database, path):
     filled(path)
     store = open_store()
