@@ -22,6 +22,7 @@ from lynkr_store.exceptions import (
     UpgradeTimeout,
 )
 from lynkr_store.filters import RoutingFilter, Window
+from lynkr_store.ingest import TextPolicy
 from lynkr_store.migrate import not_ours, upgrade
 from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.repository import RoutingRepository
@@ -71,6 +72,7 @@ __all__ = [
     "StoreClosed",
     "StoreSettings",
     "StoreUnavailable",
+    "TextPolicy",
     "UnsupportedDatabase",
     "UpgradeTimeout",
     "Window",

@@ -19,12 +19,11 @@ from lynkr_store.engine import file_of, plan_for_any
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.filters import Window, checked_age
-from lynkr_store.ingest import TextPolicy
 from lynkr_store.inserts import LEDGER_DAYS
 from lynkr_store.lifecycle import SigtermHandler, on_fork
 from lynkr_store.probe import Probe
 from lynkr_store.questions import Question
-from lynkr_store.repository import RoutingRepository, epoch_ms_now
+from lynkr_store.repository import RoutingRepository, epoch_ms_now, policy_of
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
@@ -54,7 +53,7 @@ class Core:
             settings = settings.model_copy(update={"url": url})
         self._settings = settings
         self._clock = clock or epoch_ms_now
-        self._policy = TextPolicy(settings.capture_text, settings.text_max_chars, settings.redact)
+        self._policy = policy_of(settings)
         self._database = Database(settings, engine, clock=self._clock, read_only=read_only)
         make_spool = None
         if settings.spool_path and not read_only:

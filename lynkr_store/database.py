@@ -45,7 +45,7 @@ from lynkr_store.forking import keep_out_of_children, path_of
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.repository import epoch_ms_now
+from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.search_path import in_schema
@@ -108,6 +108,7 @@ class Database(Forkable):
             if read_only:
                 raise BadArgument("read_only: give a url, not an engine")
             keep_out_of_children(engine)
+            set_policy(engine, policy_of(settings))
             self.engine = in_schema(engine, settings.schema_name)
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
             self.engine, self.view = _reading(settings.url)
@@ -121,6 +122,8 @@ class Database(Forkable):
             )
             if read_only:
                 self.engine = self.engine.execution_options(postgresql_readonly=True)
+        if self._owned:
+            set_policy(self.engine, policy_of(settings))
         self.backend = backend_of(self.engine)
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade

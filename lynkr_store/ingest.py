@@ -1,13 +1,15 @@
 """From what a caller recorded to the row that is stored: checked, mended, redacted, completed."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lynkr_store.rows import Columns, Row, by_column
+from lynkr_store.rows import Columns, Gathering, Row, Rows, by_column
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     LONG_FIELDS,
@@ -34,7 +36,8 @@ class TextPolicy:
     Attributes:
         capture: Keep the two texts at all.
         max_chars: Characters kept of each of the two.
-        redact: Takes each free text, the JSON ones too, and returns what is kept of it.
+        redact: Takes each free text, the JSON ones too, and returns what is kept of it. It may be
+            given what it returned: a spool that another process left is redacted again.
     """
 
     capture: bool = True
@@ -133,6 +136,46 @@ def complete(columns: Columns, policy: TextPolicy, new_id: Callable[[], str]) ->
             columns[name] = [text and text[:most] for text in columns[name]]
             mended += ["cut"] * long
     return mended
+
+
+def taken_over(rows: Sequence[Row], policy: TextPolicy) -> tuple[Rows, Counter[str]]:
+    """Apply the policy to rows that another process completed by its own, which may keep more.
+
+    Args:
+        rows: One or more.
+        policy: What is kept of the texts.
+
+    Returns:
+        The rows, and cause to number of values that were changed: ``not_captured`` for a text that
+        was left out and ``redacted`` for one that redaction changed, beside those of `complete`.
+
+    Raises:
+        ValueError: They have a column that no record has.
+    """
+    columns = by_column(rows)
+    if not columns.keys() <= RoutingEvent.model_fields.keys():
+        raise ValueError("a column that no record has")
+    for name in ("request_id", *LONG_FIELDS):
+        columns.setdefault(name, [None] * len(rows))
+    changed: Counter[str] = Counter()
+    if not policy.capture:
+        texts = chain.from_iterable(columns[name] for name in TEXT_FIELDS)
+        changed["not_captured"] = sum(text is not None for text in texts)
+    if policy.redact is not None:
+        policy = replace(policy, redact=_counted(policy.redact, changed))
+    changed.update(complete(columns, policy, new_ids().__next__))
+    gathering = Gathering()
+    gathering.add(columns)
+    return gathering.take(), +changed
+
+
+def _counted(redact: Callable[[str], str], changed: Counter[str]) -> Callable[[str], str]:
+    def redacted(text: str) -> str:
+        kept, _ = mend_text(redact(text))
+        changed["redacted"] += kept != text
+        return kept
+
+    return redacted
 
 
 def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:

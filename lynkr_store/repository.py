@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal, Self, overload
 
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store import answers, queries
@@ -39,10 +40,12 @@ from lynkr_store.schemas import (
     RoutingStats,
     utc,
 )
+from lynkr_store.settings import TextSettings
 
 LOOK_BACK: Final = timedelta(hours=24)
 """How far a statistic looks back when its window names no beginning; the gateway's."""
 
+_POLICY: Final = "lynkr_store_text_policy"  # the execution option of an engine that a store uses
 _PERCENT: Final = 100
 
 _STATS: Final = Question(
@@ -77,13 +80,28 @@ def epoch_ms_now() -> int:
     return time.time_ns() // 1_000_000
 
 
+def policy_of(settings: TextSettings) -> TextPolicy:
+    """What the settings keep of the texts."""
+    return TextPolicy(settings.capture_text, settings.text_max_chars, settings.redact)
+
+
+def set_policy(engine: Engine, policy: TextPolicy) -> None:
+    """Have each `RoutingRepository` on the engine that is given no policy keep this one.
+
+    An execution option says so, on the engine itself: it holds for a host's own Sessions too.
+    """
+    engine.update_execution_options(**{_POLICY: policy})
+
+
 class RoutingRepository:
     """Reads and writes in the caller's own Session and transaction; it never commits.
 
     Args:
         session: The caller's Session, on a database at this release's revision.
         clock: The present in epoch milliseconds, for default windows and stamps.
-        policy: What `add_many` keeps of the texts.
+        policy: What `add_many` keeps of the texts. Default: as the store keeps them whose engine
+            the Session is bound to (of several, the one made last); where there is none, as
+            ``LYNKR_STORE_CAPTURE_TEXT`` and ``LYNKR_STORE_TEXT_MAX_CHARS`` say.
     """
 
     def __init__(
@@ -95,7 +113,7 @@ class RoutingRepository:
     ) -> None:
         self._session = session
         self._clock = clock
-        self._policy = policy or TextPolicy()
+        self._given_policy = policy
         self._reading = Reading()
 
     @property
@@ -277,11 +295,12 @@ class RoutingRepository:
             How many were added.
 
         Raises:
-            ValidationError: A record is not one (a ``ValueError``); nothing is added.
+            ValidationError: A record is not one (a ``ValueError``), or no policy was given and the
+                environment's is wrong; nothing is added.
             RowRejected: The database refuses a row; nothing is added.
             StoreUnavailable: The database cannot be reached.
         """
-        columns, _ = rows_of(records, self._clock(), self._policy)
+        columns, _ = rows_of(records, self._clock(), self._policy())
         gathering = Gathering()
         gathering.add(columns)
         if rows := gathering.take():
@@ -294,6 +313,13 @@ class RoutingRepository:
                         raise
                     raise RowRejected("the database refused a row, and none was added") from None
         return len(rows)
+
+    def _policy(self) -> TextPolicy:
+        if self._given_policy is not None:
+            return self._given_policy
+        bind = self._session.get_bind(clause=TELEMETRY)
+        policy: TextPolicy | None = bind.get_execution_options().get(_POLICY)
+        return policy or policy_of(TextSettings())
 
     def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
         now = self._clock()

@@ -16,8 +16,8 @@ _MIB: Final = 2**20
 _GIB: Final = 2**30
 
 
-class StoreSettings(BaseSettings):
-    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is made.
+class TextSettings(BaseSettings):
+    """What is kept of free texts: the part of `StoreSettings` that is needed without a store.
 
     Raises:
         ValidationError: A ``ValueError`` that names the option and the value it wants.
@@ -31,6 +31,24 @@ class StoreSettings(BaseSettings):
         hide_input_in_errors=True,
         validate_by_name=True,
     )
+
+    capture_text: bool = True
+    """Store what people and models wrote (``request_text``, ``response_text``)."""
+    text_max_chars: Annotated[int, Field(ge=0)] = 65_536
+    """Characters kept of each of the two texts."""
+    redact: Annotated[Callable[[str], str] | None, NoDecode] = None
+    """Takes each free text (the two, and the JSON of ``attributes``, ``candidates`` and
+    ``cache_decision``) and returns what is stored; for code only. It may be given what it
+    returned: rows of another process's spool are redacted again. Where it raises, the row is stored
+    without them and counted."""
+
+
+class StoreSettings(TextSettings):
+    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is made.
+
+    Raises:
+        ValidationError: A ``ValueError`` that names the option and the value it wants.
+    """
 
     url: Annotated[str, Field(repr=False)] = DEFAULT_URL
     """The database: ``sqlite:///path``, ``sqlite://`` (in memory) or ``postgresql://…``."""
@@ -53,14 +71,6 @@ class StoreSettings(BaseSettings):
     """Records written in one transaction."""
     flush_interval_s: Annotated[float, Field(gt=0, le=3600)] = 0.5
     """Seconds after which a batch is written even if it is not full."""
-    capture_text: bool = True
-    """Store what people and models wrote (``request_text``, ``response_text``)."""
-    text_max_chars: Annotated[int, Field(ge=0)] = 65_536
-    """Characters kept of each of the two texts."""
-    redact: Annotated[Callable[[str], str] | None, NoDecode] = None
-    """Takes each free text (the two, and the JSON of ``attributes``, ``candidates`` and
-    ``cache_decision``) and returns what is stored; for code only. Where it raises, the row is
-    stored without them and counted."""
     spool_path: Path | None = None
     """A local file where batches wait while the database is away; None keeps them in memory."""
     spool_max_bytes: Annotated[int, Field(ge=1)] = _GIB

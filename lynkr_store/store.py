@@ -30,7 +30,7 @@ from lynkr_store.filters import (
 )
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.maintenance import BUDGET_S
-from lynkr_store.repository import RoutingRepository
+from lynkr_store.repository import RoutingRepository, set_policy
 from lynkr_store.schemas import (
     Cursor,
     Health,
@@ -305,8 +305,9 @@ class AsyncStore(Core):
                 schema=self._settings.schema_name,
                 echo=self._settings.echo,
             )
-        if self._engine:
+        if self._engine is not None:
             keep_out_of_children(self._engine.sync_engine)
+            set_policy(self._engine.sync_engine, self._policy)
 
     async def __aenter__(self) -> Self:
         return self

@@ -31,7 +31,7 @@ from tenacity import (
 
 from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
-from lynkr_store.ingest import TextPolicy, new_ids
+from lynkr_store.ingest import TextPolicy, new_ids, taken_over
 from lynkr_store.intake import Intake
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.preparing import columns_of
@@ -604,7 +604,7 @@ class Writer(Forkable):
         """A batch of the spool, to be delivered; None where there is none to be had of it."""
         assert self._spool  # noqa: S101 - the entry is from it
         try:
-            rows = self._spool.load(entry)
+            rows, mended = self._read(self._spool, entry)
         except SpoolDamaged as error:
             self._note_fault(error)
             self._spool.abandon(entry)
@@ -623,11 +623,29 @@ class Writer(Forkable):
             if self._over:
                 return None
             self._delivery = batch
+            self._account.mended_by.update(mended)
         try:
             self._spool.mark_attempt(entry, now)
         except SpoolError as error:
             self._note_fault(error)
         return batch
+
+    def _read(self, spool: Spool, entry: Entry) -> tuple[Sequence[Row], Counter[str]]:
+        """A batch's rows, and cause to number of values that this process's policy changed.
+
+        Its own rows went through the policy before they were spooled; another process's went
+        through its own, which may have kept more.
+
+        Raises:
+            SpoolDamaged: They cannot be read, or are no records.
+        """
+        rows = spool.load(entry)
+        if not entry.found:
+            return rows, Counter()
+        try:
+            return taken_over(rows, self._policy)
+        except ValueError:
+            raise SpoolDamaged("spool_path: a batch has a column that no record has") from None
 
     def _drop_spooled(self, entry: Entry, cause: str) -> None:
         assert self._spool  # noqa: S101 - the entry is from it

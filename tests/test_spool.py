@@ -675,6 +675,13 @@ def test_a_batch_that_cannot_be_decoded_costs_its_rows_alone(make, path, payload
     replays_all_but(make, path, batch, lost=3 if len(payload) >= 3 else 1)
 
 
+def test_a_batch_of_columns_that_no_record_has_costs_its_rows_alone(make, path):
+    filled(make)
+    payload = json.dumps({"columns": ["provider", "id"], "rows": [["p", 1]] * 3}).encode()
+    alter(path, "id-2", payload=payload, checksum=zlib.crc32(payload))
+    replays_all_but(make, path, "id-2", lost=3)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in SAYINGS.items() for value in values]
 )

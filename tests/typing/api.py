@@ -22,6 +22,7 @@ from lynkr_store import (
     RoutingStats,
     Store,
     StoreSettings,
+    TextPolicy,
     Window,
 )
 
@@ -59,6 +60,7 @@ def sync(store: Store, session: Session) -> None:
     assert_type(repository.query(), list[RoutingRow])
     assert_type(repository.query(include_text=False), list[RoutingRowBrief])
     assert_type(repository.get_stats(), RoutingStats | None)
+    RoutingRepository(session, policy=TextPolicy(capture=False, max_chars=5, redact=str.upper))
 
 
 async def asynchronous(store: AsyncStore) -> None:
