@@ -9,19 +9,47 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from sqlalchemy import BigInteger, Dialect, Double, Integer, Text
-from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION
 from sqlalchemy.orm import mapped_column
-from sqlalchemy.types import REAL, TypeDecorator, TypeEngine
+from sqlalchemy.types import DOUBLE_PRECISION, REAL, TypeDecorator, TypeEngine
 
 from lynkr_store.schemas import epoch_ms, utc
+
+
+class _CastByName(TypeEngine[Any]):
+    """A type of PostgreSQL whose parameters are cast to it, and to nothing that is like it.
+
+    psycopg's dialect casts a text to VARCHAR and leaves a double to the driver, which sends the
+    smallest integer that holds it. Compared with a column of TEXT or DOUBLE PRECISION, an operator
+    of exactly these arguments would be taken from wherever another role has made one.
+    """
+
+    render_bind_cast = True
+
+    def adapt(self, cls: type[Any], **kw: Any) -> Any:  # noqa: ARG002
+        """Stay what it is: the dialect would put a type of its own in this one's place."""
+        return super().adapt(type(self), **kw)
+
+
+class _Text(_CastByName, Text):
+    """TEXT."""
+
+
+class _DoublePrecision(_CastByName, DOUBLE_PRECISION[float]):
+    """DOUBLE PRECISION."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> None:
+        """Leave the driver's float as it is."""
+
 
 WholeNumber = BigInteger().with_variant(Integer(), "sqlite")
 """INTEGER in SQLite, where it holds 64 bits; BIGINT in PostgreSQL."""
 
-Real: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
+Real: TypeEngine[float] = (
+    Double().with_variant(REAL(), "sqlite").with_variant(_DoublePrecision(), "postgresql")
+)
 """REAL in SQLite, which is a double there; DOUBLE PRECISION in PostgreSQL."""
 
-PlainText = Text().with_variant(Text(collation="C"), "postgresql")
+PlainText = Text().with_variant(_Text(collation="C"), "postgresql")
 """TEXT, compared and ordered by its bytes on both."""
 
 
@@ -77,7 +105,7 @@ Dollars = Annotated[float, mapped_column(Real)]
 """US dollars. NULL means that the price is not known."""
 Milliseconds = Annotated[float, mapped_column(Real)]
 """A duration."""
-Latency = Annotated[float, mapped_column(Integer().with_variant(DOUBLE_PRECISION(), "postgresql"))]
+Latency = Annotated[float, mapped_column(Integer().with_variant(_DoublePrecision(), "postgresql"))]
 """A duration; the gateway declares it INTEGER and stores a fraction at times."""
 YesNo = Annotated[bool, mapped_column(Flag)]
 """0 or 1. NULL means not known."""

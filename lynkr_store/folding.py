@@ -98,9 +98,9 @@ def settled_id(begin: Begin, look: Begin) -> int | None:
 
 
 _WRITERS: Final = text(
-    "SELECT virtualtransaction FROM pg_locks WHERE locktype = 'relation' AND granted "
-    "AND relation = to_regclass(:name) "
-    "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "SELECT virtualtransaction FROM pg_catalog.pg_locks WHERE locktype = 'relation' AND granted "
+    "AND relation = CAST(pg_catalog.to_regclass(CAST(:name AS TEXT)) AS OID) "
+    "AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
     "AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'ShareUpdateExclusiveLock') "
     "AND pid IS DISTINCT FROM pg_backend_pid()"
 )

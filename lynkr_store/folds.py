@@ -28,7 +28,14 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from lynkr_store import measures
 from lynkr_store.backend import Backend
 from lynkr_store.domains import INSTANT_MAX_MS
-from lynkr_store.functions import each_row, inserting, same, unindexed, whole_number
+from lynkr_store.functions import (
+    count_of,
+    each_row,
+    inserting,
+    same,
+    unindexed,
+    whole_number,
+)
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import folded_in, in_domain
 from lynkr_store.spans import DAY_MS, QUARTER_MS, floor_to
@@ -102,9 +109,9 @@ def number_between() -> Select[*tuple[Any, ...]]:
         .subquery()
     )
     mine = and_(some.c.id > whole_number("after"), some.c.id <= whole_number("upto"))
-    return select(
-        func.count().label("seen"), func.count(case((mine, 1))).label("found")
-    ).select_from(some)
+    return select(func.count().label("seen"), count_of(case((mine, 1))).label("found")).select_from(
+        some
+    )
 
 
 @cache

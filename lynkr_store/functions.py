@@ -11,7 +11,7 @@ from sqlalchemy import (
     BindParameter,
     Boolean,
     ColumnElement,
-    Double,
+    Float,
     Integer,
     Label,
     Select,
@@ -33,6 +33,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import ExternallyTraversible, replacement_traverse
 
 from lynkr_store.backend import Backend
+from lynkr_store.columns import Real
 from lynkr_store.domains import Domain
 
 # A sum's two halves: each stays within 64 bits for more than four billion rows.
@@ -46,7 +47,7 @@ def measured(column: ColumnElement[Any], domain: Domain) -> ColumnElement[Any]:
     The one comparison guards the range and the kind of the stored value: SQLite orders every
     text and blob after every number, and PostgreSQL orders NaN after infinity.
     """
-    limit = literal(domain.limit, BigInteger)
+    limit = literal(domain.limit, column.type)
     return case((column.between(-limit, limit), column))
 
 
@@ -62,14 +63,14 @@ class scaled(FunctionElement[int]):  # noqa: N801 - written like any SQL functio
     inherit_cache = True
 
     def __init__(self, column: ColumnElement[Any], domain: Domain) -> None:
-        limit, scale = literal(domain.limit, BigInteger), literal(domain.scale, Double)
+        limit, scale = literal(domain.limit, column.type), literal(domain.scale, Real)
         super().__init__(column, limit, scale)
 
 
 @compiles(scaled, "postgresql")
 def _scaled_postgresql(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
     x, limit, scale = (compiler.process(clause, **kw) for clause in element.clauses)
-    units = f"CAST({x} AS DOUBLE PRECISION) * {scale} + 0.5"
+    units = f"CAST({x} AS DOUBLE PRECISION) * {scale} + CAST(0.5 AS DOUBLE PRECISION)"
     return f"CASE WHEN {x} BETWEEN -{limit} AND {limit} THEN CAST(floor({units}) AS BIGINT) END"
 
 
@@ -84,6 +85,45 @@ def _scaled_sqlite(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
         f"CASE WHEN {x} BETWEEN 0 AND {limit} THEN {cut} "
         f"WHEN {x} BETWEEN -{limit} AND 0 THEN {cut} - ({cut} > {units}) END"
     )
+
+
+class as_real(FunctionElement[float]):  # noqa: N801
+    """A number as a double, to be compared with one; SQLite compares numbers of any kind."""
+
+    type = Real
+    name = "as_real"
+    inherit_cache = True
+
+
+@compiles(as_real, "postgresql")
+def _as_real_postgresql(element: as_real, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"CAST({compiler.process(element.clauses, **kw)} AS DOUBLE PRECISION)"
+
+
+@compiles(as_real, "sqlite")
+def _as_real_sqlite(element: as_real, compiler: SQLCompiler, **kw: Any) -> str:
+    return compiler.process(element.clauses, **kw)
+
+
+class count_of(FunctionElement[int]):  # noqa: N801
+    """How many values there are that are not NULL.
+
+    PostgreSQL's own ``count`` takes any type, and so yields to one that takes exactly this.
+    """
+
+    type = BigInteger()
+    name = "count_of"
+    inherit_cache = True
+
+
+@compiles(count_of, "postgresql")
+def _count_postgresql(element: count_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"pg_catalog.count({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(count_of, "sqlite")
+def _count_sqlite(element: count_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"count({compiler.process(element.clauses, **kw)})"
 
 
 class each_id(FunctionElement[int]):  # noqa: N801
@@ -218,9 +258,35 @@ def written_out(statement: _Statement) -> _Statement:
     def constant(element: ExternallyTraversible, **_: Any) -> ColumnElement[Any] | None:
         if not isinstance(element, BindParameter) or element.required:
             return None
-        return literal_column(_written(element.value), element.type)
+        value = literal_column(_written(element.value), element.type)
+        return value if isinstance(element.value, str) else _written_number(value)
 
     return cast("_Statement", replacement_traverse(statement, {}, constant))
+
+
+class _written_number(FunctionElement[Any]):  # noqa: N801
+    """A constant number of its type: to PostgreSQL its digits are an INTEGER where they fit."""
+
+    name = "written_number"
+    inherit_cache = True
+
+    def __init__(self, digits: ColumnElement[Any]) -> None:
+        super().__init__(digits)
+        self.type = digits.type
+
+
+@compiles(_written_number, "postgresql")
+def _written_number_postgresql(element: _written_number, compiler: SQLCompiler, **kw: Any) -> str:
+    digits = compiler.process(element.clauses, **kw)
+    type_ = element.type.dialect_impl(compiler.dialect)
+    if not isinstance(type_, BigInteger | Float):
+        return digits
+    return f"CAST({digits} AS {compiler.dialect.type_compiler_instance.process(type_)})"
+
+
+@compiles(_written_number, "sqlite")
+def _written_number_sqlite(element: _written_number, compiler: SQLCompiler, **kw: Any) -> str:
+    return compiler.process(element.clauses, **kw)
 
 
 @lru_cache(maxsize=None, typed=True)  # 1 is not 1.0
@@ -243,9 +309,9 @@ def exact_sum(name: str, value: ColumnElement[int]) -> list[Label[Any]]:
         ``high * 2**31 + low``, in the domain's units.
     """
     return [
-        func.count(value).label(f"{name}_count"),
+        count_of(value).label(f"{name}_count"),
         func.sum(value.bitwise_rshift(literal(_LOW_BITS, Integer))).label(f"{name}_high"),
-        func.sum(value.bitwise_and(_LOW_MASK)).label(f"{name}_low"),
+        func.sum(value.bitwise_and(literal(_LOW_MASK, BigInteger))).label(f"{name}_low"),
     ]
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import BigInteger, ColumnElement, Label, and_, case, func, liter
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
-from lynkr_store.functions import exact_sum, measured, scaled
+from lynkr_store.functions import count_of, exact_sum, measured, scaled
 from lynkr_store.models import ROLLUPS, TELEMETRY
 
 _HIGH_TIERS: Final = ("REASONING", "COMPLEX")
@@ -52,14 +52,16 @@ def of_a_row(
         "over_provisioned": case(
             (
                 and_(
-                    quality > literal(_HIGH_QUALITY),
+                    quality > literal(_HIGH_QUALITY, quality.type),
                     measured(row.output_tokens, COUNT) < literal(_FEW_TOKENS),
                     or_(*(row.tier == tier for tier in _HIGH_TIERS)),
                 ),
                 1,
             )
         ),
-        "under_provisioned": case((and_(quality < literal(_LOW_QUALITY), row.tier == "SIMPLE"), 1)),
+        "under_provisioned": case(
+            (and_(quality < literal(_LOW_QUALITY, quality.type), row.tier == "SIMPLE"), 1)
+        ),
     }
     for name in names:
         column = counted[name] if name in counted else scaled(row[name], SUMMED[name])
@@ -75,7 +77,7 @@ def of_rows(
         if name in SUMMED:
             yield from exact_sum(name, columns[name])
         else:
-            yield func.count(columns[name]).label(name)
+            yield count_of(columns[name]).label(name)
 
 
 def of_rollups(

@@ -10,7 +10,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Delete,
-    Float,
     Insert,
     Label,
     Select,
@@ -29,12 +28,13 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.types import NullType, TypeDecorator
+from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from lynkr_store.backend import Backend
+from lynkr_store.columns import Real
 from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.filters import RoutingFilter
-from lynkr_store.functions import each_id, inserting, measured, one_of, unindexed
+from lynkr_store.functions import as_real, each_id, inserting, measured, one_of, unindexed
 from lynkr_store.models import FAILED, LEDGER, PROGRESS, TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
 
@@ -395,10 +395,27 @@ def _within(shape: _Shape) -> Iterator[ColumnElement[bool]]:
     if shape.until:
         yield _t.timestamp < bindparam("until", type_=BigInteger)
     if shape.before is not None:
-        # another writer's odd timestamp is bound as it is
-        instant = bindparam("before_timestamp", type_=BigInteger if shape.before else NullType)
-        place = instant, bindparam("before_id", type_=BigInteger)
-        yield tuple_(_t.timestamp, _t.id) < tuple_(*place)
+        timestamp, type_ = _comparable_instant(shape.backend, whole=shape.before)
+        place = (
+            bindparam("before_timestamp", type_=type_),
+            bindparam("before_id", type_=BigInteger),
+        )
+        yield tuple_(timestamp, _t.id) < tuple_(*place)
+
+
+def _comparable_instant(
+    backend: Backend, *, whole: bool
+) -> tuple[ColumnElement[Any], TypeEngine[Any]]:
+    """The timestamp, and the type of a value that it is compared with: a whole number, or not."""
+    if whole:
+        return _t.timestamp, BigInteger()
+    match backend:
+        case Backend.SQLITE:  # which orders values of every kind, and binds each as it is
+            return _t.timestamp, NullType()
+        case Backend.POSTGRESQL:
+            return as_real(_t.timestamp), Real
+        case _:
+            assert_never(backend)
 
 
 def _matching(
@@ -415,5 +432,6 @@ def _matching(
             yield _t.was_fallback == literal(int(asked), BigInteger)
         else:
             side, _, measure = name.partition("_")
-            number, bound = measured(_t[measure], _BOUNDED[measure]), bindparam(name, type_=Float)
+            number = as_real(measured(_t[measure], _BOUNDED[measure]))
+            bound = bindparam(name, type_=Real)
             yield number >= bound if side == "min" else number <= bound

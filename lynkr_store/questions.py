@@ -174,7 +174,7 @@ def _of_provider(question: Question) -> list[ColumnElement[bool]]:
 
 
 def _provider() -> BindParameter[str]:
-    return bindparam("provider", type_=Text())
+    return bindparam("provider", type_=_t.provider.type)
 
 
 def _missing(end: str) -> ColumnElement[int]:

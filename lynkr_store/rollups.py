@@ -16,6 +16,7 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal,
     select,
 )
 
@@ -91,8 +92,7 @@ def lag() -> Select[*tuple[Any, ...]]:
 @cache
 def folded() -> Select[*tuple[Any, ...]]:
     """The watermark, without a hold on it."""
-    # written out, its digits alone are no 64-bit number to PostgreSQL
-    return select(func.coalesce(noted("folded"), cast(NOTHING, BigInteger)))
+    return select(func.coalesce(noted("folded"), literal(NOTHING, BigInteger)))
 
 
 def noted(name: str) -> ScalarSelect[int]:
@@ -117,7 +117,8 @@ def counts_of_quarter() -> Select[*tuple[Any, ...]]:
 
 def counts_in(name: str) -> tuple[ScalarSelect[int], ScalarSelect[int]]:
     """As `counts_of_quarter`, of the one from ``{name}_since`` to ``{name}_until``."""
-    known = select(func.coalesce(func.sum(ROLLUPS.c.requests), 0)).where(
+    requests = cast(func.coalesce(func.sum(ROLLUPS.c.requests), 0), BigInteger)
+    known = select(requests).where(
         ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == whole_number(f"{name}_since")
     )
     there = select(func.count()).select_from(TELEMETRY).where(*folded_in(name))

@@ -38,7 +38,7 @@ LEVELS = {
     "filters": 2,
     "settings": 2,
     "columns": 2,
-    "functions": 2,
+    "functions": 3,
     "forking": 2,
     "engine": 2.5,
     "adopt": 2,
