@@ -19,11 +19,11 @@ from sqlalchemy import (
     Text,
     column,
     insert,
-    inspect,
     select,
 )
 from sqlalchemy import table as sql_table
 
+from lynkr_store import catalogue
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
 
@@ -178,7 +178,7 @@ def note_adoption(connection: Connection, found: Found, now_ms: int) -> None:
 
 def adopted_revision(connection: Connection) -> str | None:
     """The revision whose objects were there when the database was adopted, if it was."""
-    if not inspect(connection).has_table(_ADOPTION.name):
+    if not catalogue.tables(connection, [_ADOPTION.name]):
         return None
     return connection.scalar(select(_ADOPTION.c.revision))
 
@@ -217,7 +217,7 @@ def refuse_while_the_gateway_writes(connection: Connection, revision: str) -> No
         for row in connection.execute(latest).mappings()
         for name in columns
     )
-    if wrote or (revision != "0002" and inspect(connection).has_table(_PINS)):
+    if wrote or (revision != "0002" and catalogue.tables(connection, [_PINS])):
         raise DowngradeRefused(
             f"this database was adopted, and the gateway seems to write what revision {revision} "
             "added: its INSERT would fail, and nothing was changed. Stop the gateway, then say "
@@ -227,16 +227,12 @@ def refuse_while_the_gateway_writes(connection: Connection, revision: str) -> No
 
 def _examine_postgresql(connection: Connection) -> None:
     """The gateway never made a PostgreSQL database, so whatever has our names is foreign."""
-    inspector = inspect(connection)
-    for table in (_TELEMETRY, _SAVINGS):
-        if inspector.has_table(table):
-            raise AdoptionRefused(
-                f"{table} is there without {VERSION_TABLE}, and the gateway makes SQLite files only"
-            )
-    for (_, table), indexes in inspector.get_multi_indexes().items():
-        for index in indexes:
-            if index["name"] in _INDEXES:
-                raise AdoptionRefused(f"the index {index['name']} sits on {table}")
+    for table in sorted(catalogue.tables(connection, (_TELEMETRY, _SAVINGS))):
+        raise AdoptionRefused(
+            f"{table} is there without {VERSION_TABLE}, and the gateway makes SQLite files only"
+        )
+    for index, table in catalogue.indexed_tables(connection, _INDEXES).items():
+        raise AdoptionRefused(f"the index {index} sits on {table}")
 
 
 def _examine_sqlite(connection: Connection) -> Found | None:

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from alembic import context, op
-from sqlalchemy import Column, Connection, TextClause, func, inspect, literal, select
+from sqlalchemy import Column, Connection, TextClause, literal, select
 from sqlalchemy import table as sql_table
 
+from lynkr_store import catalogue
 from lynkr_store.adopt import (
     adopted_revision,
     refuse_below_adopted,
@@ -27,9 +28,9 @@ _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
 
 def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
     """Add the columns that are missing."""
-    there: set[str] = set()
+    there: frozenset[str] = frozenset()
     if not context.is_offline_mode():
-        there = {column["name"] for column in inspect(op.get_bind()).get_columns(table)}
+        there = catalogue.column_names(op.get_bind(), table)
     for column in columns:
         if column.name not in there:
             op.add_column(table, column)
@@ -41,22 +42,14 @@ def create_indexes(table: str, indexes: Mapping[str, Sequence[str | TextClause]]
     An index of a table with rows can take long to build, and an upgrade holds the write lock:
     ``maintain()`` builds it afterwards.
     """
-    there: set[str | None] = set()
+    there: frozenset[str] = frozenset()
     if not context.is_offline_mode():
         if _has_rows(op.get_bind(), table):
             return
-        there = index_names(op.get_bind(), table)
+        there = catalogue.index_names(op.get_bind(), table)
     for name, columns in indexes.items():
         if name not in there:
             op.create_index(name, table, columns)
-
-
-def index_names(connection: Connection, table: str) -> set[str | None]:
-    """The names of a table's indexes, whoever made them and of whatever."""
-    if backend_of(connection) is Backend.SQLITE:  # Reflection warns of those on expressions.
-        listed = func.pragma_index_list(table).table_valued("name")
-        return set(connection.scalars(select(listed.c.name)))
-    return {index["name"] for index in inspect(connection).get_indexes(table)}
 
 
 def drop_columns(table: str, columns: Sequence[str]) -> None:
@@ -78,7 +71,7 @@ def drop_columns(table: str, columns: Sequence[str]) -> None:
 
 def has_table(table: str) -> bool:
     """Whether the table is there already; never in a script."""
-    return not context.is_offline_mode() and inspect(op.get_bind()).has_table(table)
+    return not context.is_offline_mode() and bool(catalogue.tables(op.get_bind(), [table]))
 
 
 def drop_table(table: str) -> None:

@@ -248,6 +248,8 @@ def _engine_options(
                 # a server that restarted, or a proxy that hung up, costs a retry and no error
                 "pool_pre_ping": True,
                 "execution_options": options_of(schema),
+                # which psycopg looks up by an operator that another role could have made
+                "use_native_hstore": False,
                 "connect_args": {
                     "connect_timeout": connect_timeout_s,
                     "options": " ".join(filter(None, parts)),

@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Final, assert_never
 
-from sqlalchemy import Connection, Engine, Index, MetaData, String, column, func, select, text
-from sqlalchemy import table as sql_table
+from sqlalchemy import Engine, Index, MetaData, func, select, text
 from sqlalchemy.schema import CreateIndex, DropIndex
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
 
-from lynkr_store import clock_check, folding, migrate, retention, rollups
+from lynkr_store import catalogue, clock_check, folding, migrate, retention, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S, PAUSE_S
 from lynkr_store.database import Database
@@ -280,27 +279,11 @@ def _build_concurrently(engine: Engine, built: list[str]) -> None:
         # its process is killed.
         while not connection.scalar(select(func.pg_try_advisory_lock(_TURN))):
             time.sleep(_POLL_S)
-        for name in _invalid_indexes(connection):
+        for name in catalogue.invalid_indexes(connection, [str(i.name) for i in INDEXES]):
             connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))
         for name in migrate.missing_indexes(connection):
             connection.execute(CreateIndex(_index(name, concurrently=True), if_not_exists=True))
             built.append(name)
-
-
-def _invalid_indexes(connection: Connection) -> list[str]:
-    """Our indexes that a concurrent build left unfinished."""
-    indexes = sql_table("pg_index", column("indexrelid"), column("indisvalid"))
-    classes = sql_table("pg_class", column("oid"), column("relname", String))
-    statement = (
-        select(classes.c.relname)
-        .join_from(indexes, classes, classes.c.oid == indexes.c.indexrelid)
-        .where(
-            indexes.c.indisvalid.is_(False),
-            classes.c.relname.in_([index.name for index in INDEXES]),
-            func.pg_table_is_visible(classes.c.oid),
-        )
-    )
-    return list(connection.scalars(statement))
 
 
 def _index(name: str, *, concurrently: bool = False) -> Index:

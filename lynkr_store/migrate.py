@@ -6,6 +6,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -16,14 +17,14 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, inspect
+from sqlalchemy import URL, Connection, Engine, MetaData, inspect
 from sqlalchemy.exc import SAWarning
 from sqlalchemy.schema import SchemaItem
 
+from lynkr_store import catalogue
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.backup import back_up, file_of
-from lynkr_store.ddl import index_names
 from lynkr_store.engine import create_store_engine, disposing, is_memory, parse_url
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
@@ -264,9 +265,46 @@ def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool =
 
 def drift(connection: Connection) -> list[str]:
     """The differences between the database's tables and this release's, in words; [] for none."""
-    context = MigrationContext.configure(connection, opts=options())
-    with comparing():
-        return [str(difference) for difference in compare_metadata(context, Base.metadata)]
+    with catalogue.sealed(connection, VERSION_TABLE) as (schema, _), comparing():
+        if schema is None:
+            context = MigrationContext.configure(connection, opts=options())
+            return [str(difference) for difference in compare_metadata(context, Base.metadata)]
+        with _without_default_schema(connection):
+            context = MigrationContext.configure(connection, opts=_options_in(schema))
+            return [str(each) for each in compare_metadata(context, _metadata_in(schema))]
+
+
+def _options_in(schema: str) -> dict[str, Any]:
+    """`options` for tables that are named with their schema."""
+
+    def is_ours(name: str | None, kind: str, parents: object) -> bool:
+        return name == schema if kind == "schema" else _is_ours(name, kind, parents)
+
+    own = {"include_schemas": True, "include_name": is_ours, "version_table_schema": schema}
+    return options() | own
+
+
+def _metadata_in(schema: str) -> MetaData:
+    """The store's tables in a schema."""
+    metadata = MetaData()
+    for table in Base.metadata.sorted_tables:
+        table.to_metadata(metadata, schema=schema)
+    return metadata
+
+
+@contextmanager
+def _without_default_schema(connection: Connection) -> Iterator[None]:
+    """Have Alembic take every schema by its name, also that which it would take for the default.
+
+    It leaves the name of that out, and asks for what is in the path, where nothing is.
+    """
+    shared = connection.dialect
+    connection.dialect = copy(shared)
+    connection.dialect.default_schema_name = None
+    try:
+        yield
+    finally:
+        connection.dialect = shared
 
 
 @contextmanager
@@ -280,9 +318,8 @@ def comparing() -> Iterator[None]:
 
 def missing_indexes(connection: Connection) -> list[str]:
     """Names of the store's indexes that the database lacks, on tables that it has."""
-    inspector = inspect(connection)
-    tables = [table for table in Base.metadata.tables if inspector.has_table(table)]
-    there = {name for table in tables for name in index_names(connection, table)}
+    tables = catalogue.tables(connection, Base.metadata.tables)
+    there = {name for table in tables for name in catalogue.index_names(connection, table)}
     return [
         str(index.name)
         for index in INDEXES

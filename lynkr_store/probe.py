@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, assert_never
 
-from sqlalchemy import Connection, func, inspect, select
+from sqlalchemy import Connection, Text, cast, func, select
 
-from lynkr_store import queries, revisions, rollups
+from lynkr_store import catalogue, queries, revisions, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.database import Database
 from lynkr_store.engine import backend_of
@@ -117,11 +117,11 @@ def _look(database: Database) -> Look:
             raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
     with database.connected(engine) as connection:
         revision = revisions.current(connection)
-        there = inspect(connection)
+        there = catalogue.tables(connection, (TELEMETRY.name, PROGRESS.name))
         oldest = lag = None
-        if there.has_table(TELEMETRY.name):
+        if TELEMETRY.name in there:
             oldest = connection.scalar(queries.oldest_timestamp())
-        if there.has_table(PROGRESS.name):
+        if PROGRESS.name in there:
             lag = connection.scalar(rollups.lag())
         size, free = _sizes(connection)
     return Look(revision, size, free, Reading().instant(oldest), lag)
@@ -137,8 +137,9 @@ def _sizes(connection: Connection) -> tuple[int, int | None]:
             )
             return page * pages, page * free
         case Backend.POSTGRESQL:
+            own = func.pg_catalog
             sizes = (
-                func.coalesce(func.pg_total_relation_size(func.to_regclass(table)), 0)
+                func.coalesce(own.pg_total_relation_size(own.to_regclass(cast(table, Text))), 0)
                 for table in Base.metadata.tables
             )
             return sum(connection.execute(select(*sizes)).one()), None

@@ -11,8 +11,10 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.script import Script, ScriptDirectory
 from alembic.script.revision import RangeNotAncestorError
-from sqlalchemy import Connection, delete, insert, inspect, select
+from sqlalchemy import Connection, column, delete, insert, select
+from sqlalchemy import table as sql_table
 
+from lynkr_store import catalogue
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.engine import require_supported
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind
@@ -20,6 +22,8 @@ from lynkr_store.models import NOTES
 from lynkr_store.version import __version__
 
 UPGRADE_COMMAND: Final = "lynkr-store upgrade"
+
+_APPLIED: Final = select(sql_table(VERSION_TABLE, column("version_num")).c.version_num)
 
 _NOTES_SINCE: Final = "0007"
 
@@ -71,8 +75,9 @@ def head() -> str:
 
 def current(connection: Connection) -> str | None:
     """The database's revision, or None where no revision of ours was applied."""
-    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-    return context.get_current_revision()
+    if not catalogue.tables(connection, [VERSION_TABLE]):
+        return None
+    return connection.execute(_APPLIED).scalar_one_or_none()
 
 
 def standing(connection: Connection) -> Standing:
@@ -87,7 +92,7 @@ def standing(connection: Connection) -> Standing:
     if revision is None or revision in _known():
         return Standing(revision, ahead=False)
     notes: dict[str, Any] = {}
-    if inspect(connection).has_table(NOTES.name):
+    if catalogue.tables(connection, [NOTES.name]):
         notes = {note.revision: note for note in connection.execute(select(NOTES))}
     below, rolling = revision, True
     while rolling and below not in _known():  # down the line, which may have a gap

@@ -6,12 +6,13 @@ library itself runs the upgrade.
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 from alembic import command, context
 from sqlalchemy import Connection
 
-from lynkr_store import ddl, migrate
-from lynkr_store.backend import Backend
+from lynkr_store import catalogue, ddl, migrate
+from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url
 from lynkr_store.exclusive import exclusively
 from lynkr_store.revisions import head, refuse_to_downgrade, standing
@@ -43,16 +44,22 @@ def _command() -> object:
     return asked[0] if asked else config.attributes.get("command")
 
 
-def _wants_head() -> bool:
+def _moves() -> bool:
+    """Whether the command applies revisions or takes them back."""
     try:
-        return context.get_revision_argument() == head()
-    except KeyError:  # no command that goes anywhere
+        context.get_revision_argument()
+    except KeyError:
         return False
+    return True
+
+
+def _wants_head() -> bool:
+    return context.get_revision_argument() == head() and _command() is not command.downgrade
 
 
 def _migrate(connection: Connection) -> None:
     stands = standing(connection)
-    if stands.ahead and _wants_head() and _command() is not command.downgrade:
+    if stands.ahead and _moves() and _wants_head():
         return  # in a rolling deploy the older replica finds a newer one's work, and goes on
     if _command() is command.downgrade:
         if stands.revision is None:
@@ -61,9 +68,23 @@ def _migrate(connection: Connection) -> None:
         to = context.get_revision_argument()
         undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
         ddl.refuse_early(connection, {script.revision for script in undone})
-    context.configure(connection=connection, **migrate.options())
-    with migrate.comparing(), context.begin_transaction():
-        context.run_migrations()
+    if not _moves():  # it looks, or compares, as a developer does
+        context.configure(connection=connection, **migrate.options())
+        with migrate.comparing(), context.begin_transaction():
+            context.run_migrations()
+        return
+    with catalogue.sealed(connection, VERSION_TABLE) as (version_table_schema, in_path):
+        # Alembic's own statements need no path, and the revisions do
+        for script in context.script.walk_revisions():
+            module: Any = script.module
+            module.upgrade, module.downgrade = in_path(module.upgrade), in_path(module.downgrade)
+        options = migrate.options()
+        options["on_version_apply"] = in_path(options["on_version_apply"])
+        context.configure(
+            connection=connection, version_table_schema=version_table_schema, **options
+        )
+        with migrate.comparing(), context.begin_transaction():
+            context.run_migrations()
 
 
 if context.is_offline_mode():

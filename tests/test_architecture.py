@@ -30,6 +30,7 @@ LEVELS = {
     "faults": 1,
     "lifecycle": 1,
     "search_path": 1,
+    "catalogue": 1,
     "cache": 2,
     "packing": 2,
     "ingest": 2,

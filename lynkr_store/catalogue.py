@@ -1,0 +1,141 @@
+"""What PostgreSQL's catalogue says of the store's tables, asked so that nobody else can answer.
+
+SQLAlchemy's own reflection compares names of the catalogue with VARCHAR, for which PostgreSQL has
+no operator of exactly these types: one that another role made in a schema of the path would be
+called, with this user's rights. Here every name is TEXT, and every function is the catalogue's.
+SQLite has no operators but its own, and is asked by SQLAlchemy.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import Connection, TextClause, func, inspect, select, text
+
+from lynkr_store.backend import Backend
+
+_Function = Callable[..., None]
+
+_TABLES: Final = text(
+    "SELECT relname FROM pg_catalog.pg_class "
+    "WHERE relname = ANY (CAST(:names AS TEXT[])) AND relkind IN ('r', 'p', 'v', 'm', 'f') "
+    "AND pg_catalog.pg_table_is_visible(oid)"
+)
+_OF_TABLE: Final = "CAST(pg_catalog.to_regclass(CAST(:table AS TEXT)) AS OID)"
+_COLUMNS: Final = text(
+    "SELECT attname FROM pg_catalog.pg_attribute "  # noqa: S608 - constants
+    f"WHERE attrelid = {_OF_TABLE} AND attnum > 0 AND NOT attisdropped"
+)
+_INDEXES: Final = text(
+    "SELECT relname FROM pg_catalog.pg_index "  # noqa: S608 - constants
+    "JOIN pg_catalog.pg_class ON pg_class.oid = indexrelid "
+    f"WHERE indrelid = {_OF_TABLE}"
+)
+_INDEXED_TABLES: Final = text(
+    "SELECT pg_class.relname, pg_table.relname FROM pg_catalog.pg_index "
+    "JOIN pg_catalog.pg_class ON pg_class.oid = indexrelid "
+    "JOIN pg_catalog.pg_class AS pg_table ON pg_table.oid = indrelid "
+    "WHERE pg_class.relname = ANY (CAST(:names AS TEXT[])) "
+    "AND pg_catalog.pg_table_is_visible(pg_class.oid)"
+)
+_INVALID_INDEXES: Final = text(
+    "SELECT relname FROM pg_catalog.pg_index "
+    "JOIN pg_catalog.pg_class ON pg_class.oid = indexrelid "
+    "WHERE NOT indisvalid AND relname = ANY (CAST(:names AS TEXT[])) "
+    "AND pg_catalog.pg_table_is_visible(pg_class.oid)"
+)
+_SCHEMA: Final = text(
+    "SELECT coalesce((SELECT nspname FROM pg_catalog.pg_class "  # noqa: S608 - constants
+    "JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace "
+    f"WHERE pg_class.oid = {_OF_TABLE}), pg_catalog.current_schema())"
+)
+_SET_PATH: Final = text("SELECT pg_catalog.set_config('search_path', CAST(:path AS TEXT), true)")
+_PATH: Final = text("SELECT pg_catalog.current_setting('search_path')")
+
+
+def _is_sqlite(connection: Connection) -> bool:
+    return connection.dialect.name == Backend.SQLITE
+
+
+def tables(connection: Connection, names: Collection[str]) -> frozenset[str]:
+    """Which of these tables and views are there."""
+    if _is_sqlite(connection):
+        there = inspect(connection)
+        return frozenset(name for name in names if there.has_table(name))
+    return _names(connection, _TABLES, names=list(names))
+
+
+def column_names(connection: Connection, table: str) -> frozenset[str]:
+    """The names of a table's columns."""
+    if _is_sqlite(connection):
+        return frozenset(column["name"] for column in inspect(connection).get_columns(table))
+    return _names(connection, _COLUMNS, table=table)
+
+
+def index_names(connection: Connection, table: str) -> frozenset[str]:
+    """The names of a table's indexes, whoever made them and of whatever."""
+    if _is_sqlite(connection):  # Reflection warns of those on expressions.
+        listed = func.pragma_index_list(table).table_valued("name")
+        return frozenset(connection.scalars(select(listed.c.name)))
+    return _names(connection, _INDEXES, table=table)
+
+
+def indexed_tables(connection: Connection, names: Collection[str]) -> dict[str, str]:
+    """To each of these indexes that is there the table it is of; PostgreSQL."""
+    found = connection.execute(_INDEXED_TABLES, {"names": list(names)})
+    return {row[0]: row[1] for row in found}
+
+
+def invalid_indexes(connection: Connection, names: Collection[str]) -> frozenset[str]:
+    """Which of these indexes a concurrent build left unfinished; PostgreSQL."""
+    return _names(connection, _INVALID_INDEXES, names=list(names))
+
+
+def _names(connection: Connection, statement: TextClause, **given: Any) -> frozenset[str]:
+    return frozenset(connection.scalars(statement, given))
+
+
+class Sealed(NamedTuple):
+    """A transaction that looks nowhere but in PostgreSQL's own catalogue; see `sealed`.
+
+    Attributes:
+        schema: The one in which a table is, or else would be made; None on SQLite.
+        in_path: Makes of a function one that runs in the path that was there before.
+    """
+
+    schema: str | None
+    in_path: Callable[[_Function], _Function]
+
+
+@contextmanager
+def sealed(connection: Connection, table: str) -> Iterator[Sealed]:
+    """PostgreSQL: leave every schema out of the path, for statements that are not the store's own.
+
+    Tables have to be named with their schema meanwhile. After an error the path stays as it is: the
+    transaction can only be rolled back.
+    """
+    if _is_sqlite(connection):
+        yield Sealed(None, lambda function: function)
+        return
+
+    def in_path(function: _Function) -> _Function:
+        @wraps(function)
+        def run(*args: Any, **options: Any) -> None:
+            with _path(connection, before):
+                function(*args, **options)
+
+        return run
+
+    schema: str | None = connection.scalar(_SCHEMA, {"table": table})
+    before: str = connection.execute(_PATH).scalar_one()
+    with _path(connection, "pg_catalog, pg_temp"):
+        yield Sealed(schema, in_path)
+
+
+@contextmanager
+def _path(connection: Connection, names: str) -> Iterator[None]:
+    before = connection.execute(_PATH).scalar_one()
+    connection.execute(_SET_PATH, {"path": names})
+    yield
+    connection.execute(_SET_PATH, {"path": before})
