@@ -6,6 +6,7 @@ called, with this user's rights. Here every name is TEXT, and every function is 
 SQLite has no operators but its own, and is asked by SQLAlchemy.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -50,6 +51,25 @@ _SCHEMA: Final = text(
     "JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace "
     f"WHERE pg_class.oid = {_OF_TABLE}), pg_catalog.current_schema())"
 )
+_FOREIGN_OWNERS: Final = text(
+    "WITH RECURSIVE own (role) AS ("
+    "SELECT oid FROM pg_catalog.pg_roles WHERE rolname = current_user "
+    "UNION SELECT roleid FROM pg_catalog.pg_auth_members JOIN own ON member = role"
+    "), trusted AS ("
+    "SELECT role FROM own "
+    "UNION SELECT oid FROM pg_catalog.pg_roles WHERE rolsuper OR rolname = 'pg_database_owner' "
+    "UNION SELECT datdba FROM pg_catalog.pg_database WHERE datname = current_database()"
+    "), tables AS ("
+    "SELECT relname, relowner, relnamespace FROM pg_catalog.pg_class "
+    "WHERE relname = ANY (CAST(:names AS TEXT[])) AND pg_catalog.pg_table_is_visible(oid)"
+    ") "
+    "SELECT 'table', relname, pg_catalog.pg_get_userbyid(relowner) FROM tables "
+    "WHERE relowner NOT IN (SELECT role FROM trusted) "
+    "UNION SELECT 'schema', nspname, pg_catalog.pg_get_userbyid(nspowner) FROM tables "
+    "JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace "
+    "WHERE nspowner NOT IN (SELECT role FROM trusted) "
+    "ORDER BY 1 DESC, 2"
+)
 _SET_PATH: Final = text("SELECT pg_catalog.set_config('search_path', CAST(:path AS TEXT), true)")
 _PATH: Final = text("SELECT pg_catalog.current_setting('search_path')")
 
@@ -90,6 +110,28 @@ def indexed_tables(connection: Connection, names: Collection[str]) -> dict[str, 
 def invalid_indexes(connection: Connection, names: Collection[str]) -> frozenset[str]:
     """Which of these indexes a concurrent build left unfinished; PostgreSQL."""
     return _names(connection, _INVALID_INDEXES, names=list(names))
+
+
+def foreign_owners(connection: Connection, names: Collection[str]) -> list[str]:
+    """Which roles own these tables, or the schema they are in, that this user need not trust.
+
+    It has to trust itself, the roles that it is a member of, superusers and the database's owner.
+    The owner of a table can read and change what is stored, and have a trigger run anything with
+    the rights of the user who stores it. Only PostgreSQL has owners.
+
+    Returns:
+        A line for each such role.
+    """
+    if _is_sqlite(connection):
+        return []
+    owned: defaultdict[str, list[str]] = defaultdict(list)
+    for kind, name, owner in connection.execute(_FOREIGN_OWNERS, {"names": list(names)}):
+        owned[owner].append(f"the {kind} {name}")
+    return [
+        f"the role {owner!r}, of which this user is not a member, owns {', '.join(what)}: it can "
+        "read and change what is stored. Is it the one that upgrades the schema?"
+        for owner, what in owned.items()
+    ]
 
 
 def _names(connection: Connection, statement: TextClause, **given: Any) -> frozenset[str]:

@@ -148,6 +148,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         behind = not ahead and revision != revisions.head()
         drift = [] if behind else migrate.drift(connection)
         missing = migrate.missing_indexes(connection)
+        foreign = migrate.foreign_owners(connection)
     good = not behind and not drift
     if as_json:
         _print_json(
@@ -157,6 +158,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
                 "head": revisions.head(),
                 "drift": drift,
                 "missing_indexes": missing,
+                "foreign_owners": foreign,
             }
         )
     else:
@@ -168,6 +170,8 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
             print(f"run {revisions.UPGRADE_COMMAND}")
         if missing:
             print(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
+        for owner in foreign:
+            print(owner)
     if not good:
         sys.exit(Exit.NO)
 

@@ -1,5 +1,6 @@
 """One database: its engine, opened on first use; where batches go."""
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -52,6 +53,8 @@ from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 from lynkr_store.turns import Away
+
+_log = logging.getLogger("lynkr_store")
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
@@ -219,6 +222,8 @@ class Database(Forkable):
             return
         try:
             with self.connected(self.engine) as connection:
+                if not self._opened_once and (foreign := migrate.foreign_owners(connection)):
+                    _log.warning("%s", " ".join(foreign))
                 revisions.require_head(connection)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:

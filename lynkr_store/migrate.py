@@ -18,7 +18,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script.revision import RevisionError
 from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, MetaData, inspect
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.schema import SchemaItem
 
 from lynkr_store import catalogue
@@ -36,6 +36,8 @@ from lynkr_store.settings import StoreSettings
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+_NOT_PERMITTED: Final = "42501"
 
 _turns: Final[dict[int, threading.Lock]] = {}
 
@@ -146,6 +148,11 @@ def upgrade(
         return copy
 
 
+def foreign_owners(connection: Connection) -> list[str]:
+    """Roles that own the store's tables and need not be trusted, in words; [] for none."""
+    return catalogue.foreign_owners(connection, (*Base.metadata.tables, VERSION_TABLE))
+
+
 def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> None:
     """`upgrade` of an engine that says itself which schema it works in."""
 
@@ -154,8 +161,23 @@ def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> 
             to = config(connection=connection, schema=schema_of(engine))
             _run(command.upgrade, to, revision)
 
-    with _alone(wait_s):
+    with _alone(wait_s), _permitted():
         exclusively(engine, body, wait_s)
+
+
+@contextmanager
+def _permitted() -> Iterator[None]:
+    """Say what to do where this user lacks a right."""
+    try:
+        yield
+    except DBAPIError as error:
+        if getattr(error.driver_exception, "sqlstate", None) != _NOT_PERMITTED:
+            raise
+        line = str(error.orig).partition("\n")[0]
+        raise SchemaError(
+            f"nothing was changed, for this user may not: {line}. Upgrade as the role that owns "
+            "the tables, or the schema that they are to be made in"
+        ) from None
 
 
 @contextmanager

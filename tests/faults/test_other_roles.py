@@ -1,10 +1,13 @@
-"""Other roles of a PostgreSQL database, and what they plant."""
+"""Other roles of a PostgreSQL database: what they plant, what they own, what rights they need."""
 
 import asyncio
+import logging
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import psycopg
@@ -21,6 +24,7 @@ from lynkr_store import (
     Cursor,
     RoutingFilter,
     RoutingRepository,
+    SchemaError,
     Store,
     StoreSettings,
     Window,
@@ -40,6 +44,7 @@ NOW = 1_750_000_000_000
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000
 SCHEMA = "telemetry"
+README = Path(__file__).parents[2] / "README.md"
 
 FILTERS = [
     *(
@@ -266,3 +271,96 @@ def test_nothing_that_another_role_planted_in_a_schema_of_the_stores_own_is_call
     plant(roles.url, SCHEMA, roles.names["other"], FEW_TYPES)
     with nothing_fails():
         everything(roles.urls["owner"], SCHEMA, monkeypatch)
+
+
+def rights() -> list[str]:
+    """The statements that the README gives."""
+    [block] = re.findall(r"(?ms)^```sql\n(.*?)^```", README.read_text())
+    lines = re.sub(r"--.*", "", block).split(";")
+    known = {"lynkr_owner": "{owner}", "lynkr_app": "{app}", "gateway": "{database}"}
+    return [
+        re.sub(r"lynkr_owner|lynkr_app|gateway", lambda found: known[found[0]], line.strip())
+        for line in lines
+        if line.strip() and not line.strip().startswith(("CREATE ROLE", "CREATE DATABASE"))
+    ]
+
+
+@pytest.mark.parametrize("roles", POSTGRES, indirect=True)
+def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgrade(roles, caplog):
+    roles.execute(*rights())
+    migrate.upgrade(roles.urls["owner"], "0008")
+    with pytest.raises(SchemaError, match=r"may not: permission denied .*public\. Upgrade as the"):
+        migrate.upgrade(roles.urls["app"])
+    migrate.upgrade(roles.urls["owner"])
+    with nothing_fails():
+        use_by_every_way(roles.urls["app"])
+        assert command(roles.urls["app"], "upgrade") == "at revision 0009\n"
+        for line in (("check",), ("health",), ("maintain",), ("cleanup", "--older-than", "30d")):
+            command(roles.urls["app"], *line)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("roles", POSTGRES, indirect=True)
+def test_a_foreign_owner_is_said_when_a_store_is_opened_and_by_check(roles, caplog):
+    """A role that may create in the schema was there first; by the release before nobody knew."""
+    roles.execute("GRANT CREATE ON SCHEMA public TO {other}")
+    migrate.upgrade(roles.urls["other"])
+    roles.execute(
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {app}",
+        database=roles.urls["other"],
+    )
+    caplog.set_level(logging.INFO, "lynkr_store")
+    with Store(roles.urls["app"]) as store:
+        store.record(provider="p")
+        assert store.flush(30)
+        assert store.query()
+    [said] = caplog.records
+    assert said.levelname == "WARNING"
+    other = roles.names["other"]
+    assert said.message.startswith(f"the role {other!r}, of which this user is not a member, owns ")
+    tables = [*(f"the table {name}" for name in sorted(migrate.Base.metadata.tables))]
+    assert all(table in said.message for table in [*tables, "lynkr_store_alembic_version"])
+    assert said.message in command(roles.urls["app"], "check")
+    assert f"owns the table {tables[0][10:]}" in command(roles.urls["app"], "check", "--json")
+
+
+OWNERS = {
+    "this user": "ALTER TABLE routing_telemetry OWNER TO {app}",
+    "a role of which it is a member": "GRANT {other} TO {app}",
+    "a role of a role of which it is a member": "GRANT {other} TO {owner}; GRANT {owner} TO {app}",
+    "the database's owner": "ALTER DATABASE {database} OWNER TO {other}",
+    "a superuser": "ALTER ROLE {other} SUPERUSER",
+}
+
+
+@pytest.mark.parametrize("roles", POSTGRES, indirect=True)
+@pytest.mark.parametrize("whose", OWNERS)
+def test_an_owner_that_has_to_be_trusted_is_not_said(roles, whose):
+    roles.execute(
+        "CREATE TABLE routing_telemetry (id bigint)",
+        "ALTER TABLE routing_telemetry OWNER TO {other}",
+    )
+    assert len(owners(roles.urls["app"])) == 1
+    roles.execute(OWNERS[whose])
+    assert owners(roles.urls["app"]) == []
+
+
+@pytest.mark.parametrize("roles", POSTGRES, indirect=True)
+def test_the_owner_of_the_schema_is_looked_at_too(roles):
+    roles.execute(
+        "CREATE SCHEMA {schema} AUTHORIZATION {other}",
+        "CREATE TABLE {schema}.routing_telemetry (id bigint)",
+        "ALTER TABLE {schema}.routing_telemetry OWNER TO {app}",
+        "GRANT USAGE ON SCHEMA {schema} TO {app}",
+    )
+    [said] = owners(roles.urls["app"], SCHEMA)
+    assert f"{roles.names['other']!r}, of which this user is not a member, owns the schema" in said
+    assert owners(roles.urls["app"]) == []  # it does not look there
+
+
+def owners(url: str, schema: str | None = None) -> list[str]:
+    engine = create_store_engine(url, schema=schema)
+    with engine.connect() as connection:
+        found = migrate.foreign_owners(connection)
+    engine.dispose()
+    return found
