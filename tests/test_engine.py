@@ -34,6 +34,7 @@ from lynkr_store import (
     UnsupportedDatabase,
     create_store_engine,
     database,
+    forking,
     migrate,
     render,
     upgrade,
@@ -678,6 +679,23 @@ def test_a_hosts_own_async_engine_is_used_and_left_open(backend, new_url):
         async with host.connect() as connection:  # not disposed
             assert await connection.scalar(text("SELECT count(*) FROM routing_telemetry")) == 2
         await host.dispose()
+
+    asyncio.run(main())
+
+
+def test_the_connections_of_an_async_store_end_before_a_fork(tmp_path):
+    """Which the lowest version of aiosqlite must be able to do outside of an event loop."""
+
+    async def main():
+        async with AsyncStore(f"sqlite:///{tmp_path}/t.db") as store:
+            assert await store.query() == []
+            guard = forking._guards[store._engine.dialect]
+            drivers = [record.driver_connection for record in guard._known]
+            guard.before_fork()
+            guard.after_fork_in_parent()
+            assert drivers
+            assert not [driver for driver in drivers if driver._thread.is_alive()]
+            assert await store.query() == []
 
     asyncio.run(main())
 
