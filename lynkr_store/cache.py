@@ -9,8 +9,8 @@ import inspect
 import threading
 import time
 from collections.abc import Awaitable, Callable, Hashable
-from concurrent.futures import Future
-from functools import wraps
+from functools import partial, wraps
+from queue import SimpleQueue
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import cachetools
@@ -47,7 +47,8 @@ class TTLCache(Forkable):
         if not ttl_s >= 0:
             raise ValueError("ttl_s: give seconds, 0 or more; 0 switches the cache off")
         self._off = ttl_s == 0
-        self._answers = _Answers(max_entries, ttl_s, timer)
+        self._empty = partial(_Answers, max_entries, ttl_s, timer)
+        self._answers = self._empty()
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
@@ -67,56 +68,71 @@ class TTLCache(Forkable):
             self._answers.clear()
             self._flights.clear()
 
-    def get_or_compute(self, key: Hashable, compute: Callable[[], _T]) -> _T:
-        """The kept answer, or the one computed now, by this thread or one that is at it."""
+    def get_or_compute(  # noqa: C901 - one block, so that no interruption falls between two
+        self, key: Hashable, compute: Callable[[], _T]
+    ) -> _T:
+        """The kept answer, or the one computed now, by this thread or one that is at it.
+
+        What interrupts a computation (KeyboardInterrupt, SystemExit) is its own thread's: those
+        who wait for it compute themselves.
+        """
         if self._off:
             return compute()
-        with self._lock:
-            answer = self._answers[key]
-            if answer is not _MISSING:
-                return cast("_T", answer)
-            flight: _Flight | None = self._flights.get(key)
-            leads = flight is None
-            if flight is None:
-                flight = self._flights[key] = _Flight(threading.get_ident())
-        if leads:
-            return self._lead(key, flight, compute)
-        if flight.leader == threading.get_ident():
-            return compute()  # asked again while computing: waiting would be for oneself
-        return cast("_T", flight.result())
+        own: _Flight | None = None
+        try:
+            while True:
+                with self._lock:
+                    answer = self._kept(key)
+                    if answer is not _MISSING:
+                        return cast("_T", answer)
+                    flight: _Flight | None = self._flights.get(key)
+                    if flight is None:
+                        own = flight = self._flights[key] = _Flight(threading.get_ident())
+                if flight is own:
+                    flight.answer = compute()
+                    self._land(key, key, flight, flight.answer)
+                    flight.end()
+                    return cast("_T", flight.answer)
+                if flight.leader == threading.get_ident():
+                    return compute()  # asked again while computing: waiting would be for oneself
+                flight.wait()
+                if flight.failure is not None:
+                    raise flight.failure  # noqa: TRY301 - who leads has handled it
+                if flight.answer is not _MISSING:
+                    return cast("_T", flight.answer)
+        except BaseException as error:
+            if own is not None:  # each step here may have been done before
+                self._land(key, key, own)
+                if own.answer is _MISSING and isinstance(error, Exception):
+                    own.failure = error
+                own.end()
+            raise
 
     async def get_or_await(self, key: Hashable, compute: Callable[[], Awaitable[_T]]) -> _T:
         """The kept answer, or the one computed now, by this task or one that is at it.
 
-        A caller that is cancelled leaves the computation to the others.
+        A caller that is cancelled leaves the computation to the others; where the computation is
+        cancelled, or something interrupts it, those who wait for it compute again.
         """
         if self._off:
             return await compute()
         # a future belongs to its loop: each has flights of its own
         place = (asyncio.get_running_loop(), key)
-        with self._lock:
-            answer = self._answers[key]
-            if answer is not _MISSING:
-                return cast("_T", answer)
-            task = self._flights.get(place)
-            if task is None:
-                task = asyncio.ensure_future(self._fly(key, place, compute))
-                task.add_done_callback(_look_at)
-                self._flights[place] = task
-        if task is asyncio.current_task():
-            return await compute()  # asked again while computing: waiting would be for oneself
-        return cast("_T", await asyncio.shield(task))
-
-    def _lead(self, key: Hashable, flight: "_Flight", compute: Callable[[], _T]) -> _T:
-        try:
-            answer = compute()
-        except BaseException as error:
-            self._land(key, key, flight)
-            flight.set_exception(error)
-            raise
-        self._land(key, key, flight, answer)
-        flight.set_result(answer)
-        return answer
+        while True:
+            with self._lock:
+                answer = self._kept(key)
+                if answer is not _MISSING:
+                    return cast("_T", answer)
+                task = self._flights.get(place)
+                if task is None:
+                    task = asyncio.ensure_future(self._fly(key, place, compute))
+                    task.add_done_callback(_look_at)
+                    self._flights[place] = task
+            if task is asyncio.current_task():
+                return await compute()  # asked again while computing: waiting would be for oneself
+            await asyncio.wait([task])
+            if not task.cancelled() and isinstance(task.exception(), Exception | None):
+                return cast("_T", task.result())
 
     async def _fly(
         self, key: Hashable, place: Hashable, compute: Callable[[], Awaitable[_T]]
@@ -128,13 +144,25 @@ class TTLCache(Forkable):
             self._land(key, place, asyncio.current_task(), answer)
         return cast("_T", answer)
 
+    def _kept(self, key: Hashable) -> Any:
+        try:
+            return self._answers[key]
+        except BaseException:
+            self._answers = self._empty()  # it may have been interrupted in the middle of a change
+            raise
+
     def _land(self, key: Hashable, place: Hashable, flight: object, answer: Any = _MISSING) -> None:
         """End a flight, and keep its answer unless `clear` came between."""
         with self._lock:
             if self._flights.get(place) is flight:
-                del self._flights[place]
-                if answer is not _MISSING:
-                    self._answers[key] = answer
+                try:
+                    if answer is not _MISSING:
+                        self._answers[key] = answer
+                except BaseException:
+                    self._answers = self._empty()
+                    raise
+                finally:
+                    del self._flights[place]
 
 
 class _Answers(cachetools.TTLCache[Hashable, Any]):
@@ -144,12 +172,33 @@ class _Answers(cachetools.TTLCache[Hashable, Any]):
         return _MISSING
 
 
-class _Flight(Future[Any]):
-    """A computation under way, and the thread that is at it."""
+class _Flight:
+    """A computation under way, and the thread that is at it.
+
+    Where it ended and there is neither `answer` nor `failure`, something interrupted it.
+    `threading.Event` does not do here: an exception that a signal handler raises in its `set` may
+    leave it locked.
+    """
 
     def __init__(self, leader: int) -> None:
-        super().__init__()
         self.leader = leader
+        self.answer: Any = _MISSING
+        self.failure: Exception | None = None
+        self._ended = False
+        self._wake: SimpleQueue[None] = SimpleQueue()  # holds one when it ended, or for nothing
+
+    def end(self) -> None:
+        """Let the others go on; may be called again."""
+        self._ended = True
+        self._wake.put(None)
+
+    def wait(self) -> None:
+        """Return when it ended."""
+        try:
+            while not self._ended:
+                self._wake.get()
+        finally:
+            self._wake.put(None)  # for the next who waits
 
 
 def _look_at(task: asyncio.Future[Any]) -> None:

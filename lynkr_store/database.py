@@ -45,6 +45,7 @@ from lynkr_store.files import Identity, identity_of
 from lynkr_store.forking import keep_out_of_children, path_of
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable
+from lynkr_store.log import say
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
@@ -53,8 +54,6 @@ from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 from lynkr_store.turns import Away
-
-_log = logging.getLogger("lynkr_store")
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
@@ -223,7 +222,7 @@ class Database(Forkable):
         try:
             with self.connected(self.engine) as connection:
                 if not self._opened_once and (foreign := migrate.foreign_owners(connection)):
-                    _log.warning("%s", " ".join(foreign))
+                    say(logging.WARNING, "%s", " ".join(foreign))
                 revisions.require_head(connection)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:

@@ -4,7 +4,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
+from types import NoneType
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -26,6 +27,16 @@ _CAUSES: Final = {
     "less_than_equal": "out_of_domain",
     "out_of_domain": "out_of_domain",
     "naive_datetime": "naive_datetime",
+}
+
+
+_FIELDS: Final = RoutingEvent.model_fields
+_PLAIN: Final = frozenset({str, int, float, bool, NoneType})
+_EXACT: Final[Mapping[type, Callable[[Any], Any]]] = {
+    str: str.__str__,
+    bool: bool,
+    int: int.__int__,
+    float: float.__float__,
 }
 
 
@@ -103,14 +114,32 @@ def checked(record: Mapping[str, Any] | RoutingEvent, stamp_ms: int) -> tuple[Ro
     if isinstance(record, RoutingEvent):
         # checked again: model_copy(update=…) and model_construct() check nothing
         earlier = record.mended
-        record = {k: v for k, v in vars(record).items() if k in RoutingEvent.model_fields}
+        record = {k: v for k, v in vars(record).items() if k in _FIELDS}
+    elif isinstance(record, Mapping) and len(record) > len(_FIELDS):
+        record = _with_one_unknown(record)
     event = RoutingEvent.model_validate(record)
-    row = vars(event).copy()
+    row = {name: _exact(value) for name, value in vars(event).items()}
     for name in FLAG_FIELDS:
         row[name] = flag_number(row[name])
     if row["timestamp"] is None:
         row["timestamp"] = stamp_ms
     return row, earlier + event.mended
+
+
+def _with_one_unknown(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record without its unknown names but the first: pydantic makes an error of each."""
+    unknown = (name for name in record if name not in _FIELDS)
+    known = (name for name in _FIELDS if name in record)
+    return {name: record[name] for name in chain(known, islice(unknown, 1))}
+
+
+def _exact(value: Any) -> Any:
+    """The same value of Python's own type: methods of a caller's class could fail anywhere."""
+    if type(value) not in _PLAIN:
+        for kind, exact in _EXACT.items():
+            if isinstance(value, kind):
+                return exact(value)
+    return value
 
 
 def complete(columns: Columns, policy: TextPolicy, new_id: Callable[[], str]) -> list[str]:
@@ -187,8 +216,10 @@ def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
     rows = list(zip(*(columns[name] for name in LONG_FIELDS), strict=True))
     for at, texts in enumerate(rows):
         try:
-            rows[at] = tuple(None if text is None else mend_text(redact(text))[0] for text in texts)
-        except Exception:  # noqa: BLE001 - the caller's own function
+            rows[at] = tuple(
+                None if text is None else str.__str__(mend_text(redact(text))[0]) for text in texts
+            )
+        except BaseException:  # noqa: BLE001 - the caller's own function; this thread goes on
             rows[at] = (None,) * len(texts)
             mended.append("redact_failed")
     columns.update(zip(LONG_FIELDS, zip(*rows, strict=True), strict=True))

@@ -1,52 +1,80 @@
 """The call site of the writer: takes a record in a few microseconds, waits for nobody.
 
 No lock stands in the way in. Threads that take turns at a lock hand each other the interpreter
-with it, and a call that took microseconds then takes hundreds of them. Each step here is instead
-one operation of a `collections.deque`, which is atomic: a place in the queue is a token taken from
-a deque of them, so rows and bytes have exact bounds without a shared counter.
+with it, and a call that took microseconds then takes hundreds of them. Instead a record takes its
+place and enters the queue in one call of C, in which neither another thread nor a signal handler
+can come between. So the bounds are exact, and an exception that a signal handler raises finds a
+record either queued, with its place, or not at all.
 
 A record waits as one MessagePack string beside its two texts. Packing it is one call in C, which
-copies what the caller could still change and says how many bytes it holds. Its parts stand in the
-queue one after the other: whatever held them together would be an object for Python's collector to
-follow, which took a fifth of a call.
+copies what the caller could still change and says how many bytes it holds.
 """
 
-import threading
+import gc
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum
 from itertools import repeat
+from mmap import mmap
 from operator import call, length_hint
+from os import SEEK_CUR
 from sys import getsizeof
+from types import FunctionType, ModuleType, NoneType
 from typing import Any, Final, NamedTuple
+from uuid import UUID
 
+import msgspec
 from ormsgpack import packb
 
 from lynkr_store.packing import AS_IT_IS, STAMP, Packed, packable, unpacked
-from lynkr_store.schemas import LONG_FIELDS
+from lynkr_store.schemas import RoutingEvent
 
 _RECORD_BYTES: Final = 256  # what a queued record costs, about, beside its fields
-_UNIT_BYTES: Final = 2_048  # bytes are counted in units, each a token
-_MOST_UNITS: Final = 2**20  # tokens cost 8 bytes each; larger queues have larger units
+_UNIT_BYTES: Final = 2_048  # bytes are counted in units
+_MOST_UNITS: Final = 2**20  # larger queues have larger units
 
 _MAX_DEPTH: Final = 50  # of containers in a record that is not packed
-_TOO_DEEP: Final = object()
+_MAX_PARTS: Final = 64  # of a number or name of a class that is not Python's own
 
-_bytes_of_text: Final = str.__sizeof__  # of a text alone: else a TypeError
+_bytes_of_text: Final = str.__sizeof__
 
-_COUNT_WAIT_S: Final = 0.1
-_REFUSED_UNCOUNTED: Final = 1_000
 _LARGE_BYTES: Final = 65_536  # few records of that size fill a queue before a batch is full
 _NEVER: Final = 2**62
 
-Queued = tuple[int, Any, Any, Any]
-"""A record that waits: its size in units, its fields packed (or, where they cannot be, an
-`_Unpacked`), its request and response text. Only the first is an int."""
-_PARTS: Final = 4
+_CAUSES: Final = ("queue_full", "closed", "deadline")
+
+_NOW: Final = (SEEK_CUR,)
+_END: Final = (2**62,)
+_second: Final[Any] = {}.get  # of its two arguments
+
+
+class Queued(msgspec.Struct, gc=False):
+    """A record that waits. It is nothing that Python's collector follows."""
+
+    units: int
+    """Its size."""
+    fields: Any
+    """Packed; or, where they cannot be, an `_Unpacked`."""
+    request: Any
+    response: Any
 
 
 class _Unpacked(NamedTuple):
     record: Any
     stamp_ms: int
+
+
+class _Never:
+    """Stands for a value that no field takes: a container of another kind, say."""
+
+
+_NEVER_VALID: Final = _Never()
+
+
+class _TooLargeError(Exception):
+    """A record is larger than the queue."""
 
 
 class Taken(NamedTuple):
@@ -63,7 +91,8 @@ class Intake:
         clock: The present in epoch milliseconds, for records that name no instant.
         max_rows: Records that may wait.
         max_bytes: Bytes of records that may wait, or that the writer has in hand.
-        ring: Called when as many records wait as `wake_at` says, or a large one came.
+        ring: Called when as many records wait as `wake_at` says, or a large one came. It may be
+            called again for the same record.
         after_close: Called when a record came in while the writer was closing; returns whether
             it will still be written.
 
@@ -86,22 +115,26 @@ class Intake:
         self._clock = clock
         self._ring = ring
         self._after_close = after_close
-        self._queue: deque[Any] = deque()  # the parts of a Queued, of the next one, …
         self._max_rows = max_rows
-        self._free_rows = deque(repeat(None, max_rows))
+        self._max_bytes = max_bytes
         self._unit = max(_UNIT_BYTES, -(-max_bytes // _MOST_UNITS))
-        self._max_units = max_bytes // self._unit
-        self._large = _LARGE_BYTES // self._unit
-        self._free_units = deque(repeat(None, self._max_units))
-        self._refused: deque[str] = deque()
-        self._refused_by: Counter[str] = Counter()
-        self._count_lock = threading.RLock()  # a signal handler may come back to it
-        self._counting = False
+        self._max_units = max(1, max_bytes // self._unit)
+        self._large = max(1, _LARGE_BYTES // self._unit)
+        self._queue: deque[Queued] = deque(maxlen=max_rows)  # insert() raises when it is full
+        # The position of this file counts the units in use. It is never read, and memory that is
+        # not written costs nothing. What counts is that one call of C takes any number of units or
+        # none (ValueError): no number of Python's can be changed so.
+        self._units = mmap(-1, self._max_units)
+        # Likewise these count: one call of C for each refusal.
+        self._refusals = {cause: repeat(None, _NEVER) for cause in _CAUSES}
+        # what submit() calls each time, found once
+        self._put = self._queue.insert
+        self._take_units: Any = self._units.seek
 
     def __len__(self) -> int:
-        return len(self._queue) // _PARTS
+        return len(self._queue)
 
-    def submit(self, record: Any) -> bool:  # noqa: C901 - a call more is a fiftieth of the time
+    def submit(self, record: Any) -> bool:  # noqa: C901, PLR0912 - a call more is 2 % of the time
         """Queue a record. Never raises, never waits.
 
         A dict becomes the writer's: the caller must not keep it. Containers in it are copied.
@@ -115,36 +148,41 @@ class Intake:
         try:
             if record.get("timestamp") is None:
                 record[STAMP] = self._clock()
-            request = record.pop("request_text", None)
-            response = record.pop("response_text", None)
+            # not by pop(): an interruption after it would lose a text
+            request, response = record.get("request_text"), record.get("response_text")
+            record["request_text"] = record["response_text"] = None
             packed: Any = packb(record, packable, AS_IT_IS)
             size = len(packed)
-            if request is not None:
+            if type(request) is str:
                 size += _bytes_of_text(request)
-            if response is not None:
+            elif request is not None:
+                raise TypeError  # noqa: TRY301 - a jump; a subclass may hold more than its text
+            if type(response) is str:
                 size += _bytes_of_text(response)
+            elif response is not None:
+                raise TypeError  # noqa: TRY301
         except Exception:  # noqa: BLE001 - an event, a part of another type, or its own methods
             packed, size = self._unpackable(record, request, response)
             request = response = None
         units = (_RECORD_BYTES + size) // self._unit + 1
-        if units > self._max_units:
+        queued = Queued(units, packed, request, response)
+        if len(self._queue) >= self._max_rows:
             return self._refuse("queue_full")
         try:
-            self._free_rows.pop()
-        except IndexError:
+            # one call of C: take the units, then put the record at the end
+            place = map(_second, map(self._take_units, (units,), _NOW), _END)
+            next(map(self._put, place, (queued,)))
+            if len(self._queue) >= self.wake_at or units > self._large:
+                self.wake_at = _NEVER
+                self._ring()
+        except ValueError:  # no room for so many units
             return self._refuse("queue_full")
-        wanted, take = repeat(None, units), self._free_units.pop
-        try:
-            for _ in wanted:
-                take()
-            self._queue.extend((units, packed, request, response))
-        except (IndexError, MemoryError) as error:
-            self.release(units - length_hint(wanted) - isinstance(error, IndexError))
-            self._free_rows.append(None)
+        except (IndexError, MemoryError):  # other threads took the last row, or there is no memory
+            self.release(units)
             return self._refuse("queue_full")
-        if len(self._queue) >= self.wake_at * _PARTS or units > self._large:
-            self.wake_at = _NEVER
+        except BaseException:  # from a signal handler: perhaps the record is queued
             self._ring()
+            raise
         if self.closed:  # since it was asked above
             return self._after_close()  # type: ignore[unreachable]
         return True
@@ -155,81 +193,70 @@ class Intake:
         records: list[Queued] = []
         units = 0
         while self._queue and len(records) < max_rows:
-            if records and units + self._queue[0] > most:
+            if records and units + self._queue[0].units > most:
                 break
-            try:
-                records.append(self._oldest())
-            except IndexError:
-                break  # there was only a torn one
-            units += records[-1][0]
-        self._free_rows.extend(repeat(None, len(records)))
+            records.append(self._queue.popleft())
+            units += records[-1].units
         return Taken(records, units)
 
     def release(self, units: int) -> None:
         """Give back the place of records that need no memory any more."""
-        self._free_units.extend(repeat(None, units))
+        try:
+            self._units.seek(-units, SEEK_CUR)
+        except ValueError:  # after memory ran out a few units may have been given back twice
+            self._units.seek(0)
 
     def is_half_full(self) -> bool:
         """Whether half of the rows or of the bytes are in use."""
-        rows, units = len(self), len(self._free_units)
-        return 2 * rows >= self._max_rows or 2 * units <= self._max_units
+        return 2 * len(self) >= self._max_rows or 2 * self._units.tell() >= self._max_units
 
     def refused(self) -> Counter[str]:
-        """Cause to number of records that were not taken, but for some that come next time."""
-        # whom a signal handler interrupted may hold the lock, and wait for the caller
-        if self._count_lock.acquire(timeout=_COUNT_WAIT_S):
-            try:
-                self._count()
-            finally:
-                self._count_lock.release()
-        return Counter(self._refused_by)
+        """Cause to number of records that were not taken, or that `refuse_queued` dropped."""
+        counts = {cause: _NEVER - length_hint(left) for cause, left in self._refusals.items()}
+        return +Counter(counts)
 
-    def _oldest(self) -> Queued:
-        # in C from end to end: a signal handler that empties the queue comes before or after
-        parts = tuple(map(call, repeat(self._queue.popleft, _PARTS)))
-        while type(parts[1]) is int or type(parts[2]) is int or type(parts[3]) is int:
-            # memory ran out in the middle of a record
-            torn = next(at for at in range(1, _PARTS) if type(parts[at]) is int)
-            parts = parts[torn:] + tuple(map(call, repeat(self._queue.popleft, torn)))
-        return parts
+    def refuse_queued(self, cause: str) -> int:
+        """Drop what waits; returns how many records that were.
+
+        Each is dropped and counted in one call of C, so a signal handler that raises in the middle
+        leaves none uncounted; who calls again goes on.
+        """
+        dropped = 0
+        one, count = (self._queue.popleft,), (self._refusals[cause],)
+        while self._queue:
+            queued, _ = next(zip(map(call, one), map(next, count), strict=True))
+            self.release(queued.units)
+            dropped += 1
+        return dropped
 
     def _unpackable(self, record: Any, request: Any, response: Any) -> tuple[_Unpacked, int]:
         """A record out of its owner's reach, or None for one that cannot be read, and its size."""
         try:
             stamp_ms = self._clock()
+            copy = _Copy(self._max_bytes)
             if type(record) is dict:
                 record.pop(STAMP, None)
-                record |= {"request_text": request, "response_text": response}
-                record, size = _copied(record)
+                if request is not None:
+                    record["request_text"] = request
+                if response is not None:
+                    record["response_text"] = response
+                record = copy.of(record)
             else:
-                record, size = _of_event(record)
+                record = _of_event(record, copy)
+        except _TooLargeError:
+            return _Unpacked(None, 0), self._max_bytes
         except Exception:  # noqa: BLE001 - the record's own methods, or a clock that failed
             return _Unpacked(None, 0), 0
-        return _Unpacked(record, stamp_ms), size
+        return _Unpacked(record, stamp_ms), copy.size
 
     def _refuse(self, cause: str) -> bool:
-        self._refused.append(cause)
-        if len(self._refused) > _REFUSED_UNCOUNTED and self._count_lock.acquire(blocking=False):
-            try:  # who finds the lock free counts for all; nobody waits
-                self._count()
-            finally:
-                self._count_lock.release()
+        next(self._refusals[cause])
         return False
-
-    def _count(self) -> None:
-        if self._counting:
-            return  # a signal handler came back in the middle
-        self._counting = True
-        try:
-            while self._refused:
-                self._refused_by[self._refused.popleft()] += 1
-        finally:
-            self._counting = False
 
 
 def as_packed(queued: Queued) -> Packed:
     """What was queued, but for its size; what stands for the fields may be no bytes."""
-    return queued[1:]
+    return queued.fields, queued.request, queued.response
 
 
 def as_submitted(queued: Queued) -> tuple[Any, int]:
@@ -237,44 +264,94 @@ def as_submitted(queued: Queued) -> tuple[Any, int]:
 
     Its containers are copies that no caller can reach. None is a record that cannot be read.
     """
-    _, packed, request, response = queued
-    if type(packed) is _Unpacked:
-        return packed
-    record = unpacked(packed)
+    if type(queued.fields) is _Unpacked:
+        return queued.fields
+    record = unpacked(queued.fields)
     stamp_ms = record.pop(STAMP, 0)
-    if request is not None:
-        record["request_text"] = request
-    if response is not None:
-        record["response_text"] = response
+    if queued.request is not None:
+        record["request_text"] = queued.request
+    if queued.response is not None:
+        record["response_text"] = queued.response
     return record, stamp_ms
 
 
-def _of_event(event: Any) -> tuple[Any, int]:
-    """What is queued of an event, and its size in bytes.
+def _of_event(event: Any, copy: "_Copy") -> Any:
+    """What is queued of an event.
 
-    An event that was checked holds no container; one that was not is the caller's all the same.
+    An event that was checked holds values of Python's own types; one that was not is copied.
     """
     values = vars(event)
-    if all(isinstance(values.get(name), str | None) for name in LONG_FIELDS):
-        return event, sum(map(getsizeof, values.values()))
-    return _copied({name: v for name, v in values.items() if name in type(event).model_fields})
+    if all(type(value) in _PLAIN for value in values.values()):
+        copy.add(sum(map(getsizeof, values.values())))
+        return event
+    return copy.of({name: values[name] for name in RoutingEvent.model_fields if name in values})
 
 
-def _copied(value: Any, depth: int = 0) -> tuple[Any, int]:
-    """A copy of nested containers that later changes do not reach, and its size in bytes.
+class _Copy:
+    """Copies nested containers, so that later changes do not reach them, and counts their bytes.
 
-    What is nested too deep, in itself perhaps, becomes a value that is rejected later.
+    Values of a type that no field takes are replaced by one that holds no memory, and is rejected
+    later; so is what is nested too deep, in itself perhaps.
+
+    Args:
+        max_bytes: A record of more is too large.
     """
-    if depth > _MAX_DEPTH:
-        return _TOO_DEEP, 0
-    size = getsizeof(value)
-    if isinstance(value, Mapping):
-        copy: Any = {}
-        for key, item in value.items():
-            copy[key], extra = _copied(item, depth + 1)
-            size += extra
-        return copy, size
-    if isinstance(value, list | tuple):
-        items = [_copied(item, depth + 1) for item in value]
-        return [item for item, _ in items], size + sum(extra for _, extra in items)
-    return value, size
+
+    def __init__(self, max_bytes: int) -> None:
+        self.size = 0
+        self._max_bytes = max_bytes
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """The copy.
+
+        Raises:
+            _TooLargeError: It has more bytes than are allowed.
+            Exception: A value's own methods fail.
+        """
+        kind = type(value)
+        if kind in _PLAIN:
+            self.add(getsizeof(value))
+            return value
+        if depth > _MAX_DEPTH:
+            return _NEVER_VALID
+        if isinstance(value, Mapping):
+            copy: Any = {
+                self.of(key, _MAX_DEPTH + 1): self.of(item, depth + 1)
+                for key, item in value.items()
+            }
+        elif isinstance(value, list | tuple):
+            copy = [self.of(item, depth + 1) for item in value]
+        else:
+            return self._single(value)
+        self.add(getsizeof(copy))
+        return copy
+
+    def add(self, size: int) -> None:
+        """Count bytes."""
+        self.size += size
+        if self.size > self._max_bytes:
+            raise _TooLargeError
+
+    def _single(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, Enum):  # the class holds it
+            return value
+        if kind is datetime:  # it may hold a zone of any class
+            return unpacked(packb(value, packable, AS_IT_IS))
+        if isinstance(value, _KEPT) or hasattr(kind, "__index__") or hasattr(kind, "__float__"):
+            parts, seen = [value], {id(value)}
+            for part in parts:
+                self.add(getsizeof(part))
+                for other in gc.get_referents(part):
+                    if not isinstance(other, _SHARED) and id(other) not in seen:
+                        seen.add(id(other))
+                        parts.append(other)
+                if len(parts) > _MAX_PARTS:
+                    return _NEVER_VALID
+            return value
+        return _NEVER_VALID
+
+
+_PLAIN: Final = frozenset({str, int, float, bool, NoneType, bytes})
+_KEPT: Final = (str, int, float, date, timedelta, UUID, Decimal)
+_SHARED: Final = (type, FunctionType, ModuleType)

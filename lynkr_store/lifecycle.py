@@ -12,10 +12,9 @@ from types import FrameType
 from typing import Any, Final
 
 from lynkr_store.exceptions import BadArgument
+from lynkr_store.log import say
 
 _MULTIPROCESSING_PRIORITY: Final = 100  # before multiprocessing closes what the store may need
-
-_log = logging.getLogger("lynkr_store")
 
 
 class Forkable:
@@ -74,7 +73,7 @@ class _Forks:
                 self._turn.acquire()
                 break
             except BaseException as error:  # noqa: BLE001 - of a signal handler; the fork goes on
-                _say(error)
+                _log_failure(error)
         told: list[Forkable] = []
         self._told.append(told)
         for part in self._alive():
@@ -106,11 +105,11 @@ def _tell(hook: Callable[[], None]) -> None:
     try:
         hook()
     except BaseException as error:  # noqa: BLE001 - Python would print it and fork all the same
-        _say(error)
+        _log_failure(error)
 
 
-def _say(error: BaseException) -> None:
-    _log.warning("a step of a fork failed: %s", type(error).__name__)
+def _log_failure(error: BaseException) -> None:
+    say(logging.WARNING, "a step of a fork failed: %s", type(error).__name__)
 
 
 def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
@@ -147,13 +146,23 @@ class SigtermHandler:
     Args:
         end: Called in the main thread.
 
+    As process 1 of a container a process does not end by a signal that it sends to itself: there
+    it exits with 143 where nothing was to run, as a shell says of a process that SIGTERM ended.
+
     Raises:
-        BadArgument: This is not the main thread, where Python handles signals.
+        BadArgument: This is not the main thread, where Python handles signals, or the handler that
+            is there is none of Python's.
     """
 
     def __init__(self, end: Callable[[], None]) -> None:
         self._end = end
         self._under_way = False
+        if signal.getsignal(signal.SIGTERM) is None:
+            raise BadArgument(
+                "handle_sigterm: the program that runs Python handles SIGTERM itself, and Python "
+                "could not call its handler; leave handle_sigterm off, and close the store where "
+                "that program says that it ends"
+            )
         try:
             self._previous: Any = signal.signal(signal.SIGTERM, self._handle)
         except ValueError:
@@ -165,7 +174,7 @@ class SigtermHandler:
         """Put the previous handler back, unless somebody has put another in front of this one."""
         if signal.getsignal(signal.SIGTERM) == self._handle:
             with contextlib.suppress(ValueError):  # not the main thread: it stays, and only chains
-                signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._under_way:  # a second signal does not wait for the first
@@ -176,3 +185,5 @@ class SigtermHandler:
         elif self._previous != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            if os.getpid() == 1:  # the system protects process 1 from its own signals
+                os._exit(128 + number)

@@ -18,6 +18,7 @@ from lynkr_store.exceptions import ClockAhead
 from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
 from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
+from lynkr_store.log import say
 from lynkr_store.models import INDEXES
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
@@ -35,8 +36,6 @@ _TURN: Final = ADVISORY_LOCK + 2
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
 _LEDGER_STEPS: Final = 10  # of 1,000 batches: as many as may be written from one time to the next
-
-_log = logging.getLogger("lynkr_store")
 
 
 def maintain(
@@ -63,7 +62,7 @@ def maintain(
             ).rows
     retained = retain(database, settings, clock, budget_s, trust_clock=trust_clock)
     if retained.retention_waits:
-        _log.warning("retention waits: %s", retained.retention_waits)
+        say(logging.WARNING, "retention waits: %s", retained.retention_waits)
     with translated(), database.connected(database.engine) as connection:
         lag = connection.scalar(rollups.lag()) or 0
     return MaintenanceReport(

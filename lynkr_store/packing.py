@@ -66,13 +66,25 @@ def packable(value: object) -> ormsgpack.Ext:
 
 
 def unpacked(packed: bytes) -> dict[str, Any]:
-    """The record, as it was."""
+    """The record, as it was; where it has more names than there are, with one of the unknown ones.
+
+    It is rejected for that one as for all of them, which could take many times the packed size.
+    """
+    if _names_of(packed) > len(_NAMES):
+        fields = msgspec.structs.asdict(_decode_known(packed))
+        return {k: v for k, v in fields.items() if v is not msgspec.UNSET} | {_UNKNOWN: None}
     record: dict[str, Any] = ormsgpack.unpackb(packed, ext_hook=_instant)
     return record
 
 
-def _instant(_: int, data: bytes) -> datetime:
-    return datetime.fromisoformat(data.decode())
+def _names_of(packed: bytes) -> int:
+    """How many names a packed record has, where that is more than 15; see MessagePack's map."""
+    width = {0xDE: 2, 0xDF: 4}.get(packed[0], 0)
+    return int.from_bytes(packed[1 : 1 + width])
+
+
+def _instant(_: int, data: bytes | memoryview) -> datetime:
+    return datetime.fromisoformat(bytes(data).decode())
 
 
 def plain_columns(records: Sequence[Packed]) -> tuple[Columns, list[int]]:
@@ -90,7 +102,7 @@ def plain_columns(records: Sequence[Packed]) -> tuple[Columns, list[int]]:
     for at, record in enumerate(records):
         try:
             rows.append(_plain_values(*record))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError, RecursionError, msgspec.MsgspecError):
             others.append(at)
     if not rows:
         return {}, others
@@ -108,6 +120,7 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
 
     Raises:
         ValueError: One must be mended, or is wrong.
+        MsgspecError: The same.
         TypeError: The same; or the record is not packed.
         RecursionError: JSON of it would be nested too deep.
     """
@@ -119,7 +132,7 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
     if instant is None:
         event.timestamp = event.stamp
     elif type(instant) is not int:
-        event.timestamp = instant_in_domain(_instant(instant.code, bytes(instant.data)))
+        event.timestamp = instant_in_domain(_instant(instant.code, instant.data))
     for name in JSON_FIELDS:
         if type(value := getattr(event, name)) not in _TEXT:
             setattr(event, name, encoded(value))
@@ -167,6 +180,16 @@ _Event: Final = msgspec.defstruct(
 )
 _NAMES: Final = _Event.__struct_fields__
 _decode: Final[Any] = msgspec.msgpack.Decoder(_Event).decode
+
+_Known: Final = msgspec.defstruct(
+    "_Known",
+    [
+        (name, Any, msgspec.field(default=msgspec.UNSET, name=STAMP if name == "stamp" else name))
+        for name in _NAMES
+    ],
+)
+_decode_known: Final[Any] = msgspec.msgpack.Decoder(_Known, ext_hook=_instant).decode
+_UNKNOWN: Final = "one of many"  # no field's
 
 _FLAGS: Final = {
     name: {None: flag_number(RoutingEvent.model_fields[name].default), 0: 0, 1: 1}

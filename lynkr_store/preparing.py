@@ -2,14 +2,67 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
 from lynkr_store.ingest import TextPolicy, cause_of, checked, complete
 from lynkr_store.intake import Queued, as_packed, as_submitted
 from lynkr_store.packing import plain_columns
-from lynkr_store.rows import Columns, Row
+from lynkr_store.rows import Columns, Gathering, Row
 from lynkr_store.schemas import RoutingEvent
+
+FAILED: Final = "failed"
+"""Why a record was rejected that could not be checked: memory ran out, say."""
+
+
+class Prepared(NamedTuple):
+    """What became of some records.
+
+    Attributes:
+        rejected: Cause to number of the records that are none.
+        mended: Cause to number of the values that were mended.
+    """
+
+    rejected: Counter[str]
+    mended: Counter[str]
+
+
+def prepare(
+    queued: Sequence[Queued], batch: Gathering, policy: TextPolicy, new_id: Callable[[], str]
+) -> Prepared:
+    """Add the rows of some records to a batch, in order.
+
+    Where that fails, whatever was raised, it is done again with each of them alone: so a record
+    that cannot be checked costs itself.
+
+    Args:
+        queued: The records, one or more.
+        batch: Where their rows go.
+        policy: What is kept of the texts.
+        new_id: Names a record that has no ``request_id``.
+    """
+    try:
+        return _added(queued, batch, policy, new_id)
+    except BaseException:  # noqa: BLE001 - a record's fault may be of any kind
+        all_of_them = Prepared(Counter(), Counter())
+        for one in queued:
+            try:
+                rejected, mended = _added([one], batch, policy, new_id)
+            except BaseException:  # noqa: BLE001
+                all_of_them.rejected[FAILED] += 1
+            else:
+                all_of_them.rejected.update(rejected)
+                all_of_them.mended.update(mended)
+        return all_of_them
+
+
+def _added(
+    queued: Sequence[Queued], batch: Gathering, policy: TextPolicy, new_id: Callable[[], str]
+) -> Prepared:
+    found = Prepared(Counter(), Counter())
+    batch.add(columns_of(queued, policy, new_id, *found))
+    return found
 
 
 def columns_of(
@@ -51,8 +104,12 @@ def _checked(queued: Queued, rejected: Counter[str], mended: Counter[str]) -> Ro
         row, causes = checked(*as_submitted(queued))
     except ValidationError as error:
         rejected[cause_of(error)] += 1
+    except MemoryError:
+        rejected[FAILED] += 1
     except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row
         rejected["wrong_type"] += 1
+    except BaseException:  # noqa: BLE001 - one that raises what no program should
+        rejected[FAILED] += 1
     else:
         mended.update(causes)
         return row

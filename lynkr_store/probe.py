@@ -16,6 +16,7 @@ from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.lifecycle import Forkable, without_sigterm
+from lynkr_store.log import words_of
 from lynkr_store.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.schemas import Reading
 
@@ -81,7 +82,7 @@ class Probe(Forkable):
                 try:
                     with without_sigterm():
                         thread.start()
-                except RuntimeError:  # no more threads
+                except (RuntimeError, MemoryError):  # no more threads
                     return
                 self._under_way, self._began = thread, time.monotonic()
             thread = self._under_way
@@ -103,8 +104,8 @@ class Probe(Forkable):
         try:
             with translated():
                 look = _look(self.database)
-        except Exception as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
-            error = f"{type(fault).__name__}: {fault}"
+        except BaseException as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
+            error = words_of(fault)
         self.last = Looked(time.monotonic(), look, error)
 
 

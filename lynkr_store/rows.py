@@ -76,20 +76,34 @@ class Gathering:
         self._values: list[Any] = []
 
     def add(self, columns: Columns) -> None:
-        """Add rows to the batch; few at a time are still in the processor's cache."""
+        """Add rows to the batch, or none where that fails.
+
+        Few at a time are still in the processor's cache.
+        """
         count = max(map(len, columns.values()), default=0)
         nothing = (None,) * count
         idle = columns.keys() - self._columns
         new = sorted(name for name in idle if columns[name].count(None) < count)
+        names, values = self._columns + new, self._values
         if new:
             more = (None,) * len(new)
             so_far = Rows(self._columns, self._values).tuples()
-            self._values = [value for one in so_far for value in (*one, *more)]
-            self._columns += new
-        used = (columns.get(name, nothing) for name in self._columns)
-        self._values += chain.from_iterable(zip(*used, strict=True))
+            values = [value for one in so_far for value in (*one, *more)]
+        used = (columns.get(name, nothing) for name in names)
+        added = list(chain.from_iterable(zip(*used, strict=True)))
+        values += added
+        self._columns, self._values = names, values
+
+    def rows(self) -> Rows:
+        """The batch, as far as it is."""
+        return Rows(self._columns, self._values)
+
+    def clear(self) -> None:
+        """Begin another batch; the rows of this one stay whose they are."""
+        self._values = []
 
     def take(self) -> Rows:
         """The batch; what is added next belongs to another."""
-        rows, self._values = Rows(self._columns, self._values), []
+        rows = self.rows()
+        self.clear()
         return rows

@@ -14,6 +14,11 @@ DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30
+_TIB: Final = 2**40
+_LEAST_QUEUE_BYTES: Final = 2_048  # one of the units that records are measured in
+_YEAR_S: Final = 366 * 86_400
+_MOST_STATEMENT_S: Final = 2_147_483  # PostgreSQL counts milliseconds in 32 bits; 0 is no limit
+_LEAST_SPOOL_BYTES: Final = 32_768  # five pages of 4,096 bytes are an empty spool's
 
 
 class TextSettings(BaseSettings):
@@ -61,21 +66,22 @@ class StoreSettings(TextSettings):
     None or ``""``: where the server puts it. From the environment: ``LYNKR_STORE_SCHEMA``."""
     upgrade_on_open: bool | None = None
     """Create, adopt and upgrade the schema on first use. Default: SQLite yes, PostgreSQL no."""
-    cache_ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    cache_ttl_s: Annotated[float, Field(ge=0, le=_YEAR_S, allow_inf_nan=False)] = 5.0
     """Seconds for which a statistic is answered from the cache; 0 switches it off."""
-    queue_max_rows: Annotated[int, Field(ge=1)] = 50_000
+    queue_max_rows: Annotated[int, Field(ge=1, le=10**9)] = 50_000
     """Records that may wait; the next one is dropped and counted."""
-    queue_max_bytes: Annotated[int, Field(ge=1)] = 64 * _MIB
-    """Bytes of records that may wait; one that does not fit is dropped and counted."""
-    batch_max_rows: Annotated[int, Field(ge=1)] = 1_000
+    queue_max_bytes: Annotated[int, Field(ge=_LEAST_QUEUE_BYTES, le=_TIB)] = 64 * _MIB
+    """Bytes of records that may wait; one that does not fit is dropped and counted. The least holds
+    one record of some hundred bytes."""
+    batch_max_rows: Annotated[int, Field(ge=1, le=10**9)] = 1_000
     """Records written in one transaction."""
-    flush_interval_s: Annotated[float, Field(gt=0, le=3600)] = 0.5
+    flush_interval_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 0.5
     """Seconds after which a batch is written even if it is not full."""
     spool_path: Path | None = None
     """A local file where batches wait while the database is away; None keeps them in memory."""
-    spool_max_bytes: Annotated[int, Field(ge=1)] = _GIB
+    spool_max_bytes: Annotated[int, Field(ge=_LEAST_SPOOL_BYTES, le=_TIB)] = _GIB
     """Size up to which one process fills its spool."""
-    spool_after_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    spool_after_s: Annotated[float, Field(ge=0, le=_YEAR_S, allow_inf_nan=False)] = 5.0
     """Seconds without the database after which batches enter the spool."""
     handle_sigterm: bool = False
     """Close the store on SIGTERM, then let the handler that was there before run."""
@@ -86,12 +92,14 @@ class StoreSettings(TextSettings):
     rollup_retention_days: Annotated[float, Field(gt=0, le=36_525)] = 400
     """Days for which roll-ups are kept of times whose rows retention has removed; while the rows
     are there, their roll-ups are too."""
-    maintenance_interval_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300
+    maintenance_interval_s: Annotated[float, Field(ge=0.001, le=_YEAR_S, allow_inf_nan=False)] = 300
     """Seconds from one time to the next that the store's own thread folds new rows into the
     roll-ups; 5,000 rows written make it fold sooner."""
-    connect_timeout_s: Annotated[int, Field(ge=1)] = 5
+    connect_timeout_s: Annotated[int, Field(ge=1, le=_YEAR_S)] = 5
     """Seconds to wait for a PostgreSQL server's answer to a new connection."""
-    statement_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    statement_timeout_s: Annotated[
+        float, Field(ge=0.001, le=_MOST_STATEMENT_S, allow_inf_nan=False)
+    ] = 30.0
     """Seconds after which PostgreSQL gives a statement up."""
     echo: bool = False
     """Log the statements, never their values, through SQLAlchemy's logger."""

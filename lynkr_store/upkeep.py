@@ -2,20 +2,20 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from lynkr_store.exceptions import LynkrStoreError
 from lynkr_store.lifecycle import Forkable, without_sigterm
+from lynkr_store.log import say, words_of
 
 WAKE_ROWS: Final = 10_000
 """Rows written after which the work is due, whatever the time: a statistic reads each of them."""
 
 _FINISH_S: Final = 0.2
-
-_log = logging.getLogger("lynkr_store")
+_AGAIN_S: Final = 0.1  # until the thread goes on that something ended
 
 
 class Upkeep(Forkable):
@@ -24,11 +24,18 @@ class Upkeep(Forkable):
     Args:
         work: What there is to do. It asks the function it is given, often, whether to stop.
         interval_s: Seconds from one time to the next.
+        note_restart: Told what ended the thread, which goes on.
     """
 
-    def __init__(self, work: Callable[[Callable[[], bool]], None], interval_s: float) -> None:
+    def __init__(
+        self,
+        work: Callable[[Callable[[], bool]], None],
+        interval_s: float,
+        note_restart: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
         self._work = work
-        self._interval_s = interval_s
+        self._interval_s = min(interval_s, threading.TIMEOUT_MAX)
+        self._note_restart = note_restart
         self._stopped = False
         self._begin()
 
@@ -47,7 +54,8 @@ class Upkeep(Forkable):
             if self._thread is not None or self._stopped:
                 return
             thread = threading.Thread(target=self._run, name="lynkr-store-upkeep", daemon=True)
-            with suppress(RuntimeError), without_sigterm():  # no more threads: then next time
+            # no more threads: then next time
+            with suppress(RuntimeError, MemoryError), without_sigterm():
                 thread.start()
                 self._thread = thread
 
@@ -76,6 +84,16 @@ class Upkeep(Forkable):
         self._begin()
 
     def _run(self) -> None:
+        while not self._stopped:
+            try:
+                self._work_on()
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the thread goes on
+                with suppress(BaseException):
+                    self._note_restart(error)
+                with suppress(BaseException):
+                    time.sleep(_AGAIN_S)
+
+    def _work_on(self) -> None:
         while True:
             with suppress(Empty):
                 self._bell.get(timeout=self._interval_s)
@@ -84,10 +102,8 @@ class Upkeep(Forkable):
             said = ""
             try:
                 self._work(lambda: self._stopped)
-            except Exception as error:  # noqa: BLE001 - this thread must go on
-                # another library's words may repeat a row
-                words = f": {error}" if isinstance(error, LynkrStoreError) else ""
-                said = f"{type(error).__name__}{words}"
-            if said and said != self._said and not self._stopped:
-                _log.warning("upkeep will be tried again: %s", said)
-            self._said = said
+            except Exception as error:  # noqa: BLE001 - it is tried again
+                said = words_of(error)
+            before, self._said = self._said, said
+            if said and said != before and not self._stopped:
+                say(logging.WARNING, "upkeep will be tried again: %s", said)

@@ -10,10 +10,12 @@ any fault, ``submitted + recovered == written + rejected + dropped + spooled + p
 """
 
 import logging
+import random
 import threading
 import time
 import uuid
 import weakref
+from _thread import start_new_thread
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,20 +23,13 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Final, Protocol
 
-from tenacity import (
-    RetryCallState,
-    RetryError,
-    Retrying,
-    retry_if_not_exception_type,
-    wait_random_exponential,
-)
-
 from lynkr_store.account import Account
-from lynkr_store.exceptions import BadArgument, LynkrStoreError, OutcomeUnknown, SpoolError
+from lynkr_store.exceptions import BadArgument, OutcomeUnknown, SpoolError
 from lynkr_store.ingest import TextPolicy, new_ids, taken_over
-from lynkr_store.intake import Intake
+from lynkr_store.intake import Intake, Queued
 from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
-from lynkr_store.preparing import columns_of
+from lynkr_store.log import say, words_of
+from lynkr_store.preparing import prepare
 from lynkr_store.rows import Gathering, Row
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
 from lynkr_store.turns import Away, Turns
@@ -50,6 +45,7 @@ _FIRST_RETRY_S: Final = 0.1  # the range of the first wait, doubled with each tr
 _LAST_RETRY_S: Final = 5.0  # and its cap, the most by which a recovery is noticed late
 _UNANSWERED_S: Final = 1.0  # a try that takes longer counts as a database away
 _THREADS: Final = 2
+_MOST_TRIES: Final = 3  # at the same records, where something ends the thread again and again
 _READY: Final = 14  # batches that may be ready, for when the sink has waited and the rest did not
 _SLICE_ROWS: Final = 64  # checked in half a millisecond
 _TICK_S: Final = 0.1  # how often the state of a delivery is looked at
@@ -57,10 +53,13 @@ _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool wha
 _SPOOL_AGAIN_S: Final = 1.0  # after the spool failed
 _LOG_EVERY_S: Final = 60.0  # one line a burst
 _REPORTED_FAULTS: Final = 16  # different ones in one outage
+_AGAIN_S: Final = 0.1  # until a thread that something ended goes on
+
+RESTARTED: Final = "thread_restarted"
+"""The cause under which `health` counts how often one of the store's threads had to go on anew, and
+what was lost by it."""
 
 _inherited: list[Spool] = []
-
-_log = logging.getLogger("lynkr_store")
 
 
 class Sink(Protocol):
@@ -84,10 +83,6 @@ class Sink(Protocol):
         ...
 
 
-class _GivenUp(Exception):
-    """The writer was closed before the sink was asked again."""
-
-
 @dataclass(eq=False)
 class _Batch:
     id: str
@@ -109,6 +104,20 @@ class _Batch:
     """An earlier try may have stored it."""
     settled: bool = False
     refused: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Preparation:
+    """Records that were taken from the queue, on their way to become a batch."""
+
+    records: list[Queued]
+    units: int
+    upto: int
+    next: int = 0
+    """The first record that was not looked at."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    mended: Counter[str] = field(default_factory=Counter)
+    tries: int = 0
 
 
 class Writer(Forkable):
@@ -153,6 +162,7 @@ class Writer(Forkable):
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._batch_rows = batch_rows
+        self._wake_rows = min(batch_rows, -(-max_rows // 2))
         self._interval_s = interval_s
         self._make_spool = spool
         self._spool_after_s = spool_after_s
@@ -184,6 +194,8 @@ class Writer(Forkable):
         self._delivery: _Batch | None = None
         self._ready: deque[_Batch] = deque()  # to be delivered next
         self._gathering = Gathering()
+        self._preparation: _Preparation | None = None
+        self._to_remove: deque[Entry] = deque()  # of the spool: they are accounted for
         self._new_id = new_ids().__next__
         self._taken = 0  # records ever taken from the queue, and how many of them are settled or
         self._settled = 0  # spooled: in order, so a flush waits for a number
@@ -193,8 +205,6 @@ class Writer(Forkable):
         self._started = False
         self._ended: set[str] = set()
         self._threads: dict[str, threading.Thread] = {}
-        self._found_rows = 0  # of the spool's, as far as they are in the account
-        self._lost_rows = 0
         self._asides_said = 0
         self._passed_over_said = 0
         self._faults_said: set[str] = set()
@@ -213,7 +223,7 @@ class Writer(Forkable):
                 try:
                     with without_sigterm():
                         thread.start()
-                except RuntimeError:  # no more threads: the next record tries again
+                except (RuntimeError, MemoryError):  # no more threads: the next record tries again
                     self._intake.wake_at = 1
                     return
                 self._started = True
@@ -224,12 +234,30 @@ class Writer(Forkable):
             if name in self._threads:
                 return  # a signal handler came between and started another
             self._threads[name] = threading.current_thread()
+        while not self._has_ended(body):
+            with suppress(BaseException), self._lock:
+                self._changed.wait_for(lambda: self._over, _AGAIN_S)
+        with self._lock:
+            self._ended.add(name)
+            self._changed.notify_all()
+
+    def _has_ended(self, body: Callable[[], None]) -> bool:
+        """Run a thread's body; False when something ended it before its time."""
         try:
             body()
-        finally:
-            with self._lock:
-                self._ended.add(name)
-                self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the thread goes on
+            with suppress(BaseException):
+                self.note_restart(error)
+            return False
+        return True
+
+    def note_restart(self, error: BaseException) -> None:
+        """Note that something ended one of the store's threads, which goes on."""
+        words = f"{RESTARTED}: {words_of(error)}"
+        with self._lock:
+            self._note_last(words)
+            self._account.faults_by[RESTARTED] += 1
+        say(logging.ERROR, "a thread of the store's own was ended and goes on: %s", words)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything submitted before is written, rejected, dropped or spooled.
@@ -243,7 +271,7 @@ class Writer(Forkable):
             self._hurry_to = max(self._hurry_to, target)
             if self._settled < target:
                 self._ring()
-            return self._freed.wait_for(lambda: self._settled >= target, timeout_s)
+            return self._freed.wait_for(lambda: self._settled >= target or self._over, timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Take no more records, write what is there, and spool or count what could not be.
@@ -288,8 +316,12 @@ class Writer(Forkable):
     def account(self) -> Account:
         """One consistent copy of the account."""
         with self._lock:
-            self._note_found()
             account = self._account.copy()
+            if self._spool:  # what it found of other processes', and lost
+                found, lost = self._spool.found_rows, self._spool.lost_rows
+                account.recovered += found
+                account.spooled += found - lost
+                account.dropped_by += Counter(spool_damaged=lost)
             refused = self._intake.refused()
             account.dropped_by += refused
             account.queued = len(self._intake)
@@ -327,68 +359,88 @@ class Writer(Forkable):
     # -- both threads --------------------------------------------------------------------------
 
     def _ring(self) -> None:
-        if len(self._threads) < _THREADS:
-            self.start()
+        """Wake the thread that prepares; the first record has it started.
+
+        Not here: an exception that a signal handler raises in the middle, in the main thread that
+        is, would leave locks of ours and of `threading` held.
+        """
         self._bell.put(None)
+        if len(self._threads) < _THREADS:
+            try:
+                start_new_thread(self._start_aside, ())
+            except (RuntimeError, MemoryError):  # no more threads: the next record tries again
+                self._intake.wake_at = 1
+
+    def _start_aside(self) -> None:
+        try:
+            self.start()
+        except BaseException as error:  # noqa: BLE001 - the next record tries again
+            self._intake.wake_at = 1
+            with suppress(BaseException):
+                self._note_fault(error)
 
     def _listen(self, timeout_s: float | None) -> None:
         """Wait for the bell, and take all its strokes."""
         with suppress(Empty):
-            self._bell.get(timeout=timeout_s)
+            self._bell.get(timeout=timeout_s and min(timeout_s, threading.TIMEOUT_MAX))
             while True:
                 self._bell.get_nowait()
 
-    def _note_found(self) -> None:
-        """Take what the spool found of other processes', and lost, into the account."""
-        if self._spool:
-            account, found, lost = self._account, self._spool.found_rows, self._spool.lost_rows
-            account.recovered += found - self._found_rows
-            account.spooled += found - self._found_rows - (lost - self._lost_rows)
-            if lost > self._lost_rows:
-                account.dropped_by["spool_damaged"] += lost - self._lost_rows
-            self._found_rows, self._lost_rows = found, lost
-
     def _note_fault(self, error: BaseException) -> None:
-        # another library's words may repeat the row
-        said = f": {error}" if isinstance(error, LynkrStoreError) else ""
-        words = f"{type(error).__name__}{said}"
+        words = words_of(error)
         with self._lock:
-            self._account.last_error = words
-            self._account.last_error_at = time.monotonic()
+            self._note_last(words)
             self._account.faults_by[type(error).__name__] += 1
             news = words not in self._faults_said and len(self._faults_said) < _REPORTED_FAULTS
             self._faults_said.add(words)
         if news:
-            _log.warning("records wait to be written: %s", words)
+            say(logging.WARNING, "records wait to be written: %s", words)
+
+    def _note_last(self, words: str) -> None:
+        self._account.last_error = words
+        self._account.last_error_at = time.monotonic()
 
     def _settle(self, batch: _Batch) -> None:
         """A batch is stored: move its records to where they ended."""
         with self._lock:
-            self._delivery = None
             account, count = self._account, len(batch.rows)
-            if batch.entry:
-                account.spooled -= count
-            elif batch.settled:  # close() gave it up before
+            if batch.settled and not batch.entry:  # close() gave it up before
+                self._delivery = None
                 return
+            refused = Counter(batch.refused)
+            rejected_by = account.rejected_by + refused
+            if batch.entry:
+                self._to_remove.append(batch.entry)
+                account.spooled -= count
             else:
                 account.in_hand -= count
-                self._free(batch)
+            self._delivery = None
             batch.settled = True
-            account.written += count - sum(batch.refused.values())
-            account.rejected_by.update(batch.refused)
+            account.written += count - refused.total()
+            account.rejected_by = rejected_by
+            if not batch.entry:
+                self._free(batch)
             recovered = bool(self._faults_said) and bool(batch.rows)
             if recovered:
                 self._faults_said.clear()
             self._changed.notify_all()
-        if recovered:
-            _log.info("records are written again")
-        if batch.entry and self._spool:
-            try:
-                self._spool.remove(batch.entry)
-            except SpoolError as error:
-                if not self._over:  # then the next process finds it in the ledger
-                    self._note_fault(error)
         self._bell.put(None)
+        self._remove_spooled()
+        if recovered:
+            say(logging.INFO, "records are written again")
+
+    def _remove_spooled(self) -> None:
+        """Remove from the spool what is accounted for, and may not be delivered once more."""
+        while self._spool and self._to_remove:
+            entry = self._to_remove.popleft()
+            try:
+                self._spool.remove(entry)
+            except SpoolError as error:  # the next process finds it in the ledger
+                if not self._over:
+                    self._note_fault(error)
+            except BaseException:
+                self._to_remove.append(entry)
+                raise
 
     def _free(self, batch: _Batch) -> None:
         """The batch needs no memory any more, and whoever flushes need not wait for it."""
@@ -399,9 +451,11 @@ class Writer(Forkable):
     # -- the thread that prepares --------------------------------------------------------------
 
     def _prepare_all(self) -> None:
+        with self._lock:
+            self._spooling = False
         self._open_spool()
-        while (batch := self._next_batch()) is not None:
-            self._place(batch)
+        while self._preparation or self._is_due():
+            self._place(self._prepared())
         while self._spool and not self._over and self._in_hand():
             self._relieve()  # close() may run out of time for them
             self._listen(_TICK_S)
@@ -409,8 +463,8 @@ class Writer(Forkable):
             self._prepared_all = True
             self._changed.notify_all()
 
-    def _next_batch(self) -> _Batch | None:
-        """Wait until a batch is due; None when the writer is closed and has none left."""
+    def _is_due(self) -> bool:
+        """Wait until a batch is due; False when the writer is closed and has none left."""
         intake, due_at = self._intake, None
         while True:
             self._relieve()
@@ -419,7 +473,7 @@ class Writer(Forkable):
             if not waiting:
                 due_at = None
                 if intake.closed:
-                    return None
+                    return False
             elif due_at is None:
                 due_at = now + self._interval_s
             if due_at is not None and (
@@ -429,43 +483,64 @@ class Writer(Forkable):
                 or self._hurry_to > self._taken
                 or now >= due_at
             ):
-                return self._taken_batch()
-            intake.wake_at = self._batch_rows if waiting else 1
+                return True
+            intake.wake_at = self._wake_rows if waiting else 1
             if len(intake) >= intake.wake_at:
                 continue  # meanwhile it came; nobody will ring
-            waits = [due_at - now] if due_at is not None else []
-            if self._spool and self._delivery:
-                waits.append(_TICK_S)
+            waits = []
+            if due_at is not None:
+                waits = [due_at - now, _TICK_S]  # nobody rings when half of the bytes are in use
+            elif self._spool and self._delivery:
+                waits = [_TICK_S]
             self._listen(min(waits, default=None))
 
-    def _taken_batch(self) -> _Batch:
+    def _prepared(self) -> _Batch:
+        """The next records as a batch; ones that something ended the thread with come first."""
+        work = self._preparation or self._taken_records()
+        work.tries += 1
+        if work.tries > _MOST_TRIES:
+            self._lose_rest(work)
+        while work.next < len(work.records):
+            with self._turns.second():
+                some = work.records[work.next : work.next + _SLICE_ROWS]
+                rejected, mended = prepare(some, self._gathering, self._policy, self._new_id)
+                rejected, mended = work.rejected + rejected, work.mended + mended
+                work.next, work.rejected, work.mended = work.next + len(some), rejected, mended
+        return _Batch(uuid.uuid4().hex, self._gathering.rows(), work.upto, work.units)
+
+    def _taken_records(self) -> _Preparation:
         with self._lock:
             records, units = self._intake.take(self._batch_rows, _BATCH_BYTES)
-            self._taken += len(records)
+            self._preparation = work = _Preparation(records, units, self._taken + len(records))
+            self._taken = work.upto
             self._account.in_hand += len(records)
-            upto = self._taken
-        rejected: Counter[str] = Counter()
-        mended: Counter[str] = Counter()
-        for at in range(0, len(records), _SLICE_ROWS):
-            with self._turns.second():
-                some = records[at : at + _SLICE_ROWS]
-                columns = columns_of(some, self._policy, self._new_id, rejected, mended)
-                self._gathering.add(columns)
+        return work
+
+    def _lose_rest(self, work: _Preparation) -> None:
+        """Count the records that ended the thread several times as lost, so that it goes on."""
         with self._lock:
+            left = len(work.records) - work.next
+            work.next = len(work.records)
             if not self._over:
-                self._account.in_hand -= rejected.total()
-                self._account.rejected_by.update(rejected)
-            self._account.mended_by.update(mended)
-        return _Batch(uuid.uuid4().hex, self._gathering.take(), upto, units)
+                self._account.in_hand -= left
+                self._account.dropped_by[RESTARTED] += left
 
     def _place(self, batch: _Batch) -> None:
         """Have the batch delivered in its turn; wait until there is room for another."""
         with self._lock:
-            if self._over:
-                return
-            self._ready.append(batch)
+            work, account = self._preparation, self._account
+            assert work  # noqa: S101 - the batch was made of it
+            rejected_by = account.rejected_by + work.rejected
+            mended_by = account.mended_by + work.mended
+            if not self._over:
+                self._ready.append(batch)
+                account.in_hand -= work.rejected.total()
+                account.rejected_by = rejected_by
+            account.mended_by = mended_by
+            self._preparation = None
+            self._gathering.clear()
             self._changed.notify_all()
-        while True:
+        while not self._over:
             self._relieve()
             self._report_losses()
             with self._lock:
@@ -529,8 +604,9 @@ class Writer(Forkable):
                     self._account.spooled += len(batch.rows)
                     entry = None
                 self._changed.notify_all()
-        if entry:  # it was stored, or given up, while it was on its way
-            spool.remove(entry)
+            if entry:  # it was stored, or given up, while it was on its way
+                self._to_remove.append(entry)
+        self._remove_spooled()
 
     def _open_spool(self) -> None:
         if not self._spool:
@@ -546,13 +622,13 @@ class Writer(Forkable):
     def _report_aside(self) -> None:
         assert self._spool  # noqa: S101 - who asks has one
         for path in self._spool.set_aside[self._asides_said :]:
-            _log.warning("a damaged spool was set aside: %s", path)
             self._asides_said += 1
+            say(logging.WARNING, "a damaged spool was set aside: %s", path)
         for error in self._spool.passed_over[self._passed_over_said :]:
-            _log.warning("a spool file was not used: %s", error)
             self._passed_over_said += 1
             with self._lock:
                 self._account.faults_by[type(error).__name__] += 1
+            say(logging.WARNING, "a spool file was not used: %s", error)
 
     def _report_losses(self, *, now: bool = False) -> None:
         """Log what was lost since the last line, at most one line a minute."""
@@ -565,7 +641,7 @@ class Writer(Forkable):
             if not fresh:
                 return
             self._lost_said, self._lost_said_at = lost, at
-        _log.warning("records lost, by cause: %s", dict(fresh))
+        say(logging.WARNING, "records lost, by cause: %s", dict(fresh))
 
     # -- the thread that delivers --------------------------------------------------------------
 
@@ -582,22 +658,26 @@ class Writer(Forkable):
 
     def _next_work(self) -> _Batch | Entry | None:
         """Wait for the oldest batch that is not stored, in the spool or in hand."""
-        with self._lock:
-            while not self._over:
-                if self._spooling:
-                    self._changed.wait()
+        while not self._over:
+            self._remove_spooled()
+            with self._lock:
+                if self._to_remove:
                     continue
-                if self._spool and (entry := self._spool.first()):
-                    self._note_found()
-                    return entry
-                if self._ready:
-                    batch = self._delivery = self._ready.popleft()
-                    batch.began = time.monotonic()
-                    self._bell.put(None)
-                    return batch
-                if self._prepared_all:
-                    return None
-                self._changed.wait()
+                if not self._spooling:
+                    if self._spool and (entry := self._spool.first()):
+                        return entry
+                    delivery = self._delivery
+                    if delivery and not delivery.entry and not delivery.settled:
+                        return delivery  # something ended this thread in the middle of it
+                    if self._ready:
+                        batch = self._delivery = self._ready.popleft()
+                        batch.began = time.monotonic()
+                        self._bell.put(None)
+                        return batch
+                    if self._prepared_all:
+                        return None
+                if not self._over:
+                    self._changed.wait()
         return None
 
     def _loaded(self, entry: Entry) -> _Batch | None:
@@ -610,7 +690,7 @@ class Writer(Forkable):
             self._spool.abandon(entry)
             self._report_aside()
             return None
-        now, asked = self._clock(), entry.attempted_at
+        now, asked = self._now_ms(), entry.attempted_at
         if (
             asked is not None
             and now - asked >= self._forget_after_ms
@@ -650,51 +730,52 @@ class Writer(Forkable):
     def _drop_spooled(self, entry: Entry, cause: str) -> None:
         assert self._spool  # noqa: S101 - the entry is from it
         with self._lock:
+            self._to_remove.append(entry)
             self._account.spooled -= entry.rows
             self._account.dropped_by[cause] += entry.rows
-        with suppress(SpoolError):
-            self._spool.remove(entry)
+        self._remove_spooled()
 
     def _deliver(self, batch: _Batch) -> bool:
         """Hand the batch to the sink until it is answered; False when it was given up."""
-        if not batch.rows:
-            return True
-        retrying = Retrying(
-            wait=wait_random_exponential(multiplier=_FIRST_RETRY_S, max=_LAST_RETRY_S),
-            stop=lambda _: self._over,
-            sleep=self._rest,
-            after=self._after_failure,
-            retry=retry_if_not_exception_type(_GivenUp),
-        )
-        try:
-            retrying(self._ask, batch)
-        except (RetryError, _GivenUp):
-            return False
+        wait_s = _FIRST_RETRY_S
+        while batch.rows:
+            try:
+                if not self._ask(batch):
+                    return False
+            except BaseException as error:  # noqa: BLE001 - nothing ends the batch but an answer
+                batch.failed = True
+                self._note_fault(error)
+            else:
+                break
+            self._bell.put(None)
+            self._rest(random.uniform(0, wait_s))  # noqa: S311 - so that stores do not keep step
+            wait_s = min(2 * wait_s, _LAST_RETRY_S)
         return True
 
-    def _ask(self, batch: _Batch) -> None:
+    def _ask(self, batch: _Batch) -> bool:
+        """Hand the batch to the sink; False when the writer was closed before."""
+        if batch.asked_ms is None:
+            batch.asked_ms = self._now_ms()
         with self._lock:
             if self._over:
-                raise _GivenUp
-            if batch.asked_ms is None:
-                batch.asked_ms = self._clock()
+                return False
             batch.asking = True
         try:
             with self._turns.first():
                 batch.refused = self._sink.write(batch.id, batch.rows, self._turns.away)
-        except OutcomeUnknown:
-            batch.unsure = True
+        except BaseException as error:
+            batch.unsure |= isinstance(error, OutcomeUnknown) or not isinstance(error, Exception)
             raise
         finally:
             batch.asking = False
+        return True
 
-    def _after_failure(self, state: RetryCallState) -> None:
-        error = state.outcome and state.outcome.exception()
-        batch = state.args[0]
-        batch.failed = True
-        if error:
+    def _now_ms(self) -> int:
+        try:
+            return self._clock()
+        except BaseException as error:  # noqa: BLE001 - the host's own; a batch needs none
             self._note_fault(error)
-        self._bell.put(None)
+            return time.time_ns() // 10**6
 
     def _rest(self, seconds: float) -> None:
         with self._lock:
@@ -703,25 +784,29 @@ class Writer(Forkable):
     # -- the end -------------------------------------------------------------------------------
 
     def _give_up(self) -> None:
-        """Count what is not settled as dropped, once; nothing is pending afterwards."""
-        if self._over:
-            return
+        """Count what is not settled as dropped; nothing is pending afterwards.
+
+        An exception that a signal handler raises in the middle leaves the account right: who calls
+        again goes on. Such a handler comes after a call and before no assignment, so lines without
+        a call are done together.
+        """
         self._over = True
         account, delivery = self._account, self._delivery
+        self._intake.refuse_queued("deadline")
+        dropped_by = Counter(account.dropped_by)
+        left = account.in_hand
+        given_up = [batch for batch in (delivery, *self._ready) if batch and not batch.entry]
         if delivery and not delivery.entry and not delivery.settled:
             cause = "outcome_unknown" if delivery.asking or delivery.unsure else "deadline"
-            account.dropped_by[cause] += len(delivery.rows)
-            account.in_hand -= len(delivery.rows)
-            delivery.settled = True
-        left = len(self._intake.take(self._max_rows, 2**62).records)
-        self._taken += left
-        lost = account.in_hand + left
-        if lost:
-            account.dropped_by["deadline"] += lost
-        account.in_hand = 0
-        while self._ready:
-            self._ready.popleft().settled = True
+            dropped_by[cause] += len(delivery.rows)
+            left -= len(delivery.rows)
+        if left:
+            dropped_by["deadline"] += left
+        account.dropped_by, account.in_hand = dropped_by, 0
+        for batch in given_up:
+            batch.settled = True
         self._settled = self._taken
+        self._ready.clear()
         self._freed.notify_all()
         self._changed.notify_all()
         self._bell.put(None)
@@ -729,15 +814,7 @@ class Writer(Forkable):
     def _after_close(self) -> bool:
         """Whether a record that came in while the writer was closing will still be written."""
         with self._lock:
-            if not self._over:
-                return True
-            late = len(self._intake.take(self._max_rows, 2**62).records)
-            self._taken += late
-            self._settled += late
-            self._freed.notify_all()
-            if late:
-                self._account.dropped_by["closed"] += late
-            return not late
+            return not (self._over and self._intake.refuse_queued("closed"))
 
 
 def _closing(writer: Writer) -> Callable[[], None]:

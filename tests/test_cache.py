@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import sys
 import threading
 import time
 
@@ -10,7 +11,8 @@ import pytest
 from sqlalchemy import event
 
 from lynkr_store import AsyncStore, Store
-from lynkr_store.cache import TTLCache, cached
+from lynkr_store.cache import TTLCache, _Flight, cached
+from tests.support.stores import eventually
 
 
 class Clock:
@@ -49,6 +51,12 @@ class Asked:
         if key == "fails":
             raise LookupError(key)
         return None if key == "none" else (self.computed, key)
+
+
+def waits(thread):
+    """Whether a thread waits for another's computation."""
+    frame = sys._current_frames().get(thread.ident)
+    return frame is not None and frame.f_code is _Flight.wait.__code__
 
 
 def test_an_answer_is_kept_until_its_time_is_over():
@@ -175,9 +183,7 @@ def test_threads_that_wait_for_a_failure_get_it_and_the_next_tries_again():
     assert started.wait(5)
     waiter = threading.Thread(target=ask, args=[lambda: "never"])
     waiter.start()
-    [flight] = cache._flights.values()
-    while not flight._condition._waiters:  # until it waits
-        time.sleep(0.001)
+    eventually(lambda: waits(waiter))
     release.set()
     leader.join(5)
     waiter.join(5)

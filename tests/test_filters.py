@@ -1,11 +1,13 @@
 """Filters, windows, settings: bad values are named, with the remedy."""
 
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from pydantic import ValidationError
 
-from lynkr_store import RoutingFilter, StoreSettings, Window
+from lynkr_store import RoutingFilter, Store, StoreSettings, Window
+from tests.support.stores import eventually
 
 NAIVE = datetime(2026, 1, 1)  # noqa: DTZ001
 
@@ -102,11 +104,104 @@ def test_an_argument_wins_over_the_environment_and_that_over_the_default(monkeyp
         ("connect_timeout_s", 0),
         ("statement_timeout_s", 0),
         ("unheard_of", 1),
+        ("cache_ttl_s", 1e10),
+        ("queue_max_rows", 10**10),
+        ("queue_max_bytes", 1),
+        ("queue_max_bytes", 2_047),
+        ("queue_max_bytes", 2**41),
+        ("batch_max_rows", 10**10),
+        ("spool_max_bytes", 20_480),
+        ("spool_max_bytes", 2**63),
+        ("spool_after_s", 1e300),
+        ("maintenance_interval_s", 1e10),
+        ("maintenance_interval_s", 1e-9),
+        ("connect_timeout_s", 10**12),
+        ("statement_timeout_s", 1e-4),
+        ("statement_timeout_s", 1e7),
+        *(
+            (name, value)
+            for name in (
+                "cache_ttl_s",
+                "flush_interval_s",
+                "spool_after_s",
+                "retention_days",
+                "text_retention_days",
+                "rollup_retention_days",
+                "maintenance_interval_s",
+                "statement_timeout_s",
+            )
+            for value in (float("inf"), float("nan"))
+        ),
     ],
 )
 def test_bad_options_are_named(name, value):
     with pytest.raises(ValidationError, match=name):
         StoreSettings(**{name: value})
+
+
+ENDS = {
+    "cache_ttl_s": (0, 5e-324, 31_622_400),
+    "queue_max_rows": (1, 10**9),
+    "queue_max_bytes": (2_048, 2**40),
+    "batch_max_rows": (1, 10**9),
+    "flush_interval_s": (5e-324, 3_600),
+    "text_max_chars": (0, 10**30),
+    "spool_max_bytes": (32_768, 2**40),
+    "spool_after_s": (0, 31_622_400),
+    "retention_days": (5e-324, 36_525),
+    "text_retention_days": (5e-324, 36_525),
+    "rollup_retention_days": (5e-324, 36_525),
+    "maintenance_interval_s": (0.001, 31_622_400),
+    "connect_timeout_s": (1, 31_622_400),
+    "statement_timeout_s": (0.001, 2_147_483),
+}
+
+
+def test_the_ends_of_every_number_are_known():
+    fields = StoreSettings.model_fields.items()
+    numbers = {n for n, field in fields if re.search(r"\b(int|float)\b", repr(field.annotation))}
+    assert numbers == ENDS.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, ends in ENDS.items() for v in ends])
+def test_a_store_works_at_the_ends_of_every_number(tmp_path, name, value):
+    options = {"spool_path": tmp_path / "spool.db", name: value}
+    settings = StoreSettings(url=f"sqlite:///{tmp_path}/telemetry.db", **options)
+    with Store(settings=settings) as store:
+        for text in ("a", None):
+            assert store.record(provider="p", request_text=text)
+            assert store.flush(30)
+        store.get_stats()
+        store.maintain()
+        health = store.health()
+        assert (health.written, health.rejected, health.dropped) == (2, 0, 0)
+        assert not health.faults_by
+
+
+def test_postgres_takes_the_largest_timeouts(postgres_url):
+    most = {name: ENDS[name][1] for name in ("connect_timeout_s", "statement_timeout_s")}
+    with Store(settings=StoreSettings(url=postgres_url, **most)) as store:
+        with store.engine.connect() as connection:
+            shown = connection.exec_driver_sql("SHOW statement_timeout").scalar_one()
+        assert shown == "2147483s"
+
+
+def test_a_full_small_queue_is_written_before_its_interval(tmp_path):
+    settings = StoreSettings(
+        url=f"sqlite:///{tmp_path}/telemetry.db", flush_interval_s=3_600, queue_max_rows=10
+    )
+    with Store(settings=settings) as store:
+        store.record(provider="p")
+        for _ in range(9):
+            store.record(provider="p")
+        eventually(lambda: store.health().written >= 10)
+    settings = StoreSettings(
+        url=f"sqlite:///{tmp_path}/telemetry.db", flush_interval_s=3_600, queue_max_bytes=20_480
+    )
+    with Store(settings=settings) as store:
+        for _ in range(6):
+            store.record(provider="p")
+        eventually(lambda: store.health().written >= 6)
 
 
 def test_settings_do_not_show_the_url():

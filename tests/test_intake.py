@@ -1,18 +1,26 @@
 """The call site of the writer: exact bounds, exact counts, and records that fight back."""
 
+import array
 import enum
+import gc
 import threading
+import tracemalloc
 import uuid
 from collections import Counter, deque
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lynkr_store import RoutingEvent
+from lynkr_store.ingest import TextPolicy
 from lynkr_store.intake import Intake, as_submitted
+from lynkr_store.preparing import prepare
+from lynkr_store.rows import Gathering
 
 UNIT = 2_048
 """Bytes that one place of a small queue stands for."""
@@ -161,12 +169,14 @@ def test_containers_count_what_they_hold(name, wrap):
     assert intake.submit({"provider": "p", name: wrap("x" * 10 * UNIT for _ in range(1))})
 
 
-def test_refusals_are_flattened_and_counted_exactly():
+def test_refusals_cost_no_memory_and_are_counted_exactly():
     intake = intake_of(rows=1)
     intake.submit({"provider": "p"})
+    tracemalloc.start()
     for _ in range(10_000):
         assert not intake.submit({"provider": "p"})
-        assert len(intake._refused) <= 1_001, "a refusal costs no memory"
+    assert tracemalloc.get_traced_memory()[0] < 4_096, "a refusal costs no memory"
+    tracemalloc.stop()
     intake.closed = True
     for _ in range(10):
         assert not intake.submit({"provider": "p"})
@@ -189,7 +199,6 @@ def test_refusals_are_counted_exactly_with_eight_threads_and_somebody_who_asks()
     asker.join(60)
     assert seen == sorted(seen), "a count never goes back"
     assert intake.refused() == {"queue_full": 40_000}
-    assert len(intake._refused) == 0
 
 
 def test_an_answer_about_refusals_is_the_callers_own():
@@ -407,55 +416,42 @@ def test_half_full_is_half_of_the_rows_or_of_the_bytes():
     assert units.is_half_full() is False
 
 
-def test_a_huge_bound_costs_little_memory():
-    intake = Intake(lambda: NOW, 10, 2**40, ring=Bell(), after_close=lambda: False)
-    assert len(intake._free_units) <= 2**20
+def test_a_huge_bound_costs_nothing_until_records_come():
+    tracemalloc.start()
+    intake = Intake(lambda: NOW, 10**9, 2**40, ring=Bell(), after_close=lambda: False)
+    assert tracemalloc.get_traced_memory()[0] < 16_384
+    tracemalloc.stop()
+    assert intake._max_units <= 2**20
     assert intake.submit({"provider": "p", "request_text": "x" * 10**6})
     assert intake.refused() == {}
 
 
-def test_a_signal_handler_may_ask_in_the_middle_of_a_count():
-    class Interrupted(type(intake_of()._refused)):
-        def popleft(self):
-            cause = super().popleft()
-            if len(self) == 5:
-                intake.refused()  # what a handler that closes the store does
-            return cause
+class Short:
+    """What queues a record, while memory runs out."""
 
-    intake = intake_of()
-    intake._refused = Interrupted(["closed"] * 10)
-    assert intake.refused() == {"closed": 10}
-    intake._refused = Interrupted(["closed"] * 1_005)
-    intake.closed = True
-    assert intake.submit({"provider": "p"}) is False
-    assert intake.refused() == {"closed": 1_016}
+    def __init__(self, intake):
+        self._intake = intake
+        self._put = intake._put
 
+    def __enter__(self):
+        self._intake._put = self.fail
 
-class Short(deque):
-    """A queue for which memory runs out after some parts of a record."""
+    def __exit__(self, *_):
+        self._intake._put = self._put
 
-    parts = 0
-
-    def extend(self, items):
-        super().extend(tuple(items)[: self.parts])
+    def fail(self, _at, _record):
         raise MemoryError
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2, 3])
 @pytest.mark.parametrize("where", ["first", "between", "last", "alone"])
-def test_memory_that_runs_out_costs_the_record_alone(parts, where):
+def test_memory_that_runs_out_costs_the_record_alone(where):
     intake = intake_of(rows=10, units=10)
-    whole = deque()
 
     def run_out():
-        intake._queue = Short(whole)
-        intake._queue.parts = parts
-        assert intake.submit({"provider": "torn", "request_text": "torn"}) is False
-        whole.clear()
-        whole.extend(intake._queue)
+        with Short(intake):
+            assert intake.submit({"provider": "torn", "request_text": "torn"}) is False
 
     def submit(provider):
-        intake._queue = whole
         assert intake.submit({"provider": provider, "response_text": f"of {provider}"}) is True
 
     for step in {
@@ -465,16 +461,146 @@ def test_memory_that_runs_out_costs_the_record_alone(parts, where):
         "alone": (run_out,),
     }[where]:
         submit(step) if isinstance(step, str) else step()
-    intake._queue = whole
     taken = everything(intake)
     kept = [as_submitted(queued)[0] for queued in taken.records]
     assert [record["provider"] for record in kept] == ([] if where == "alone" else ["a", "b"])
     assert all(record["response_text"] == f"of {record['provider']}" for record in kept)
-    assert all("request_text" not in record for record in kept)
+    assert not any(record.get("request_text") for record in kept)
     assert intake.refused()["queue_full"] == (2 if where == "between" else 1)
     assert len(intake) == 0
     intake.release(taken.units)
     assert sum(intake.submit({"provider": "p"}) for _ in range(20)) == 10, "every place is free"
+
+
+def test_places_given_back_twice_are_free_once():
+    intake = intake_of(rows=20, units=10)
+    intake.submit({"provider": "p"})
+    intake.release(5)
+    assert sum(intake.submit({"provider": "p"}) for _ in range(20)) == 10
+
+
+def test_what_waits_can_be_dropped_and_is_counted():
+    intake = intake_of()
+    for n in range(5):
+        intake.submit({"provider": str(n)})
+    assert intake.refuse_queued("deadline") == 5
+    assert intake.refuse_queued("deadline") == 0
+    assert intake.refused() == {"deadline": 5}
+    assert len(intake) == intake._units.tell() == 0
+
+
+MIB = 2**20
+
+
+class Holder:
+    """An object that holds much."""
+
+    def __init__(self, size=MIB):
+        self.held = "x" * size
+
+    def __float__(self):
+        return 1.0
+
+
+class LongName(str):  # noqa: SLOT000 - it must have room for more
+    """A text that holds more than its characters."""
+
+    def __new__(cls, text, size=MIB):
+        made = super().__new__(cls, text)
+        made.held = "x" * size
+        return made
+
+
+class Slotted:
+    __slots__ = ("held",)
+
+    def __init__(self):
+        self.held = [bytes(MIB)]
+
+    def __index__(self):
+        return 1
+
+
+class Zone(tzinfo):
+    def __init__(self):
+        self.held = bytes(MIB)
+
+    def utcoffset(self, _):
+        return timedelta(0)
+
+
+HELD = {
+    "set": lambda: {f"{n}" + "x" * 1_000 for n in range(1_000)},
+    "frozenset": lambda: frozenset(f"{n}" + "x" * 1_000 for n in range(1_000)),
+    "deque": lambda: deque(["x" * MIB]),
+    "object": Holder,
+    "slots": Slotted,
+    "text": lambda: LongName("p"),
+    "bytearray": lambda: bytearray(MIB),
+    "memoryview": lambda: memoryview(bytes(MIB)),
+    "array": lambda: array.array("b", bytes(MIB)),
+    "function": lambda: Holder().__float__,
+    "generator": lambda: (c for c in ["x" * MIB]),
+    "mapping": lambda: {"k": LongName("v")},
+    "keys": lambda: {LongName(str(n)): n for n in range(2)},
+    "zone": lambda: datetime(2026, 1, 1, tzinfo=Zone()),
+    "event": lambda: RoutingEvent.model_construct(provider="p", tier={"x" * MIB}),
+}
+
+
+@pytest.mark.parametrize("name", ["provider", "attributes", "request_text", "nonsense"])
+@pytest.mark.parametrize("kind", HELD)
+def test_a_queue_holds_no_more_than_its_bytes_whatever_the_type(kind, name):
+    intake = intake_of(rows=10_000, units=2 * MIB // UNIT)
+    tracemalloc.start()
+    for _ in range(40):
+        intake.submit({"provider": "p"} | {name: HELD[kind]()})
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 3 * MIB
+    assert len(intake) + intake.refused().total() == 40
+
+
+@pytest.mark.parametrize("name", ["provider", "attributes", "request_text"])
+def test_events_that_were_not_checked_hold_no_more_than_they_count(name):
+    intake = intake_of(rows=10_000, units=2 * MIB // UNIT)
+    tracemalloc.start()
+    for make in HELD.values():
+        for _ in range(10):
+            intake.submit(RoutingEvent(provider="p").model_copy(update={name: make()}))
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 3 * MIB
+
+
+def test_what_may_be_a_value_stays_one():
+    kept = [
+        *("t", 1, 1.5, True, None, b"b", uuid.UUID(int=1), Tier.SIMPLE, Name("n")),
+        *(Decimal("1.5"), Fraction(1, 2), datetime(2026, 1, 1, tzinfo=UTC)),
+    ]
+    intake = intake_of()
+    intake.submit({"provider": "p", "attributes": tuple(kept)})
+    intake.submit({"provider": "p", "attributes": ({1}, deque(), object(), len)})
+    values, replaced = (as_submitted(q)[0]["attributes"] for q in everything(intake).records)
+    assert alike(values, kept)
+    assert len({id(value) for value in replaced}) == 1
+
+
+def test_unknown_names_cost_what_they_take_in_the_queue():
+    names = {f"name {n}": n for n in range(400_000)}
+    for record in (names | {"provider": "p"}, names, names | {"provider": (1, 2)}):
+        intake = intake_of(units=100_000)
+        intake.submit(dict(record))
+        queued = everything(intake).records
+        tracemalloc.start()
+        rejected, _ = prepare(queued, Gathering(), TextPolicy(), "id".upper)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        cause = {"p": "unknown_name", None: "no_provider"}.get(record.get("provider"), "wrong_type")
+        assert rejected == {cause: 1}
+        assert most < 8 * MIB
 
 
 class Tier(enum.StrEnum):

@@ -1,11 +1,15 @@
 """Forks, ends of workers and SIGTERM, without a store."""
 
 import gc
+import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import closing
 
 import pytest
 
@@ -465,6 +469,121 @@ def test_another_thread_is_told_the_remedy(sigterm):
         "handle_sigterm: open the store in the main thread, where signals are handled",
     ]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+AS_PROCESS_1 = ["unshare", "--pid", "--fork", "--kill-child"]
+can_be_process_1 = pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run([*AS_PROCESS_1, "true"], capture_output=True, check=False).returncode != 0,
+    reason="this system lets nobody begin a namespace of processes",
+)
+
+
+def run_as_process_1(code):
+    """Its exit status, and what it said."""
+    done = subprocess.run(
+        [*AS_PROCESS_1, sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout.split()
+
+
+@can_be_process_1
+@pytest.mark.parametrize("how", ["os.kill(1, 15)", "subprocess.run(['kill', '1'])"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_process_1_ends_with_143_where_nothing_was_to_run(how, count):
+    assert run_as_process_1(f"""
+        import os, subprocess, time
+        from lynkr_store.lifecycle import SigtermHandler
+
+        assert os.getpid() == 1
+        handlers = [SigtermHandler(lambda: os.write(1, b"ended ")) for _ in range({count})]
+        {how}
+        time.sleep(30)
+        os.write(1, b"never")
+    """) == (143, ["ended"] * count)
+
+
+@can_be_process_1
+@pytest.mark.parametrize("before", ["signal.SIG_IGN", "lambda *_: os.write(1, b'host ')"])
+def test_process_1_goes_on_where_its_own_handler_lets_it(before):
+    status, words = run_as_process_1(f"""
+        import os, signal
+        from lynkr_store.lifecycle import SigtermHandler
+
+        signal.signal(signal.SIGTERM, {before})
+        handler = SigtermHandler(lambda: os.write(1, b"ended "))
+        os.kill(1, 15)
+        handler.remove()
+        os.kill(1, 15)
+        os.write(1, b"alive")
+    """)
+    assert status == 0
+    assert words == (["ended", "alive"] if "IGN" in before else ["ended", "host", "host", "alive"])
+
+
+@can_be_process_1
+def test_a_store_in_process_1_is_closed_and_the_process_ends(tmp_path):
+    status, words = run_as_process_1(f"""
+        import os, time
+        from lynkr_store import Store, StoreSettings
+
+        settings = StoreSettings(url="sqlite:///{tmp_path}/t.db", handle_sigterm=True)
+        closed = Store(settings=settings)
+        store, other = Store(settings=settings), Store(settings=settings)
+        for n in range(100):
+            store.record(provider="p")
+            other.record(provider="p")
+        closed.close()
+        os.kill(1, 15)
+        time.sleep(30)
+    """)
+    assert (status, words) == (143, [])
+    with closing(sqlite3.connect(tmp_path / "t.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM routing_telemetry").fetchone() == (200,)
+
+
+FOREIGN = """
+    #include <signal.h>
+    #include <unistd.h>
+
+    static void told(int number) { write(1, "foreign ", 8); }
+
+    __attribute__((constructor)) static void begin(void) { signal(SIGTERM, told); }
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="it takes a compiler"
+)
+def test_a_handler_that_is_not_pythons_is_not_overwritten(tmp_path):
+    (tmp_path / "foreign.c").write_text(textwrap.dedent(FOREIGN))
+    library = tmp_path / "foreign.so"
+    make = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "foreign.c")]
+    subprocess.run(make, check=True)
+    code = """
+        import os, signal
+        from lynkr_store import BadArgument, Store, StoreSettings
+
+        try:
+            Store(settings=StoreSettings(url="sqlite://", handle_sigterm=True))
+        except BadArgument as error:
+            print(str(error).partition(":")[0], flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == ["handle_sigterm", "foreign"]
 
 
 def test_a_child_ends_for_itself():

@@ -1113,6 +1113,33 @@ def test_sigterm_at_every_line_loses_nothing(program, tmp_path, what, stride):
     assert int(last.split()[1]) > 10
 
 
+def test_a_second_ctrl_c_in_close_loses_nothing(program, tmp_path):
+    url = f"sqlite:///{tmp_path}/telemetry.db"
+    lines = program(
+        """
+        store = opened("sync", sys.argv[1])
+        record(store, "r", 100)
+        flush = store._writer.flush
+
+        def interrupted(timeout_s):
+            store._writer.flush = flush
+            signal.raise_signal(signal.SIGINT)
+
+        store._writer.flush = interrupted
+        try:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                store.close()
+        except KeyboardInterrupt:
+            say("interrupted")
+        """,
+        url,
+    )
+    assert lines == ["interrupted"]
+    assert stored(url) == once(r=100)
+
+
 # -- 5. the loop -------------------------------------------------------------------------------
 
 

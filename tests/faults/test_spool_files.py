@@ -481,7 +481,7 @@ def test_a_full_spool_leaves_the_rest_in_memory(open_store, database, path, tmp_
 
 
 def test_without_room_nothing_is_dropped_while_the_queue_has_some(open_store, database, path):
-    store = open_store(queue_max_rows=1_000, spool_max_bytes=20_000)
+    store = open_store(queue_max_rows=1_000, spool_max_bytes=32_768)
     with database.away():
         assert all(record(store, "r", 500))
         h = checked(store)
