@@ -105,8 +105,18 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("stride", EVERY)
-@pytest.mark.parametrize("kind", KINDS)
+SHORT = {"texts", "first", "batch", "no bytes"}
+"""The kinds whose every moment is tried in the ordinary run."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "stride"),
+    [
+        *((kind, 1) for kind in sorted(SHORT)),
+        *((kind, 17) for kind in sorted(KINDS.keys() - SHORT)),
+        *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in sorted(KINDS.keys() - SHORT)),
+    ],
+)
 def test_record_is_right_whatever_interrupts_it(kind, stride):
     make, record = KINDS[kind]
     for moment in moments(stride):
