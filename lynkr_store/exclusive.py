@@ -1,13 +1,12 @@
 """One migration at a time on one database, after a bounded wait.
 
-Replicas that start together all run the upgrade. On PostgreSQL they take turns at a session's
-advisory lock; on SQLite at the write lock, which BEGIN IMMEDIATE takes before anything is read.
-Whoever comes later finds the work done.
+Replicas that start together all run the upgrade. On PostgreSQL they take turns at an advisory lock
+of the transaction; on SQLite at the write lock, which BEGIN IMMEDIATE takes before anything is
+read. A replica that comes later finds the work done.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Final
 
 from sqlalchemy import Connection, Engine, func, select, text
@@ -18,7 +17,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, ensure_begun, is_memory, writing
 from lynkr_store.exceptions import UpgradeTimeout
 from lynkr_store.faults import is_busy
-from lynkr_store.search_path import make_schema, schema_of
+from lynkr_store.search_path import make_schema, require_schema, schema_of
 
 WAIT_S: Final = 60.0
 """Seconds for which a migration waits for another, or for those who hold its tables."""
@@ -40,8 +39,8 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
     When a lock is in its way, the transaction is rolled back and the body called again.
 
     Args:
-        engine: The store's or the host's. Its connections here are closed afterwards: nobody
-            inherits the session's settings, and an SQLite file's next one sees that it is ours.
+        engine: The store's or the host's. Its connections here are closed afterwards: an SQLite
+            file's next one sees that it is ours, and none has statements prepared of old tables.
         body: Takes a connection in a transaction, which is committed when it returns.
         wait_s: Seconds after which it is not tried again. One try may take a second more, on
             SQLite the driver's own ``busy_timeout``.
@@ -49,42 +48,70 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
     Raises:
         UpgradeTimeout: Another migration ran all the time, or somebody kept a table locked.
     """
-    deadline = time.monotonic() + wait_s
     postgresql = backend_of(engine) is Backend.POSTGRESQL
-    with _turn(engine, deadline) if postgresql else nullcontext():
-        tries = Retrying(
-            retry=retry_if_exception(is_in_the_way),
-            stop=stop_after_delay(max(0.0, deadline - time.monotonic())),
-            wait=wait_random(_POLL_S, 5 * _POLL_S),
-            reraise=True,
-        )
-        try:
+    deadline = time.monotonic() + wait_s
+    tries = Retrying(
+        retry=retry_if_exception(is_in_the_way),
+        stop=stop_after_delay(wait_s),
+        wait=wait_random(_POLL_S, 5 * _POLL_S),
+        reraise=True,
+    )
+    try:
+        if postgresql:
+            tries(_in_turn, engine, body, deadline)
+        else:
             tries(_once, engine, body)
-        except DBAPIError as error:
-            if not is_in_the_way(error):
-                raise
-            holder = "uses the store's tables" if postgresql else "holds the file's write lock"
-            raise UpgradeTimeout(
-                f"nothing was changed: for {wait_s:g} s somebody else {holder}. Try again when the "
-                "long transaction is over"
-            ) from error
+    except DBAPIError as error:
+        if not is_in_the_way(error):
+            raise
+        holder = "uses the store's tables" if postgresql else "holds the file's write lock"
+        raise UpgradeTimeout(
+            f"nothing was changed: for {wait_s:g} s somebody else {holder}. Try again when the "
+            "long transaction is over"
+        ) from error
 
 
 def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
     with writing(engine).connect() as connection:
-        if backend_of(engine) is Backend.POSTGRESQL:  # whatever a host's engine is set to
-            connection.execution_options(isolation_level="READ COMMITTED")
         if not _is_whole_database(engine):
             connection.detach()
         with connection.begin():
             ensure_begun(connection)
-            if backend_of(engine) is Backend.POSTGRESQL:
-                connection.exec_driver_sql(f"SET lock_timeout = {_LOCK_TIMEOUT_MS}")
-                connection.exec_driver_sql(f"SET statement_timeout = {_STATEMENT_TIMEOUT_MS}")
-                # ends with the transaction, also where that outlives its process or its turn
-                connection.execute(select(func.pg_advisory_xact_lock(ADVISORY_LOCK + 1)))
-                make_schema(connection, schema_of(engine))
             body(connection)
+
+
+def _in_turn(engine: Engine, body: Callable[[Connection], None], deadline: float) -> None:
+    """Run the body in the first transaction that gets PostgreSQL's advisory lock.
+
+    The lock is the transaction's: it ends with it, also in a server that goes on with a COMMIT
+    whose client was killed, and behind a pooler, where a session's would stay for ever. It is
+    polled for, each time in a transaction that ends: waiting for it in a statement would hold a
+    snapshot, for which CREATE INDEX CONCURRENTLY waits.
+    """
+    with engine.connect() as connection:  # not the writing one, which asks for the schema
+        connection.execution_options(isolation_level="READ COMMITTED")  # whatever a host's has
+        connection.detach()
+        while not _had_turn(connection, engine, body, deadline):
+            time.sleep(_POLL_S)
+
+
+def _had_turn(
+    connection: Connection, engine: Engine, body: Callable[[Connection], None], deadline: float
+) -> bool:
+    with connection.begin():
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}")
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = {_STATEMENT_TIMEOUT_MS}")
+        if connection.scalar(select(func.pg_try_advisory_xact_lock(ADVISORY_LOCK))):
+            make_schema(connection, schema_of(engine))
+            require_schema(connection, schema_of(engine))
+            body(connection)
+            return True
+        if time.monotonic() > deadline:
+            raise UpgradeTimeout(
+                "nothing was changed: another migration of this database is running "
+                f"({_holder(connection)}). Try again when it is done"
+            )
+    return False
 
 
 def _is_whole_database(engine: Engine) -> bool:
@@ -95,35 +122,17 @@ def _is_whole_database(engine: Engine) -> bool:
     )
 
 
-@contextmanager
-def _turn(engine: Engine, deadline: float) -> Iterator[None]:
-    """PostgreSQL's advisory lock, polled for on a session of its own, which does nothing else.
-
-    Waiting for it in a statement would hold a snapshot, for which CREATE INDEX CONCURRENTLY
-    waits; taken by the migrating session, a rollback there would let it go too early or too late.
-    """
-    with engine.connect() as session:
-        session.execution_options(isolation_level="AUTOCOMMIT")
-        session.detach()  # the lock ends with the session, however that ends
-        session.exec_driver_sql("SET idle_session_timeout = 0")
-        while not session.scalar(select(func.pg_try_advisory_lock(ADVISORY_LOCK))):
-            if time.monotonic() > deadline:
-                raise UpgradeTimeout(
-                    f"nothing was changed: another migration of this database is running "
-                    f"({_holder(session)}). Try again when it is done"
-                )
-            time.sleep(_POLL_S)
-        yield
-
-
-def _holder(session: Connection) -> str:
+def _holder(connection: Connection) -> str:
+    """Who has the lock: any role may, also one that has no right to the store's tables."""
     statement = text(
-        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
+        "SELECT usename, pid FROM pg_locks LEFT JOIN pg_stat_activity USING (pid) "
+        "WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
         "AND classid::bigint << 32 | objid::bigint = :key "
         "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
     )
-    pid = session.scalar(statement, {"key": ADVISORY_LOCK})
-    return f"its backend's pid is {pid}"
+    holder = connection.execute(statement, {"key": ADVISORY_LOCK}).first()
+    role, pid = holder or ("unknown", "unknown")
+    return f"a backend of the role {role}, its pid is {pid}"
 
 
 def is_in_the_way(error: BaseException) -> bool:

@@ -89,6 +89,20 @@ def _set_path(connection: Connection, path: str, *, local: bool) -> None:
     connection.execute(select(func.set_config("search_path", path, local)))
 
 
+def require_schema(connection: Connection, schema: str | None) -> None:
+    """Make sure that what a transaction creates will be in the schema.
+
+    Raises:
+        SchemaError: It would be elsewhere, or nowhere.
+    """
+    found = connection.scalar(select(func.pg_catalog.current_schema()))
+    if schema and found != schema:
+        raise SchemaError(
+            f"nothing was changed: this transaction is not in the schema {schema}. Give a "
+            f"connection in a transaction, of a user who has USAGE of the schema"
+        )
+
+
 def quoted(schema: str) -> str:
     """The name as an identifier, whatever is in it."""
     return '"' + schema.replace('"', '""') + '"'

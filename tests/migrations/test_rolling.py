@@ -647,7 +647,7 @@ def test_an_older_replica_that_starts_while_a_newer_one_upgrades_waits_and_goes_
     tried = threading.Event()
 
     def notice(*arguments):
-        if "pg_try_advisory_lock" in arguments[2] or arguments[2] == "BEGIN IMMEDIATE":
+        if "pg_try_advisory_xact_lock" in arguments[2] or arguments[2] == "BEGIN IMMEDIATE":
             tried.set()
 
     def start():

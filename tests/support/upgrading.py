@@ -228,7 +228,7 @@ class _Watch:
 
     def _before(self, *arguments: Any) -> None:
         statement = arguments[2]
-        if not self._tried and re.search("BEGIN IMMEDIATE|pg_try_advisory_lock", statement):
+        if not self._tried and re.search("BEGIN IMMEDIATE|pg_try_advisory_xact_lock", statement):
             self._tried = True
             self._say(trying=True)
         self._pause(statement)
