@@ -112,6 +112,14 @@ def invalid_indexes(connection: Connection, names: Collection[str]) -> frozenset
     return _names(connection, _INVALID_INDEXES, names=list(names))
 
 
+def schema_of(connection: Connection, table: str) -> str | None:
+    """The schema in which a table is, or else would be made; None on SQLite."""
+    if _is_sqlite(connection):
+        return None
+    schema: str | None = connection.scalar(_SCHEMA, {"table": table})
+    return schema
+
+
 def foreign_owners(connection: Connection, names: Collection[str]) -> list[str]:
     """Which roles own these tables, or the schema they are in, that this user need not trust.
 
@@ -169,7 +177,7 @@ def sealed(connection: Connection, table: str) -> Iterator[Sealed]:
 
         return run
 
-    schema: str | None = connection.scalar(_SCHEMA, {"table": table})
+    schema = schema_of(connection, table)
     before: str = connection.execute(_PATH).scalar_one()
     with _path(connection, "pg_catalog, pg_temp"):
         yield Sealed(schema, in_path)

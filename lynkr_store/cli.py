@@ -315,6 +315,8 @@ def maintain(
         _print_json(report.model_dump(mode="json"))
     else:
         print(f"indexes built: {', '.join(report.indexes_built) or 'none'}")
+        if report.indexes_left:
+            print(f"indexes left: {', '.join(report.indexes_left)} ({report.waited_for})")
         print(f"rows folded: {report.rows_folded}")
         print(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
         print(f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}")

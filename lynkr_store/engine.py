@@ -344,6 +344,28 @@ def check_host_engine(engine: Engine) -> None:
         )
 
 
+def by_itself(engine: Engine) -> Connection:
+    """A PostgreSQL connection, not the pool's, that commits each statement by itself.
+
+    Nothing is set for its statements: they must name their tables with the schema.
+    """
+    connection = engine.connect()
+    # the connection's options, for an engine's own isolation level would win over another engine's
+    connection.execution_options(isolation_level="AUTOCOMMIT", **options_of(None))
+    connection.detach()
+    return connection
+
+
+def is_direct(connection: Connection) -> bool:
+    """Whether this transaction's, or statement's, PostgreSQL backend is the connection's own.
+
+    One behind a pooler in transaction mode is that of another process for each transaction: what
+    stays in a session, a setting or a prepared statement, is others' then, or is not there.
+    """
+    pid = connection.exec_driver_sql("SELECT pg_catalog.pg_backend_pid()").scalar()
+    return bool(pid == driver_of(connection).info.backend_pid)
+
+
 class _Optioned(Protocol):
     def execution_options(self, **options: Any) -> Self: ...
 

@@ -1,40 +1,32 @@
-"""Builds the indexes that are missing. Nothing here runs unasked."""
+"""What keeps a database in shape: missing indexes, folding, retention."""
 
 import logging
 import time
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import Final
 
-from sqlalchemy import Engine, Index, MetaData, func, select, text
-from sqlalchemy.schema import CreateIndex, DropIndex
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random
+from sqlalchemy import select
 
-from lynkr_store import catalogue, clock_check, folding, migrate, retention, rollups
-from lynkr_store.backend import Backend
-from lynkr_store.courtesy import GAP_S, PAUSE_S
+from lynkr_store import clock_check, folding, retention, rollups
+from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
-from lynkr_store.engine import backend_of, writing
 from lynkr_store.exceptions import ClockAhead
-from lynkr_store.exclusive import ADVISORY_LOCK, is_in_the_way
 from lynkr_store.faults import translated
+from lynkr_store.indexes import build_missing_indexes
 from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
 from lynkr_store.log import say
-from lynkr_store.models import INDEXES
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
-from lynkr_store.search_path import schema_of, set_path
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 
 BUDGET_S: Final = 30.0
-"""Seconds for retention: a tenth of the time between two of a store's own, by default."""
+"""Seconds for retention, and to wait for others: a tenth of the time between two of a store's own,
+by default."""
 
 OnStep = Callable[[int], None]
 """Told after each step of a fold how many rows were folded so far."""
 
-_TURN: Final = ADVISORY_LOCK + 2
-_POLL_S: Final = 0.1
-_TRIES: Final = 5
 _LEDGER_STEPS: Final = 10  # of 1,000 batches: as many as may be written from one time to the next
 
 
@@ -53,7 +45,7 @@ def maintain(
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
     """
-    built = build_missing_indexes(database.engine)
+    built = build_missing_indexes(database.engine, budget_s)
     folded = fold(database, on_step=on_step)
     if rebuild:
         with translated():
@@ -66,7 +58,12 @@ def maintain(
     with translated(), database.connected(database.engine) as connection:
         lag = connection.scalar(rollups.lag()) or 0
     return MaintenanceReport(
-        indexes_built=built, rows_folded=folded, rollup_lag=lag, **retained._asdict()
+        indexes_built=built.names,
+        indexes_left=built.left,
+        waited_for=built.waited_for,
+        rows_folded=folded,
+        rollup_lag=lag,
+        **retained._asdict(),
     )
 
 
@@ -210,85 +207,3 @@ def folded_upto(database: Database) -> int:
 
 def _retains(settings: StoreSettings) -> bool:
     return settings.retention_days is not None or settings.text_retention_days is not None
-
-
-def build_missing_indexes(engine: Engine) -> tuple[str, ...]:
-    """Build the indexes that an upgrade left out because their table had rows.
-
-    On PostgreSQL concurrently: writers go on. One that an earlier attempt left invalid is built
-    anew. On SQLite a build holds the file's write lock, which cannot be done in pieces: measured, 1
-    to 2 µs a row, so a gateway beside it, which waits 3 s, loses nothing up to about 2,000,000
-    rows. Safe to interrupt and call again.
-
-    Returns:
-        Their names.
-
-    Raises:
-        StoreUnavailable: The database cannot be reached.
-    """
-    with translated():
-        backend = backend_of(engine)
-        match backend:
-            case Backend.SQLITE:
-                return _build_sqlite(engine)
-            case Backend.POSTGRESQL:
-                return _build_postgresql(engine)
-            case _:
-                assert_never(backend)
-
-
-def _build_sqlite(engine: Engine) -> tuple[str, ...]:
-    with engine.connect() as connection:
-        missing = migrate.missing_indexes(connection)
-    for number, name in enumerate(missing):
-        index = _index(name)
-        with engine.connect() as connection:
-            # read the table without the lock, so that the build, which holds it, reads from memory
-            whole = text(f"{index.table} NOT INDEXED")
-            connection.scalar(select(func.count()).select_from(whole))
-        if number:
-            time.sleep(GAP_S)  # let in who waits since the last one
-        with writing(engine).begin() as connection:
-            connection.execute(CreateIndex(index, if_not_exists=True))
-    return tuple(missing)
-
-
-def _build_postgresql(engine: Engine) -> tuple[str, ...]:
-    # A build waits for transactions with a snapshot; a migration among them may wait for the build:
-    # a deadlock, whose victim tries again.
-    tries = Retrying(
-        retry=retry_if_exception(is_in_the_way),
-        stop=stop_after_attempt(_TRIES),
-        wait=wait_random(_POLL_S, 5 * _POLL_S),
-        reraise=True,
-    )
-    built: list[str] = []
-    tries(_build_concurrently, engine, built)
-    return tuple(built)
-
-
-def _build_concurrently(engine: Engine, built: list[str]) -> None:
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.detach()  # the session ends here, with its settings
-        connection.exec_driver_sql("SET statement_timeout = 0")  # it takes as long as it takes
-        if schema := schema_of(connection):
-            set_path(connection, schema, local=False)
-        # One at a time: to another an index under construction looks invalid. Polled for, since a
-        # statement that waits has a snapshot; by the session that builds, since it goes on when
-        # its process is killed.
-        while not connection.scalar(select(func.pg_try_advisory_lock(_TURN))):
-            time.sleep(_POLL_S)
-        for name in catalogue.invalid_indexes(connection, [str(i.name) for i in INDEXES]):
-            connection.execute(DropIndex(_index(name, concurrently=True), if_exists=True))
-        for name in migrate.missing_indexes(connection):
-            connection.execute(CreateIndex(_index(name, concurrently=True), if_not_exists=True))
-            built.append(name)
-
-
-def _index(name: str, *, concurrently: bool = False) -> Index:
-    """A copy of the model's index, which may be given options of its own."""
-    own = next(index for index in INDEXES if index.name == name)
-    assert own.table is not None  # noqa: S101 - every index of a model has one
-    copy = next(i for i in own.table.to_metadata(MetaData()).indexes if i.name == name)
-    copy.dialect_options["postgresql"]["concurrently"] = concurrently
-    return copy

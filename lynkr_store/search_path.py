@@ -47,9 +47,9 @@ def startup_option(schema: str) -> str:
     return "-c search_path=" + re.sub(r"([\\\s])", r"\\\1", quoted(schema))
 
 
-def options_of(schema: str | None) -> dict[str, str]:
+def options_of(schema: str | None) -> dict[str, str | None]:
     """The execution options of an engine that works in the schema."""
-    return {_SCHEMA: schema} if schema else {}
+    return {_SCHEMA: schema}
 
 
 def schema_of(of: Engine | Connection) -> str | None:

@@ -244,8 +244,8 @@ class Store(Core):
         All in short steps, beside writers; interrupted, it is gone on with the next time.
 
         Args:
-            budget_s: Seconds for retention and pages; what is left is done the next time, and the
-                report says how much that is.
+            budget_s: Seconds for retention and pages, and seconds to wait for others who stand in
+                an index's way; what is left is done the next time, and the report says what.
             rebuild: Make the roll-ups anew from the rows; what is known of a time whose rows are
                 gone stays.
             trust_clock: Apply the retention although the clock is far ahead of the newest row and

@@ -61,6 +61,7 @@ LEVELS = {
     "folds": 5,
     "answers": 6,
     "folding": 7,
+    "indexes": 6,
     "bulk": 4,
     "inserts": 5,
     "repository": 7,

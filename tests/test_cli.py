@@ -119,6 +119,8 @@ def test_health_check_and_maintain(url):
     assert f"revision {revisions.head()}" in done("check", "--url", url)
     assert json.loads(done("maintain", "--url", url, "--json")) == {
         "indexes_built": [],
+        "indexes_left": [],
+        "waited_for": None,
         "rows_folded": 6,
         "rollup_lag": 0,
         "rows_deleted": 0,

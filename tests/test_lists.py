@@ -15,7 +15,7 @@ from lynkr_store import (
     RoutingRepository,
     Window,
     create_store_engine,
-    maintenance,
+    indexes,
     migrate,
     queries,
 )
@@ -253,7 +253,7 @@ def test_without_the_stores_indexes_lists_are_the_same(new_url):
             for window, before in [PLACES["both"]]
         ]
         without = [[row.id for row in page(engine, *one)] for one in asked]
-        assert set(maintenance.build_missing_indexes(engine)) == {index.name for index in OWN}
+        assert set(indexes.build_missing_indexes(engine).names) == {index.name for index in OWN}
         assert [[row.id for row in page(engine, *one)] for one in asked] == without
         assert without == [expected(engine, *one) for one in asked]
         engine.dispose()

@@ -63,6 +63,10 @@ class MaintenanceReport(FrozenOutput):
 
     indexes_built: tuple[str, ...]
     """Names of the indexes that were missing and are there now."""
+    indexes_left: tuple[str, ...] = ()
+    """Names of those that are missing still; the next call tries again."""
+    waited_for: str | None = None
+    """What was in their way for the whole of ``budget_s``, in words."""
     rows_folded: int
     """Rows that were added to the roll-ups, or counted anew by a rebuild."""
     rollup_lag: int

@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, event, make_url, text
 
 from lynkr_store import AdoptionRefused, UpgradeTimeout, create_store_engine, migrate, revisions
 from lynkr_store.exclusive import ADVISORY_LOCK, exclusively
-from lynkr_store.maintenance import build_missing_indexes
+from lynkr_store.indexes import build_missing_indexes
 from lynkr_store.models import INDEXES
 from tests.conftest import ON_DISK, POSTGRES
 from tests.support.recorded import OWN_INDEXES, ROOT, gateway_file, insert_rows
@@ -582,7 +582,7 @@ def test_indexes_are_built_while_upgraders_wait_for_their_turn(postgres_url):
         for _ in range(3):
             others.heard("trying")
         with engine_of(postgres_url) as engine, ThreadPoolExecutor(1) as threads:
-            built = threads.submit(build_missing_indexes, engine).result(WAIT_S)
+            built = threads.submit(build_missing_indexes, engine).result(WAIT_S).names
             assert set(built) == TELEMETRYS
         holder.close()
         assert others.heard("statuses") == [0, 0, 0]
@@ -604,7 +604,7 @@ def test_two_builds_of_indexes_at_once_both_succeed(postgres_url):
             builds.append(threads.submit(build_missing_indexes, other))
             until_somebody_waits(looking, how_many=2)
             writer.commit()
-            built = [index for build in builds for index in build.result(WAIT_S)]
+            built = [index for build in builds for index in build.result(WAIT_S).names]
     assert set(built) == TELEMETRYS
     check_head(postgres_url)
     assert "'false'" not in str([line for line in snapshot(postgres_url) if "'index'" in line])
@@ -634,6 +634,6 @@ def test_a_build_of_indexes_and_a_later_releases_upgrade_both_succeed(postgres_u
     ):
         upgrade = threads.submit(exclusively, other, later_release, WAIT_S)
         assert begun.wait(WAIT_S)
-        assert len(build_missing_indexes(one)) == len(TELEMETRYS)
+        assert len(build_missing_indexes(one).names) == len(TELEMETRYS)
         upgrade.result(WAIT_S)
     check_head(postgres_url)

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event, text
 
 from lynkr_store import adopt, create_store_engine, migrate, revisions
-from lynkr_store.maintenance import build_missing_indexes
+from lynkr_store.indexes import build_missing_indexes
 from lynkr_store.models import INDEXES, Base
 from tests.conftest import ON_DISK
 from tests.support import recorded

@@ -16,7 +16,7 @@ from lynkr_store import (
     DowngradeRefused,
     StoreSettings,
     create_store_engine,
-    maintenance,
+    indexes,
     migrate,
     retention,
     revisions,
@@ -209,7 +209,7 @@ def test_a_gateway_goes_on_while_its_file_of_a_million_rows_is_adopted(path, eng
         time.sleep(0.5)
         if cold:
             drop_from_cache(path)
-        builds, built = during(maintenance.build_missing_indexes, engine)
+        builds, built = during(indexes.build_missing_indexes, engine)
         held_by_builds = holds.take()
         time.sleep(0.5)
         tries = gateway.end()
@@ -240,7 +240,7 @@ def test_a_gateway_goes_on_while_old_rows_are_deleted(path, engine):
     rows = ROWS // 5
     fill(path, rows)
     migrate.upgrade(engine)
-    maintenance.build_missing_indexes(engine)
+    indexes.build_missing_indexes(engine)
     holds = Holds(engine)
     with Gateway(path, "9.4.6") as gateway:
         now_ms = FIRST_MS + rows // 2  # the gateway's own rows are of the first moment

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from lynkr_store import Store, create_store_engine, maintenance, migrate, revisions
+from lynkr_store import Store, create_store_engine, indexes, migrate, revisions
 from lynkr_store.models import TELEMETRY
 from tests.support.gateway import (
     CORE,
@@ -411,7 +411,7 @@ def adopted(path):
 def adopted_and_given_its_indexes(path):
     adopted(path)
     engine = create_store_engine(f"sqlite:///{path}")
-    assert "idx_telemetry_session_id" in maintenance.build_missing_indexes(engine)
+    assert "idx_telemetry_session_id" in indexes.build_missing_indexes(engine).names
     engine.dispose()
     assert missing_indexes(path) == set()
 

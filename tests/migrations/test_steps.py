@@ -19,7 +19,7 @@ from lynkr_store import (
     LynkrStoreError,
     Store,
     create_store_engine,
-    maintenance,
+    indexes,
     migrate,
     revisions,
 )
@@ -70,7 +70,7 @@ def test_rows_survive_every_step_up_down_and_up(empty_engine):
         with empty_engine.connect() as connection:
             assert rows(connection) == stored
     migrate.upgrade(empty_engine)
-    maintenance.build_missing_indexes(empty_engine)
+    indexes.build_missing_indexes(empty_engine)
     with empty_engine.connect() as connection:
         assert rows(connection) == stored
         assert migrate.drift(connection) == []

@@ -31,7 +31,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.maintenance import build_missing_indexes
+from lynkr_store.indexes import build_missing_indexes
 from tests.support import programs
 from tests.support.recorded import ROOT
 
@@ -286,7 +286,7 @@ def maintainer(options: dict[str, Any], say: Say) -> None:
     say(ready=True)
     sys.stdin.readline()
     with _engine(options["url"]) as engine:
-        say(built=build_missing_indexes(engine))
+        say(built=build_missing_indexes(engine).names)
 
 
 def pack(options: dict[str, Any], say: Say) -> None:
