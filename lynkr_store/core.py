@@ -29,6 +29,7 @@ from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 from lynkr_store.spool import Spool, clashes
 from lynkr_store.upkeep import Upkeep
+from lynkr_store.urls import shown
 from lynkr_store.writer import CLOSE_S, Writer
 
 _T = TypeVar("_T")
@@ -92,8 +93,7 @@ class Core:
             self._writer.start()  # what an earlier process left is written without being asked
 
     def __repr__(self) -> str:
-        shown = self._database.engine.url.render_as_string(hide_password=True)
-        return f"{type(self).__name__}({shown!r})"
+        return f"{type(self).__name__}({shown(self._database.engine.url)!r})"
 
     @property
     def settings(self) -> StoreSettings:

@@ -9,14 +9,9 @@ from typing import Any, Final, Protocol, Self, TypeVar, assert_never
 from urllib.parse import quote, unquote, urlsplit
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
-from sqlalchemy.engine import Dialect, make_url
+from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    InvalidRequestError,
-    NoSuchModuleError,
-)
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
 
 from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
@@ -29,9 +24,12 @@ from lynkr_store.exceptions import (
 from lynkr_store.files import make_private
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.search_path import checked_schema, options_of, startup_option
+from lynkr_store.urls import REMEDY, parameters, prepare_threshold, read_url, without_secrets
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
+
+_PREPARE_AFTER: Final = 5  # psycopg's own default
 
 # what is known of a connection
 _SET_PAGES: Final = "lynkr_store_wal_pages"  # what `checkpoint_after` told it
@@ -79,7 +77,6 @@ _ASYNC_DRIVER: Final = {
     Backend.SQLITE: "sqlite+aiosqlite",
     Backend.POSTGRESQL: "postgresql+psycopg",
 }
-_REMEDY: Final = "use sqlite:///path/to/file.db, sqlite:// (in memory) or postgresql://user@host/db"
 
 
 def parse_url(url: str | URL) -> URL:
@@ -91,14 +88,11 @@ def parse_url(url: str | URL) -> URL:
     Raises:
         UnsupportedDatabase: Not a URL, another database, or a driver that is not supported.
     """
-    try:
-        parsed = make_url(url)
-        dialect = parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError):
-        raise UnsupportedDatabase(f"url: no supported database's URL; {_REMEDY}") from None
+    parsed = read_url(url)
     backend = _backend_named(parsed.get_backend_name())
-    if "+" in parsed.drivername and dialect.driver not in _DRIVERS[backend]:
-        raise UnsupportedDatabase(f"url: the driver {dialect.driver} is not supported; {_REMEDY}")
+    driver = parsed.get_dialect().driver
+    if "+" in parsed.drivername and driver not in _DRIVERS[backend]:
+        raise UnsupportedDatabase(f"url: the driver {driver} is not supported; {REMEDY}")
     parsed = parsed.set(drivername=_SYNC_DRIVER[backend])
     path = None if backend is not Backend.SQLITE or is_memory(parsed) else parsed.database
     if path and not path.startswith("file:"):
@@ -115,7 +109,7 @@ def _backend_named(name: str) -> Backend:
     try:
         return Backend(name)
     except ValueError:
-        raise UnsupportedDatabase(f"url: {name} is not supported; {_REMEDY}") from None
+        raise UnsupportedDatabase(f"url: {name} is not supported; {REMEDY}") from None
 
 
 def require_supported(connection: Connection) -> None:
@@ -171,13 +165,13 @@ def create_store_engine(
         BadArgument: PostgreSQL takes no schema of that name.
     """
     target = parse_url(url)
-    options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
-    if is_memory(target):
-        # One connection is the whole database: threads take turns, and none may drop it.
-        options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
-        options["connect_args"] = {"check_same_thread": False}
     try:
-        engine = create_engine(target, echo=echo, hide_parameters=True, **options)
+        options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
+        if is_memory(target):
+            # One connection is the whole database: threads take turns, and none may drop it.
+            options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
+            options["connect_args"] = {"check_same_thread": False}
+        engine = create_engine(without_secrets(target), echo=echo, hide_parameters=True, **options)
     except ModuleNotFoundError as missing:
         raise _missing_driver(missing, "postgres") from missing
     _listen(engine)
@@ -206,15 +200,14 @@ def create_store_async_engine(
     if is_memory(target):
         raise UnsupportedDatabase("url: an SQLite database in memory has one connection only")
     backend = _backend_named(target.get_backend_name())
-    options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
     try:
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - an extra
 
         engine = create_async_engine(
-            target.set(drivername=_ASYNC_DRIVER[backend]),
+            without_secrets(target).set(drivername=_ASYNC_DRIVER[backend]),
             echo=echo,
             hide_parameters=True,
-            **options,
+            **_engine_options(target, connect_timeout_s, statement_timeout_s, schema),
         )
     except ImportError as missing:
         extra = "async" if backend is Backend.SQLITE else "postgres,async"
@@ -240,10 +233,10 @@ def _engine_options(
             own = (
                 f"-c statement_timeout={int(statement_timeout_s * 1000)} -c timezone=UTC -c jit=off"
             )
-            given = target.query.get("options", "")
-            parts = [own, given if isinstance(given, str) else " ".join(given)]
-            parts += [startup_option(schema)] if schema else []
             own_network = {k: v for k, v in _NETWORK.items() if k not in target.query}
+            arguments: dict[str, Any] = {"connect_timeout": connect_timeout_s, **own_network}
+            arguments |= parameters(target)
+            parts = [own, arguments["options"], startup_option(schema) if schema else ""]
             return {
                 # a server that restarted, or a proxy that hung up, costs a retry and no error
                 "pool_pre_ping": True,
@@ -251,9 +244,9 @@ def _engine_options(
                 # which psycopg looks up by an operator that another role could have made
                 "use_native_hstore": False,
                 "connect_args": {
-                    "connect_timeout": connect_timeout_s,
+                    **arguments,
                     "options": " ".join(filter(None, parts)),
-                    **own_network,
+                    "prepare_threshold": prepare_threshold(target, _PREPARE_AFTER),
                 },
             }
         case _:

@@ -5,6 +5,7 @@ library itself runs the upgrade.
 """
 
 import os
+from configparser import InterpolationError
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy import Connection
 from lynkr_store import catalogue, ddl, migrate
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url
+from lynkr_store.exceptions import BadArgument
 from lynkr_store.exclusive import exclusively
 from lynkr_store.revisions import head, refuse_to_downgrade, standing
 from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
@@ -24,9 +26,14 @@ schema = config.attributes.get("schema", checked_schema(os.environ.get("LYNKR_ST
 
 def _url() -> str:
     given = context.get_x_argument(as_dictionary=True).get("url")
-    return (
-        given or os.environ.get("LYNKR_STORE_URL") or config.get_main_option("sqlalchemy.url", "")
-    )
+    return given or os.environ.get("LYNKR_STORE_URL") or _url_of_ini_file()
+
+
+def _url_of_ini_file() -> str:
+    try:
+        return config.get_main_option("sqlalchemy.url", "")
+    except InterpolationError:  # whose words repeat what follows, which may be a password
+        raise BadArgument("sqlalchemy.url: in an ini file write %% for each %") from None
 
 
 def _write_script() -> None:

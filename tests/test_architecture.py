@@ -32,6 +32,7 @@ LEVELS = {
     "log": 1,
     "search_path": 1,
     "catalogue": 1,
+    "urls": 1,
     "cache": 2,
     "packing": 2,
     "ingest": 2,
