@@ -28,8 +28,10 @@ from lynkr_store.engine import (
     create_store_engine,
     disposing,
     ensure_begun,
+    in_schema,
     is_memory,
     parse_url,
+    require_utf8,
     writing,
     writing_at_once,
 )
@@ -50,7 +52,6 @@ from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
-from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 from lynkr_store.turns import Away
@@ -165,6 +166,7 @@ class Database(Forkable):
             SchemaBehind: It must be upgraded first.
             SchemaAhead: A newer release made it.
             AdoptionRefused: Its tables are not the gateway's; nothing was changed.
+            UnsupportedDatabase: Its encoding is not UTF-8.
         """
         if self._opened and not self._is_other_file():
             return
@@ -221,6 +223,7 @@ class Database(Forkable):
             return
         try:
             with self.connected(self.engine) as connection:
+                require_utf8(connection)
                 if not self._opened_once and (foreign := migrate.foreign_owners(connection)):
                     say(logging.WARNING, "%s", " ".join(foreign))
                 revisions.require_head(connection)

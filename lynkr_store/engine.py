@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
@@ -18,17 +19,28 @@ from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
 from lynkr_store.exceptions import (
     BadArgument,
     MissingDriver,
+    SchemaBehind,
+    SchemaError,
     StoreUnavailable,
     UnsupportedDatabase,
 )
 from lynkr_store.files import make_private
 from lynkr_store.forking import keep_out_of_children
-from lynkr_store.search_path import checked_schema, options_of, startup_option
-from lynkr_store.urls import REMEDY, parameters, prepare_threshold, read_url, without_secrets
+from lynkr_store.search_path import as_text, checked_schema, options_of, path_of, schema_of
+from lynkr_store.urls import (
+    REMEDY,
+    is_utf8,
+    parameters,
+    prepare_threshold,
+    read_url,
+    settings_in,
+    without_secrets,
+)
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
-
+_SETTINGS: Final = "lynkr_store_settings"  # what holds in each transaction on PostgreSQL
+_PREPARE: Final = "lynkr_store_prepare"  # after how many times a statement is prepared there
 _PREPARE_AFTER: Final = 5  # psycopg's own default
 
 # what is known of a connection
@@ -229,28 +241,42 @@ def _engine_options(
         case Backend.SQLITE:
             return {}
         case Backend.POSTGRESQL:
-            # statements of milliseconds, which the server would compile where it expects many rows
-            own = (
-                f"-c statement_timeout={int(statement_timeout_s * 1000)} -c timezone=UTC -c jit=off"
-            )
             own_network = {k: v for k, v in _NETWORK.items() if k not in target.query}
             arguments: dict[str, Any] = {"connect_timeout": connect_timeout_s, **own_network}
             arguments |= parameters(target)
-            parts = [own, arguments["options"], startup_option(schema) if schema else ""]
+            settings = _settings(arguments["options"], statement_timeout_s, schema)
             return {
                 # a server that restarted, or a proxy that hung up, costs a retry and no error
                 "pool_pre_ping": True,
-                "execution_options": options_of(schema),
+                "execution_options": {
+                    **options_of(schema),
+                    _SETTINGS: tuple(settings.items()),
+                    _PREPARE: prepare_threshold(target, _PREPARE_AFTER),
+                },
                 # which psycopg looks up by an operator that another role could have made
                 "use_native_hstore": False,
-                "connect_args": {
-                    **arguments,
-                    "options": " ".join(filter(None, parts)),
-                    "prepare_threshold": prepare_threshold(target, _PREPARE_AFTER),
-                },
+                # prepared is only where a transaction finds that it may be
+                "connect_args": {**arguments, "prepare_threshold": None},
             }
         case _:
             assert_never(backend)
+
+
+def _settings(options: str, statement_timeout_s: float, schema: str | None) -> dict[str, str]:
+    """What holds in each of the store's transactions on PostgreSQL; the URL's own options win."""
+    settings = {
+        "statement_timeout": str(int(statement_timeout_s * 1000)),
+        "timezone": "UTC",
+        "extra_float_digits": "1",  # a double is read as it was stored
+        # statements of milliseconds, which the server would compile where it expects many rows
+        "jit": "off",
+    }
+    settings |= {
+        name: value
+        for name, value in settings_in(options)
+        if name in settings or name == "search_path"
+    }
+    return settings | {"client_encoding": "UTF8"} | path_of(schema)
 
 
 def create_reading_engine(path: Path, *, views: Sequence[str] = ()) -> Engine:
@@ -337,6 +363,20 @@ def check_host_engine(engine: Engine) -> None:
         )
 
 
+def in_schema(engine: Engine, schema: str | None) -> Engine:
+    """A host's engine, whose transactions work in the schema when they are the store's.
+
+    Each sets the path for itself, and the host's own stay where they were.
+    """
+    if schema is None or engine.dialect.name != Backend.POSTGRESQL:
+        return engine
+    # a path for a transaction needs one, whatever the host's engine is set to
+    own = engine.execution_options(isolation_level="READ COMMITTED", **options_of(schema))
+    if _SETTINGS not in own.get_execution_options():  # or it is one of the store's, which listens
+        event.listen(own, "begin", _set_up_transaction)
+    return own
+
+
 def by_itself(engine: Engine) -> Connection:
     """A PostgreSQL connection, not the pool's, that commits each statement by itself.
 
@@ -347,6 +387,28 @@ def by_itself(engine: Engine) -> Connection:
     connection.execution_options(isolation_level="AUTOCOMMIT", **options_of(None))
     connection.detach()
     return connection
+
+
+def require_utf8(connection: Connection) -> None:
+    """Make sure that no text is altered on its way, or refused, for want of a character.
+
+    Raises:
+        UnsupportedDatabase: The database, or the connection of a host's engine, has another
+            encoding.
+    """
+    if backend_of(connection) is not Backend.POSTGRESQL:
+        return
+    reported = driver_of(connection).info.parameter_status  # by the server, without asking it
+    if not is_utf8(encoding := reported("server_encoding")):
+        raise UnsupportedDatabase(
+            f"the database's encoding is {encoding}, and texts of any language need UTF8: "
+            "make one by CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
+    if not is_utf8(encoding := reported("client_encoding")):
+        raise UnsupportedDatabase(
+            f"engine: the client encoding of its connections is {encoding}, and texts of any "
+            "language need UTF8: give create_engine() client_encoding='utf8'"
+        )
 
 
 def is_direct(connection: Connection) -> bool:
@@ -487,6 +549,8 @@ def _listen(engine: Engine) -> None:
         event.listen(engine, "do_connect", _before_connect)
         event.listen(engine, "connect", _on_connect)
         event.listen(engine, "begin", _on_begin)
+    else:
+        event.listen(engine, "begin", _set_up_transaction)
     keep_out_of_children(engine)
 
 
@@ -560,6 +624,53 @@ def _on_begin(connection: Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {options.get(_BEGIN, 'DEFERRED')}")
     if at_once and not connection.info.get(_IN_WAL):
         _set_patience(connection, patient=True)
+
+
+def _set_up_transaction(connection: Connection) -> None:
+    """Set all that a transaction rests on, in one statement and for itself alone.
+
+    What a connection was started with may not have reached the server, and what its session was
+    told another one may have: poolers hand the server's connections round. See
+    https://www.pgbouncer.org/features.html#sql-feature-map-for-pooling-modes
+
+    Raises:
+        SchemaBehind: The transaction is to write, and the schema is not there.
+        SchemaError: Statements that are committed one by one cannot have a schema set for them.
+        UnsupportedDatabase: The database's encoding is another than UTF-8.
+    """
+    options, driver = connection.get_execution_options(), driver_of(connection)
+    schema = schema_of(connection)
+    if driver.autocommit:
+        if schema:
+            raise SchemaError(
+                f"schema_name: to work in the schema {schema} takes transactions; leave the "
+                "isolation level AUTOCOMMIT out"
+            )
+        return
+    own = _SETTINGS in options
+    if own:
+        driver.prepare_threshold = None
+    *_, found, pid = connection.exec_driver_sql(_setting(options.get(_SETTINGS, ()), schema)).one()
+    if own and pid == driver.info.backend_pid:
+        driver.prepare_threshold = options[_PREPARE]
+    require_utf8(connection)
+    if schema and found != schema and options.get(_BEGIN):
+        raise SchemaBehind(
+            f"the schema {schema} is not there, or this user has no USAGE of it: "
+            "run lynkr-store upgrade, or have its owner GRANT USAGE"
+        )
+
+
+@lru_cache
+def _setting(settings: tuple[tuple[str, str], ...], schema: str | None) -> str:
+    """The statement that sets the settings, and tells the schema and the server's process.
+
+    Written out: with parameters it takes half as long again.
+    """
+    values = (dict(settings) | path_of(schema)).items()
+    sets = (f"pg_catalog.set_config({as_text(n)}, {as_text(v)}, true)" for n, v in values)
+    told = ("pg_catalog.current_schema()", "pg_catalog.pg_backend_pid()")
+    return f"SELECT {', '.join((*sets, *told))}".replace("%", "%%")  # not the driver's parameters
 
 
 def _set_patience(connection: Connection, *, patient: bool) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from lynkr_store import answers, queries
 from lynkr_store.answers import Answer, Part
 from lynkr_store.domains import half_up
-from lynkr_store.engine import backend_of
+from lynkr_store.engine import backend_of, require_utf8
 from lynkr_store.exceptions import BadArgument, RowRejected
 from lynkr_store.faults import Fault, fault_of, translated
 from lynkr_store.filters import (
@@ -298,6 +298,7 @@ class RoutingRepository:
             ValidationError: A record is not one (a ``ValueError``), or no policy was given and the
                 environment's is wrong; nothing is added.
             RowRejected: The database refuses a row; nothing is added.
+            UnsupportedDatabase: The connection's client encoding is not UTF-8.
             StoreUnavailable: The database cannot be reached.
         """
         columns, _ = rows_of(records, self._clock(), self._policy())
@@ -306,6 +307,7 @@ class RoutingRepository:
         if rows := gathering.take():
             with translated():
                 connection = self._session.connection(bind_arguments={"clause": TELEMETRY})
+                require_utf8(connection)
                 try:
                     insert_all(connection, rows)
                 except Exception as error:

@@ -1,16 +1,15 @@
-"""PostgreSQL: everything of the store's in a named schema, by the session's ``search_path``.
+"""PostgreSQL: everything of the store's in a named schema, by each transaction's ``search_path``.
 
 Statements name tables alone, so that they are the same in every schema and on SQLite; which schema
-is meant, the session says. With nothing else in the path, tables of the same names elsewhere are
-not seen.
+is meant, the transaction says. With nothing else in the path, tables of the same names elsewhere
+are not seen.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import Connection, Engine, event, func, inspect, select
+from sqlalchemy import Connection, Engine, func, inspect, select
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.schema import CreateSchema
 
@@ -42,14 +41,14 @@ def checked_schema(name: str | None) -> str | None:
     return name
 
 
-def startup_option(schema: str) -> str:
-    """What a connection's ``options`` say of the schema; libpq splits them at spaces."""
-    return "-c search_path=" + re.sub(r"([\\\s])", r"\\\1", quoted(schema))
-
-
 def options_of(schema: str | None) -> dict[str, str | None]:
     """The execution options of an engine that works in the schema."""
     return {_SCHEMA: schema}
+
+
+def path_of(schema: str | None) -> dict[str, str]:
+    """The settings of a transaction that works in the schema."""
+    return {"search_path": quoted(schema)} if schema else {}
 
 
 def schema_of(of: Engine | Connection) -> str | None:
@@ -58,35 +57,12 @@ def schema_of(of: Engine | Connection) -> str | None:
     return schema
 
 
-def in_schema(engine: Engine, schema: str | None) -> Engine:
-    """A host's engine, whose transactions work in the schema when they are the store's.
-
-    Each sets the path for itself, and the host's own stay where they were.
-    """
-    if schema is None or engine.dialect.name != Backend.POSTGRESQL:
-        return engine
-    # a path for a transaction needs one, whatever the host's engine is set to
-    own = engine.execution_options(isolation_level="READ COMMITTED", **options_of(schema))
-    event.listen(own, "begin", _on_begin)
-    return own
-
-
-def _on_begin(connection: Connection) -> None:
-    schema = schema_of(connection)
-    if schema and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
-        set_path(connection, schema, local=True)
-
-
-def set_path(connection: Connection, schema: str, *, local: bool) -> None:
-    """Work in the schema: in this transaction (`local`), or in the whole session.
+def set_path(connection: Connection, path: str) -> None:
+    """Set the path for the rest of the transaction.
 
     Not by SET, in whose text a driver would look for parameters.
     """
-    _set_path(connection, quoted(schema), local=local)
-
-
-def _set_path(connection: Connection, path: str, *, local: bool) -> None:
-    connection.execute(select(func.set_config("search_path", path, local)))
+    connection.execute(select(func.pg_catalog.set_config("search_path", path, True)))  # noqa: FBT003
 
 
 def require_schema(connection: Connection, schema: str | None) -> None:
@@ -136,9 +112,10 @@ def within(connection: Connection, schema: str | None) -> Iterator[None]:
         return
     before = connection.scalar(select(func.current_setting("search_path")))
     make_schema(connection, schema)
-    set_path(connection, schema, local=True)
+    set_path(connection, quoted(schema))
+    require_schema(connection, schema)
     yield
-    _set_path(connection, str(before), local=True)
+    set_path(connection, str(before))
 
 
 def script_lines(schema: str) -> str:

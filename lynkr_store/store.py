@@ -16,6 +16,7 @@ from lynkr_store.core import Core
 from lynkr_store.engine import (
     check_host_engine,
     create_store_async_engine,
+    in_schema,
     parse_url,
     writing,
 )
@@ -42,7 +43,6 @@ from lynkr_store.schemas import (
     RoutingRowBrief,
     RoutingStats,
 )
-from lynkr_store.search_path import in_schema
 from lynkr_store.settings import StoreSettings
 from lynkr_store.writer import CLOSE_S
 

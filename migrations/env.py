@@ -14,7 +14,13 @@ from sqlalchemy import Connection
 
 from lynkr_store import catalogue, ddl, migrate
 from lynkr_store.backend import VERSION_TABLE, Backend
-from lynkr_store.engine import create_store_engine, disposing, ensure_begun, parse_url
+from lynkr_store.engine import (
+    create_store_engine,
+    disposing,
+    ensure_begun,
+    parse_url,
+    require_utf8,
+)
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.exclusive import exclusively
 from lynkr_store.revisions import head, refuse_to_downgrade, standing
@@ -65,6 +71,7 @@ def _wants_head() -> bool:
 
 
 def _migrate(connection: Connection) -> None:
+    require_utf8(connection)
     stands = standing(connection)
     if stands.ahead and _moves() and _wants_head():
         return  # in a rolling deploy the older replica finds a newer one's work, and goes on

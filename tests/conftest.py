@@ -27,6 +27,7 @@ _SLOW_ON_OLDER_SERVERS = (
     "test_concurrent.py",
     "test_interrupted.py",
     "test_lists.py",
+    "test_pgbouncer.py",
     "test_retention.py",
     "test_rollups.py",
     "test_shared_database.py",

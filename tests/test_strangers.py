@@ -11,6 +11,7 @@ from sqlalchemy import make_url
 
 from lynkr_store import Store, StoreSettings, UpgradeTimeout, create_store_engine, migrate, upgrade
 from lynkr_store.exclusive import ADVISORY_LOCK
+from tests.support import pgbouncer
 from tests.support.stores import eventually
 
 NOW = 1_750_000_000_000
@@ -57,10 +58,17 @@ def test_advisory_locks_of_a_stranger_do_not_hold_up_maintenance(postgres_url, s
     assert (report.indexes_built, report.indexes_left, report.waited_for) == ((INDEX,), (), None)
 
 
-def test_a_snapshot_of_a_stranger_holds_up_an_index_for_the_budget(postgres_url, stranger):
+@pytest.mark.parametrize("over", ["directly", "over a pooler"])
+def test_a_snapshot_of_a_stranger_holds_up_an_index_for_the_budget(postgres_url, stranger, over):
     """CREATE INDEX CONCURRENTLY waits for every transaction that has one, whoever's it is."""
     without_an_index(postgres_url)
-    _check_snapshot(postgres_url, stranger, "a transaction of another session stays open")
+    if over == "directly":
+        _check_snapshot(postgres_url, stranger, "a transaction of another session stays open")
+    elif pgbouncer.PROGRAM is None:
+        pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
+    else:
+        with pgbouncer.pooled(postgres_url, pgbouncer.AS_IT_COMES) as pooled:
+            _check_snapshot(pooled, stranger, "its build was cancelled")
 
 
 def _check_snapshot(url, stranger, said):

@@ -206,14 +206,15 @@ def test_a_parameter_that_cannot_work_is_refused_by_name(create, query, said):
 
 GIVEN = {
     "connect_timeout=3": {"connect_timeout": 3},
-    "": {"connect_timeout": 5, "client_encoding": "UTF8"},
+    "": {"connect_timeout": 5, "client_encoding": "UTF8", "options": ""},
     "client_encoding=utf-8": {"client_encoding": "UTF8"},
     "application_name=me%40here": {"application_name": "me@here"},
     "application_name=me@here": {"application_name": "me@here"},
     "keepalives_idle=7": {"keepalives_idle": "7", "keepalives_count": 3},
     "host=h1:5432&host=h2:5433": {"host": "h1,h2", "port": "5432,5433"},
+    "options=-c%20jit%3Don&options=-c%20a.b%3D1": {"options": "-c jit=on -c a.b=1"},
     "target_session_attrs=read-write": {"target_session_attrs": "read-write"},
-    "prepare_threshold=0": {"prepare_threshold": 0},
+    "prepare_threshold=0": {"prepare_threshold": None},  # until a connection is found to be direct
 }
 
 

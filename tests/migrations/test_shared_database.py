@@ -33,8 +33,7 @@ from lynkr_store import (
     upgrade,
     writing,
 )
-from lynkr_store.engine import create_store_async_engine
-from lynkr_store.search_path import in_schema
+from lynkr_store.engine import create_store_async_engine, in_schema
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.migrations.host import application
@@ -600,7 +599,51 @@ def test_a_store_at_home_in_public_is_no_store_in_the_schema(postgres_url, opene
     assert schemas_with_tables(postgres_url) == {"public": TABLES}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_schema_that_went_away_is_named_before_anything_is_written(postgres_url, opened, kind):
+    upgrade(postgres_url)
+    with engine_on(postgres_url, SCHEMA) as engine:
+        migrate.upgrade(engine)
+    store = opened(kind, postgres_url, SCHEMA)
+    record(store, "p")
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
+    said = f"the schema {SCHEMA} is not there.*lynkr-store upgrade"
+    with pytest.raises(SchemaBehind, match=said):
+        store.add_many([{"provider": "q"}])
+    store.record(provider="q")
+    assert store.flush(0.5) is False, "it waits"
+    assert re.search(said, store.health().last_error)
+    with engine_on(postgres_url, SCHEMA) as engine:
+        migrate.upgrade(engine)
+    assert store.flush(30)
+    assert providers(store) == ["q"]
+    with Store(postgres_url) as public:
+        assert public.query() == []
+
+
 BY_ITSELF = {"isolation_level": "AUTOCOMMIT"}
+
+
+@pytest.mark.parametrize("kind", ["Store", "host Engine"])
+def test_a_session_that_commits_each_statement_cannot_leave_the_schema(postgres_url, opened, kind):
+    upgrade(postgres_url)
+    store = opened(kind, postgres_url, SCHEMA, upgrade_on_open=True)
+    assert store.query() == []
+    with (
+        store.engine.connect().execution_options(**BY_ITSELF) as by_itself,
+        Session(by_itself) as session,
+    ):
+        for call in (lambda r: r.query(), lambda r: r.add_many([{"provider": "p"}])):
+            with pytest.raises(SchemaError, match="AUTOCOMMIT"):
+                call(RoutingRepository(session))
+            session.rollback()
+    with engine_on(postgres_url) as engine, engine.connect().execution_options(**BY_ITSELF) as c:
+        with pytest.raises(SchemaError, match="not in the schema"):
+            command.upgrade(revisions.config(connection=c, schema="another"), "head")
+        c.rollback()
+    with Store(postgres_url) as public:
+        assert public.query() == []
 
 
 def test_a_hosts_engine_that_commits_by_itself_works_in_the_schema_too(postgres_url):
