@@ -119,10 +119,18 @@ def within(connection: Connection, schema: str | None) -> Iterator[None]:
 
 
 def script_lines(schema: str) -> str:
-    """SQL that creates the schema, if it is not there, and works in it for a transaction."""
-    make = f"CREATE SCHEMA {quoted(schema)}"
-    literal = quoted(schema).replace("'", "''")
-    return (
-        f"DO $make$ BEGIN IF to_regnamespace('{literal}') IS NULL THEN {make}; END IF; END $make$;"
-        f"\n\nSET LOCAL search_path TO {quoted(schema)};"
+    """SQL that creates the schema, if it is not there, and works in it for a transaction.
+
+    CREATE SCHEMA IF NOT EXISTS would want the right to create one also where it is there. The block
+    is a text in quotes: between dollar signs the schema's name could end it.
+    """
+    body = (
+        f"BEGIN IF to_regnamespace({as_text(quoted(schema))}) IS NULL THEN "
+        f"CREATE SCHEMA {quoted(schema)}; END IF; END"
     )
+    return f"DO {as_text(body)};\n\nSET LOCAL search_path TO {quoted(schema)};"
+
+
+def as_text(value: str) -> str:
+    """The value as a text in SQL, whatever is in it and ``standard_conforming_strings`` is."""
+    return "E'" + value.replace("\\", "\\\\").replace("'", "''") + "'"

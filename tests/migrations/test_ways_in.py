@@ -399,6 +399,36 @@ def test_a_script_takes_any_schemas_name_as_it_is(new_url, monkeypatch, name):
         assert found.fetchall() == [(name,)]
 
 
+HOSTILE = "CREATE TABLE public.planted ()"
+HOSTILE_NAMES = [
+    f"$make$; {HOSTILE}; --",
+    f"$${HOSTILE}$$",
+    f"'; {HOSTILE}; --",
+    f"\\'; {HOSTILE}; --",
+    f"\\\\'; {HOSTILE}; --",
+    f'"; {HOSTILE}; --',
+    f"'') IS NULL THEN {HOSTILE}; --",
+    f"*/ {HOSTILE}; /*",
+    f"\n\\! \n{HOSTILE};",
+]
+
+
+@pytest.mark.parametrize("standard", ["on", "off"])
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_schemas_name_is_a_name_in_a_script_whatever_it_says(
+    new_url, monkeypatch, name, standard
+):
+    url = new_url(POSTGRES[-1])
+    monkeypatch.setenv("LYNKR_STORE_SCHEMA", name)
+    run_script(url, f"SET standard_conforming_strings = {standard}; {by_code(url, 'head')}")
+    with psycopg.connect(url) as connection:
+        found = connection.execute(
+            "SELECT DISTINCT schemaname FROM pg_tables "
+            "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+        )
+        assert found.fetchall() == [(name,)]
+
+
 def test_the_script_runs_for_a_user_to_whom_the_owner_gave_the_schema(postgres_url, monkeypatch):
     monkeypatch.setenv("LYNKR_STORE_SCHEMA", SCHEMA)
     role = f"poor_{secrets.token_hex(4)}"
