@@ -4,10 +4,10 @@ Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be re
 Read commands alter nothing.
 """
 
-import json
 import re
 import sys
 import time
+import warnings
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -16,7 +16,6 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from sqlalchemy import Engine
 
 from lynkr_store import migrate, render, revisions
@@ -75,6 +74,7 @@ _Texts = Annotated[list[str] | None, typer.Option(help="May be repeated.")]
 
 def main() -> None:
     """Run the command and turn the library's errors into exit codes."""
+    warnings.showwarning = _warn
     try:
         app()
     except StoreUnavailable as error:
@@ -85,13 +85,17 @@ def main() -> None:
         _fail(error, Exit.WRONG_USE)
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as all else: SQLAlchemy's name columns, and their types, of others."""
+    render.warn(str(message), "warning")
+
+
 def _fail(error: Exception, code: Exit) -> NoReturn:
-    _say(f"[red]error:[/] {escape(str(error))}")
+    first, *others = str(error).splitlines() or [""]
+    render.warn(first, "error")
+    for line in others:  # of a setting that is none
+        render.warn(line)
     sys.exit(code)
-
-
-def _say(markup: str) -> None:
-    Console(stderr=True).print(markup, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -109,12 +113,12 @@ def upgrade(
         return
     with _engine(target) as engine, translated():
         if copy := migrate.upgrade(engine, revision, backup=backup):
-            print(f"copied to {copy}")
+            render.say(f"copied to {copy}")
         with engine.connect() as connection:
-            print(f"at revision {revisions.current(connection)}")
+            render.say(f"at revision {revisions.current(connection)}")
             missing = migrate.missing_indexes(connection)
     if missing:
-        print(f"left to 'lynkr-store maintain': {', '.join(missing)}")
+        render.say(f"left to 'lynkr-store maintain': {', '.join(missing)}")
 
 
 @app.command()
@@ -133,7 +137,7 @@ def downgrade(
     with _engine(target) as engine, translated():
         migrate.downgrade(engine, revision, drop_data=drop_data)
         with engine.connect() as connection:
-            print(f"at revision {revisions.current(connection) or 'base'}")
+            render.say(f"at revision {revisions.current(connection) or 'base'}")
 
 
 @app.command()
@@ -151,7 +155,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         foreign = migrate.foreign_owners(connection)
     good = not behind and not drift
     if as_json:
-        _print_json(
+        render.say_json(
             {
                 "ok": good,
                 "revision": revision,
@@ -163,15 +167,15 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         )
     else:
         newer = " (a newer release's, which this one can work with)" if ahead else ""
-        print(f"revision {revision}{newer}, this release's is {revisions.head()}")
+        render.say(f"revision {revision}{newer}, this release's is {revisions.head()}")
         for difference in drift:
-            print(f"differs: {difference}")
+            render.say(f"differs: {difference}")
         if behind:
-            print(f"run {revisions.UPGRADE_COMMAND}")
+            render.say(f"run {revisions.UPGRADE_COMMAND}")
         if missing:
-            print(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
+            render.say(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
         for owner in foreign:
-            print(owner)
+            render.say(owner)
     if not good:
         sys.exit(Exit.NO)
 
@@ -195,11 +199,11 @@ def stats(
                 if provider is None
                 else store.get_provider_stats(provider, window)
             )
-            _print_json(answer and answer.to_gateway())
+            render.say_json(answer and answer.to_gateway())
             return
         figures, accuracy = store.get_stats(window), store.get_routing_accuracy(window)
         if figures is None or accuracy is None:
-            print("no requests in this window")
+            render.say("no requests in this window")
             return
         names = figures.requests_by_provider if provider is None else [provider]
         answers = {name: store.get_provider_stats(name, window) for name in names}
@@ -257,7 +261,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
         else:
             rows = store.query(criteria, window, limit=limit, before=cursor, include_text=False)
     if as_json:
-        _print_json([row.to_gateway() for row in rows])
+        render.say_json([row.to_gateway() for row in rows])
     else:
         render.show(Console(), render.rows_table(rows))
 
@@ -268,7 +272,7 @@ def health(*, url: _Url = None, as_json: _Json = False) -> None:
     with Store(_target(url), read_only=True) as store:
         answer = _looked(store)
     if as_json:
-        _print_json(answer.model_dump(mode="json"))
+        render.say_json(answer.model_dump(mode="json"))
     else:
         render.show(Console(), render.health_table(answer))
     if not answer.reachable:
@@ -286,7 +290,9 @@ def cleanup(
     """Delete the rows older than an age."""
     with _changing(url) as store:
         deleted = store.cleanup(_age(older_than), trust_clock=trust_clock)
-    _print_json({"rows_deleted": deleted}) if as_json else print(f"{deleted:,} rows deleted")
+    render.say_json({"rows_deleted": deleted}) if as_json else render.say(
+        f"{deleted:,} rows deleted"
+    )
 
 
 @app.command()
@@ -312,17 +318,19 @@ def maintain(
             on_step=lambda rows: status.update(f"{rows:,} rows folded"),
         )
     if as_json:
-        _print_json(report.model_dump(mode="json"))
+        render.say_json(report.model_dump(mode="json"))
     else:
-        print(f"indexes built: {', '.join(report.indexes_built) or 'none'}")
+        render.say(f"indexes built: {', '.join(report.indexes_built) or 'none'}")
         if report.indexes_left:
-            print(f"indexes left: {', '.join(report.indexes_left)} ({report.waited_for})")
-        print(f"rows folded: {report.rows_folded}")
-        print(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
-        print(f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}")
-        print(f"bytes freed: {report.bytes_freed:,}")
+            render.say(f"indexes left: {', '.join(report.indexes_left)} ({report.waited_for})")
+        render.say(f"rows folded: {report.rows_folded}")
+        render.say(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
+        render.say(
+            f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}"
+        )
+        render.say(f"bytes freed: {report.bytes_freed:,}")
         if report.retention_waits:
-            print(f"retention waits: {report.retention_waits}")
+            render.say(f"retention waits: {report.retention_waits}")
     if report.retention_waits:
         sys.exit(Exit.NO)
 
@@ -338,8 +346,8 @@ def _target(url: str | None) -> str:
 def _reading(url: str | None) -> Store:
     store = Store(_target(url), read_only=True)
     if store.missing_columns:
-        missing = escape(", ".join(store.missing_columns))
-        _say(f"read as it is, without altering it; columns that this file lacks: {missing}")
+        missing = ", ".join(store.missing_columns)
+        render.warn(f"read as it is, without altering it; columns that this file lacks: {missing}")
     return store
 
 
@@ -405,7 +413,3 @@ def _slices(store: Store, window: Window) -> list[int]:
         store.get_routing_accuracy(Window(since=low, until=high)) for low, high in pairwise(edges)
     )
     return [0 if answer is None else answer.total_requests for answer in answers]
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))

@@ -1,11 +1,27 @@
 """Every error a caller can catch; each says what to do about it.
 
-No message carries a row's values or a URL's password.
+No message carries a row's values or a URL's password, or anything that a terminal obeys.
 """
+
+from typing import NoReturn
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes in the place of characters that a terminal would obey or hide.
+
+    Names of columns, indexes, revisions and files, and what clients call their models, are other
+    people's: an ESC (shown as ``\x1b``) can rewrite what a person reads, a line break can pretend
+    another line, and a bidirectional override can show text in another order.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class LynkrStoreError(Exception):
     """The root of this library's own errors."""
+
+    def __str__(self) -> str:
+        """The message, printable: it may name what others named, and is logged and printed."""
+        return printable(super().__str__())
 
 
 class BadArgument(LynkrStoreError, ValueError):
@@ -80,7 +96,7 @@ class AdoptionRefused(SchemaError):
     """
 
     def __init__(self, difference: str) -> None:
-        self.difference = difference
+        self.difference = difference = printable(difference)
         super().__init__(
             f"not adopted, and nothing was changed: {difference}. Use another database, or bring "
             "this one to the gateway's own shape first (see 'Adopting' in the README)"
@@ -89,3 +105,14 @@ class AdoptionRefused(SchemaError):
 
 class DowngradeRefused(SchemaError):
     """A downgrade would destroy what it must keep; nothing was changed."""
+
+
+def raise_alone(error: LynkrStoreError) -> NoReturn:
+    """Raise an error without the one that is being handled, whose words may repeat a row.
+
+    ``from None`` only hides that one from tracebacks; a tool that collects errors still finds it.
+    """
+    try:
+        raise error from None
+    finally:
+        error.__context__ = None

@@ -1,5 +1,9 @@
-"""Tables, bars and sparklines for people; the figures are the store's."""
+"""What the command prints: lines, JSON, and tables, bars and sparklines for people.
 
+The one place where text reaches a terminal, and where it is made printable.
+"""
+
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -8,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lynkr_store.exceptions import printable
 from lynkr_store.schemas import (
     Health,
     ProviderStats,
@@ -26,6 +31,29 @@ _SPARKS: Final = "▁▂▃▄▅▆▇█"
 def show(console: Console, *parts: RenderableType) -> None:
     """Print the parts, one below the other."""
     console.print(Group(*parts))
+
+
+def say(text: str) -> None:
+    """Print a line for people, printable: it may name what is in a database."""
+    print(printable(text))
+
+
+def warn(text: str, label: str = "") -> None:
+    """The same on standard error, after a label in red."""
+    words = Text(printable(text))
+    parts = Text.assemble((f"{label}:", "red"), " ", words) if label else words
+    Console(stderr=True).print(parts, highlight=False, soft_wrap=True)
+
+
+def say_json(value: object) -> None:
+    """Print JSON, in which whatever a terminal would obey is escaped as JSON does."""
+    written = json.dumps(value, ensure_ascii=False, indent=2, default=str)
+    print("\n".join(map(_escaped, written.split("\n"))))
+
+
+def _escaped(line: str) -> str:
+    # only texts hold other characters, and json itself escapes those below U+0020
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def bar(value: float, most: float) -> str:
@@ -146,7 +174,7 @@ def health_table(health: Health) -> Table:
     """The database's side of a store's health."""
     table = _table("", "")
     for name in ("backend", "reachable", "revision", "head", "database_bytes", "reclaimable_bytes"):
-        table.add_row(name, str(getattr(health, name)))
+        table.add_row(name, _printable(str(getattr(health, name))))
     table.add_row("oldest_timestamp", str(health.oldest_timestamp))
     if health.last_error:
         table.add_row("last_error", _printable(health.last_error))
@@ -154,9 +182,11 @@ def health_table(health: Health) -> Table:
 
 
 def _printable(value: object, style: str = "") -> Text:
-    """A stored value without what a terminal would obey: clients choose these texts."""
-    text = "–" if value is None else str(value)
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in text), style)
+    """A stored value as it may stand in a table: clients choose these texts.
+
+    As Text, in which rich looks for no markup.
+    """
+    return Text("–" if value is None else printable(str(value)), style)
 
 
 def _or_dash(value: float | None) -> str:

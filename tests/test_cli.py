@@ -5,6 +5,7 @@ import json
 import shutil
 import sqlite3
 import sys
+import warnings
 from contextlib import closing, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ def run(*arguments, **environment):
         for name, value in {"COLUMNS": "100", "NO_COLOR": "1", **environment}.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["lynkr-store", *map(str, arguments)])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command sets
         with pytest.raises(SystemExit) as ended:
             cli.main()
     return Finished(int(ended.value.code or 0), out.getvalue(), err.getvalue())
