@@ -302,8 +302,8 @@ def _check_table(connection: Connection, table: str, sql: str) -> None:
     ).one()
     if kind != "table" or without_rowid or strict:
         raise AdoptionRefused(f"{table} is virtual, STRICT or WITHOUT ROWID")
-    words = set(re.findall(r"\w+", _NOT_WORDS.sub(" ", sql).upper()))
-    if "AUTOINCREMENT" not in words:
+    words = _words(sql)
+    if not is_autoincrement(sql):
         raise AdoptionRefused(f"{table}.id is no AUTOINCREMENT key")
     for word in ("CHECK", "COLLATE"):
         if word in words:
@@ -313,6 +313,15 @@ def _check_table(connection: Connection, table: str, sql: str) -> None:
     for index in connection.exec_driver_sql(f"PRAGMA main.index_list({table})").mappings():
         if index["unique"]:
             raise AdoptionRefused(f"{table} has a unique index, {index['name']}")
+
+
+def is_autoincrement(sql: str) -> bool:
+    """Whether a table's CREATE statement says that an id is never given again."""
+    return "AUTOINCREMENT" in _words(sql)
+
+
+def _words(sql: str) -> set[str]:
+    return set(re.findall(r"\w+", _NOT_WORDS.sub(" ", sql).upper()))
 
 
 def _check_column(

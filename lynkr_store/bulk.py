@@ -26,6 +26,8 @@ _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
 AWAY: Final = "lynkr_store_away"
 """The execution option of a `lynkr_store.turns.Away`, to be entered around each long call."""
 
+_COUNTING: Final = {"preserve_rowcount": True}  # psycopg forgets it with the cursor
+
 _INSERT: Final = "INSERT"
 
 _SQLITE: Final[Dialect] = sqlite.dialect()
@@ -37,17 +39,31 @@ _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
 
 def insert_rows() -> Insert:
-    """The slower way, which each driver and every table has; rows are given as mappings."""
-    return insert(TELEMETRY)
+    """The slower way, which each driver and every table has; rows are given as mappings.
+
+    Inline: it asks for no id, which only a role that may read the table is told.
+    """
+    return insert(TELEMETRY).inline()
 
 
-def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -> None:
+def send_slowly(connection: Connection, rows: Sequence[Row]) -> int:
+    """Insert rows in order by `insert_rows`, and return how many are stored."""
+    given = list(Rows.of(rows))
+    result = connection.execute(insert_rows(), given, execution_options=_COUNTING)
+    return _counted(result.rowcount, given)
+
+
+def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -> int:
     """Insert rows in order, in the transaction that was begun.
 
     Args:
         connection: Synchronous, or under an asynchronous one.
         rows: One or more. A column that none of them has takes the table's default.
         leaves: A statement that fails may leave some rows inserted, for the caller rolls back.
+
+    Returns:
+        How many the database says that it stored: fewer than were given where a trigger of the
+        table skips rows. One that stores a row elsewhere in its place skips it, too.
 
     Raises:
         Exception: Whatever the driver raised, as SQLAlchemy presents it. Rows of statements before
@@ -56,14 +72,11 @@ def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -
     rows = Rows.of(rows)
     away = connection.get_execution_options().get(AWAY, nullcontext)
     if backend_of(connection) is Backend.SQLITE:
-        with overwriting(
-            connection
-        ):  # SQLite leaves copies behind of rows that it moves for new ones
-            _insert(connection, _verb(connection) if leaves else _INSERT, rows, away)
-    elif connection.dialect.is_async:  # psycopg's COPY has to be awaited there
-        connection.execute(insert_rows(), list(rows))
-    else:
-        _copy(connection, rows, away)
+        with overwriting(connection):  # it leaves copies of rows that it moves for new ones
+            return _insert(connection, _verb(connection) if leaves else _INSERT, rows, away)
+    if connection.dialect.is_async:  # psycopg's COPY has to be awaited there
+        return send_slowly(connection, rows)
+    return _copy(connection, rows, away)
 
 
 def is_not_copied(error: DBAPIError) -> bool:
@@ -71,14 +84,24 @@ def is_not_copied(error: DBAPIError) -> bool:
     return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
 
 
-def _insert(connection: Connection, verb: str, rows: Rows, away: Away) -> None:
+def _insert(connection: Connection, verb: str, rows: Rows, away: Away) -> int:
     width = len(rows.columns)
     most = _MOST_ROWS if _MOST_ROWS * width <= _MOST_VALUES else _MOST_ROWS // 2
+    text_of = partial(_insert_of, verb, rows.columns)
     try:
-        execute_in_parts(connection, partial(_insert_of, verb, rows.columns), rows, most, away)
+        stored = execute_in_parts(connection, text_of, rows, most, away)
     except DBAPIError:
         connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
         raise
+    # SQLite does not count what the triggers of a view store in its place
+    return len(rows) if stored < len(rows) and _is_view(connection) else stored
+
+
+def _is_view(connection: Connection) -> bool:
+    kind = connection.exec_driver_sql(
+        "SELECT type FROM sqlite_schema WHERE name = ?", (TELEMETRY.name,)
+    ).scalar()
+    return bool(kind == "view")
 
 
 def execute_in_parts(
@@ -87,8 +110,8 @@ def execute_in_parts(
     rows: Rows,
     most: int,
     away: Away = nullcontext,
-) -> None:
-    """Execute statements of several rows each, on SQLite.
+) -> int:
+    """Execute statements of several rows each, on SQLite; return how many rows they changed.
 
     Args:
         connection: In a transaction.
@@ -100,15 +123,18 @@ def execute_in_parts(
     Raises:
         DBAPIError: With the statement for one row: the others repeat it.
     """
-    width = len(rows.columns)
+    width, changed = len(rows.columns), 0
     for at, count in _parts(len(rows), most):
         values = tuple(rows.values[at * width : (at + count) * width])
         try:
             with away():
-                connection.exec_driver_sql(text_of(count), values)
+                changed += connection.exec_driver_sql(
+                    text_of(count), values, execution_options=_COUNTING
+                ).rowcount
         except DBAPIError as error:
             error.statement = text_of(1)
             raise
+    return changed
 
 
 def _verb(connection: Connection) -> str:
@@ -153,15 +179,17 @@ def _into(dialect: Dialect, columns: Iterable[str]) -> str:
     return f"{names.format_table(TELEMETRY)} ({', '.join(map(names.quote, columns))})"
 
 
-def _copy(connection: Connection, rows: Rows, away: Away) -> None:
+def _copy(connection: Connection, rows: Rows, away: Away) -> int:
     statement, types = _copy_of(rows.columns)
     driver = driver_of(connection)
     try:
         # the server takes longer than Python, which waits for it again and again
-        with driver.cursor() as cursor, away(), cursor.copy(statement) as copy:
-            copy.set_types(types)
-            for row in rows.tuples():
-                copy.write_row(row)
+        with driver.cursor() as cursor, away():
+            with cursor.copy(statement) as copy:
+                copy.set_types(types)
+                for row in rows.tuples():
+                    copy.write_row(row)
+            return _counted(cursor.rowcount, rows)
     except connection.dialect.loaded_dbapi.Error as error:
         lost = driver.closed  # which a connection that broke is too
         if lost:
@@ -175,6 +203,11 @@ def _copy(connection: Connection, rows: Rows, away: Away) -> None:
             connection_invalidated=lost,
             dialect=connection.dialect,
         ) from error
+
+
+def _counted(stored: int, rows: Sequence[Row]) -> int:
+    """How many rows the driver says are stored; all of them where it does not say."""
+    return len(rows) if stored < 0 else stored
 
 
 def _type_name(column_type: Any) -> str:

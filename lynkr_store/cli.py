@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from sqlalchemy import Engine
 
-from lynkr_store import migrate, render, revisions
+from lynkr_store import identities, migrate, render, revisions
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.faults import translated
@@ -151,9 +151,10 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         revision, ahead = revisions.standing(connection)
         behind = not ahead and revision != revisions.head()
         drift = [] if behind else migrate.drift(connection)
+        ids = [] if behind else [problem.words for problem in identities.problems(connection)]
         missing = migrate.missing_indexes(connection)
         foreign = migrate.foreign_owners(connection)
-    good = not behind and not drift
+    good = not behind and not drift and not ids
     if as_json:
         render.say_json(
             {
@@ -161,6 +162,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
                 "revision": revision,
                 "head": revisions.head(),
                 "drift": drift,
+                "ids": ids,
                 "missing_indexes": missing,
                 "foreign_owners": foreign,
             }
@@ -170,6 +172,8 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         render.say(f"revision {revision}{newer}, this release's is {revisions.head()}")
         for difference in drift:
             render.say(f"differs: {difference}")
+        for problem in ids:
+            render.say(f"ids: {problem}")
         if behind:
             render.say(f"run {revisions.UPGRADE_COMMAND}")
         if missing:
@@ -323,6 +327,8 @@ def maintain(
         render.say(f"indexes built: {', '.join(report.indexes_built) or 'none'}")
         if report.indexes_left:
             render.say(f"indexes left: {', '.join(report.indexes_left)} ({report.waited_for})")
+        if report.sequences_set:
+            render.say(f"sequences set forward: {', '.join(report.sequences_set)}")
         render.say(f"rows folded: {report.rows_folded}")
         render.say(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
         render.say(

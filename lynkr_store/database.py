@@ -18,6 +18,7 @@ from lynkr_store import bulk, migrate, revisions, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.company import has_company
 from lynkr_store.courtesy import again_s, pause_s
+from lynkr_store.diagnosis import hindrance
 from lynkr_store.engine import (
     WAL_PAGES,
     backend_of,
@@ -41,6 +42,7 @@ from lynkr_store.exceptions import (
     SchemaBehind,
     SchemaError,
     StoreUnavailable,
+    raise_alone,
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.files import Identity, identity_of
@@ -256,6 +258,10 @@ class Database(Forkable):
                     if fault_of(error) is Fault.UNCLEAR:
                         # the schema may have been changed: look again, to name the remedy
                         self._opened = False
+                        with self.looked() as connection:
+                            words = hindrance(connection)
+                        if words:
+                            raise_alone(StoreUnavailable(words))
                     raise
         finally:
             self._away = nullcontext

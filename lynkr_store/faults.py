@@ -36,9 +36,10 @@ class Fault(Enum):
 # SQLSTATE classes: data exceptions, constraints, program limits (an index entry too long), and
 # what a foreign trigger raises.
 _ROW_STATES: Final = ("22", "23", "54", "P0")
-_RULE_STATES: Final = ("23", "44", "P0")
+_RULE_STATES: Final = ("23", "44", "P0", "42501")  # the last is a policy's, where it is a row's
 # Connection, authorisation, catalogue name, transaction state, resources, locks, operators, system.
 _DATABASE_STATES: Final = ("08", "25", "28", "3D", "40", "53", "55", "57", "58")
+_EXHAUSTED: Final = "2200H"  # a sequence has no number left: a data exception by its class alone
 
 # https://sqlite.org/rescode.html
 _ROW_CODES: Final = frozenset(
@@ -73,6 +74,8 @@ def _of_kind(error: DBAPIError) -> Fault:
 
 
 def _of_state(state: str) -> Fault:
+    if state == _EXHAUSTED:
+        return Fault.DATABASE
     if state.startswith(_ROW_STATES):
         return Fault.ROW
     return Fault.DATABASE if state.startswith(_DATABASE_STATES) else Fault.UNCLEAR
@@ -87,7 +90,7 @@ def _of_code(code: int | None) -> Fault:
 def refusal(error: Exception) -> str:
     """One word for why a row was refused, the same on every backend.
 
-    ``constraint``: a rule of the table, a trigger or a view; ``data``: the value itself.
+    ``constraint``: a rule of the table, a policy, a trigger or a view; ``data``: the value itself.
     """
     driver: Any = error.driver_exception if isinstance(error, DBAPIError) else None
     by_rule = isinstance(error, IntegrityError) or (
@@ -100,6 +103,18 @@ def is_busy(error: DBAPIError) -> bool:
     """Whether another writer has SQLite's lock."""
     code = getattr(error.driver_exception, "sqlite_errorcode", 0)
     return code & _PRIMARY == sqlite3.SQLITE_BUSY
+
+
+def is_full(error: DBAPIError) -> bool:
+    """Whether SQLite had no room: on the disk, or for another id."""
+    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
+    return code & _PRIMARY == sqlite3.SQLITE_FULL
+
+
+def is_null_refused(error: DBAPIError) -> bool:
+    """Whether SQLite misses the value of a column that must have one."""
+    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
+    return bool(code == sqlite3.SQLITE_CONSTRAINT_NOTNULL)
 
 
 @contextmanager

@@ -6,15 +6,17 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from lynkr_store import bulk, queries
 from lynkr_store.backend import Backend
+from lynkr_store.diagnosis import hindrance, whose, without_ids
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import backend_of, driver_of, ensure_begun
+from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
 from lynkr_store.faults import Fault, fault_of, refusal
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rows import Row, Rows
+from lynkr_store.rows import Row
 from lynkr_store.spans import DAY_MS
 
 LEDGER_DAYS: Final = 30
@@ -30,6 +32,11 @@ _EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 PART_ROWS: Final = 100
 """Rows of a batch that are sorted out in one transaction when some are refused. Each then goes
 alone, which takes half a second in 1,000, with SQLite's lock held."""
+
+SKIPPED: Final = "skipped"
+"""The cause of rows that the database did not store and did not refuse: a trigger skips them."""
+
+_GIVES_IDS: Final = "lynkr_store_gives_ids"  # what is known of a connection's table
 
 _SAMPLES: Final = 16  # rows of a batch that are tried alone, before the fault is the database's
 
@@ -63,8 +70,8 @@ def insert_once(
 
     Returns:
         How many rows are stored, by this try or an earlier one; and, of this try, cause to number
-        of rows refused. None where a row of more than `PART_ROWS` was refused, now or by an
-        earlier try: roll back, and insert the batch in parts, each once.
+        of rows refused or skipped. None where a row of more than `PART_ROWS` was refused, now or by
+        an earlier try: roll back, and insert the batch in parts, each once.
 
     Raises:
         Exception: A fault that is no row's.
@@ -75,9 +82,12 @@ def insert_once(
         stored: int = connection.execute(queries.batch_rows(batch_id)).scalar_one()
         return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
     if len(rows) > PART_ROWS:
-        refusing = _insert_or_refuse(connection, rows, known_good, _insert_or_leave)
-        return (len(rows), Counter()) if refusing is None else None
-    refused = insert_isolating(connection, rows, known_good=known_good)
+        outcome = _insert_or_refuse(connection, rows, known_good, _insert_or_leave)
+        if isinstance(outcome, Exception):
+            return None
+        refused = _skipped(rows, outcome)
+    else:
+        refused = insert_isolating(connection, rows, known_good=known_good)
     stored = len(rows) - refused.total()
     if refused:
         connection.execute(queries.correct_batch(batch_id, stored))
@@ -127,20 +137,20 @@ def insert_isolating(
         known_good: A row that the table took before.
 
     Returns:
-        Cause to number of rows refused.
+        Cause to number of rows refused; those that the table skipped without a word are `SKIPPED`.
 
     Raises:
         Exception: A fault that is no row's.
     """
-    error = _insert_or_refuse(connection, rows, known_good, insert_all)
-    if error is None:
-        return Counter()
+    outcome = _insert_or_refuse(connection, rows, known_good, insert_all)
+    if not isinstance(outcome, Exception):
+        return _skipped(rows, outcome)
     if len(rows) == 1:
-        return Counter({refusal(error): 1})
+        return Counter({refusal(outcome): 1})
     refused: Counter[str] = Counter()
     for row in rows:
         try:
-            insert_all(connection, [row])
+            refused += _skipped([row], insert_all(connection, [row]))
         except Exception as fault:
             if _fault(connection, fault) is Fault.DATABASE:
                 raise
@@ -148,17 +158,49 @@ def insert_isolating(
     return refused
 
 
+def _skipped(rows: Sequence[Row], stored: int) -> Counter[str]:
+    return +Counter({SKIPPED: len(rows) - stored})
+
+
+def insert_or_reject(connection: Connection, rows: Sequence[Row]) -> int:
+    """Insert rows in order, all or none; return how many the database says that it stored.
+
+    Args:
+        connection: In a transaction that may be the caller's; never committed here.
+        rows: In order.
+
+    Raises:
+        RowRejected: The database refuses a row for its own fault.
+        StoreUnavailable: The fault is the database's, and what can be said of it.
+        DBAPIError: The same, where there is nothing more to say.
+    """
+    _require_ids(connection)
+    try:
+        return insert_all(connection, rows)
+    except Exception as error:
+        fault = _fault(connection, error)
+        if fault is Fault.ROW:
+            raise_alone(RowRejected("the database refused a row, and none was added"))
+        if fault is Fault.UNCLEAR and (words := hindrance(connection)):
+            raise_alone(StoreUnavailable(words))
+        if isinstance(error, SQLAlchemyError):
+            raise
+        # a driver that cannot write a text tells it
+        raise_alone(StoreUnavailable(f"the driver failed: {type(error).__name__}"))
+
+
 def _insert_or_refuse(
     connection: Connection,
     rows: Sequence[Row],
     known_good: Row | None,
-    insert: Callable[[Connection, Sequence[Row]], None],
-) -> Exception | None:
-    """Insert the rows; return the error if it is a row's fault, else raise it."""
+    insert: Callable[[Connection, Sequence[Row]], int],
+) -> int | Exception:
+    """Insert the rows, return how many are stored; or the error if it is a row's, else raise it."""
     if not rows:
-        return None
+        return 0
+    _require_ids(connection)
     try:
-        insert(connection, rows)
+        return insert(connection, rows)
     except Exception as error:
         fault = _fault(connection, error)
         if fault is Fault.UNCLEAR:
@@ -168,11 +210,10 @@ def _insert_or_refuse(
         if fault is not Fault.ROW:
             raise
         return error
-    return None
 
 
-def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
-    """Insert rows in order in a SAVEPOINT: all of them or none.
+def insert_all(connection: Connection, rows: Sequence[Row]) -> int:
+    """Insert rows in order in a SAVEPOINT, all of them or none; return how many are stored.
 
     Raises:
         Exception: Whatever the driver raised.
@@ -180,23 +221,32 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> None:
     ensure_begun(connection)
     try:
         with _savepoint(connection):
-            bulk.send(connection, rows)
+            return bulk.send(connection, rows)
     except DBAPIError as error:
         if not bulk.is_not_copied(error):
             raise
-        with _savepoint(connection):
-            connection.execute(bulk.insert_rows(), list(Rows.of(rows)))
+    with _savepoint(connection):
+        return bulk.send_slowly(connection, rows)
 
 
-def _insert_or_leave(connection: Connection, rows: Sequence[Row]) -> None:
+def _require_ids(connection: Connection) -> None:
+    """Refuse to insert into a table that gives no ids; PostgreSQL, once for each connection."""
+    if backend_of(connection) is Backend.SQLITE or connection.info.get(_GIVES_IDS):
+        return
+    if words := without_ids(connection):
+        raise_alone(StoreUnavailable(words))
+    connection.info[_GIVES_IDS] = True
+
+
+def _insert_or_leave(connection: Connection, rows: Sequence[Row]) -> int:
     """Insert rows in order; after an error some may be there, and the caller rolls back.
 
     To undo them alone, SQLite keeps a copy of every page that they alter: a microsecond a row.
     """
     if backend_of(connection) is Backend.SQLITE:
-        bulk.send(connection, rows, leaves=True)
-    else:  # which does nothing more after an error, and whose fault it is remains to be seen
-        insert_all(connection, rows)
+        return bulk.send(connection, rows, leaves=True)
+    # which does nothing more after an error, and whose fault it is remains to be seen
+    return insert_all(connection, rows)
 
 
 @contextmanager
@@ -217,13 +267,12 @@ def _fault(connection: Connection, error: Exception) -> Fault:
     It does on a full disk, say: there is no savepoint to go back to then, and what followed would
     be outside any transaction. See https://sqlite.org/lang_transaction.html, section 3.
     """
-    if (
-        backend_of(connection) is Backend.SQLITE
-        and not connection.invalidated
-        and not driver_of(connection).in_transaction
-    ):
-        return Fault.DATABASE
-    return fault_of(error)
+    if connection.invalidated:
+        return fault_of(error)
+    sqlite = backend_of(connection) is Backend.SQLITE
+    ended = sqlite and not driver_of(connection).in_transaction
+    fault = whose(connection, error)
+    return Fault.DATABASE if ended else fault
 
 
 def _whose(connection: Connection, rows: Sequence[Row]) -> Fault:

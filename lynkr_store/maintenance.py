@@ -1,4 +1,4 @@
-"""What keeps a database in shape: missing indexes, folding, retention."""
+"""What keeps a database in shape: missing indexes, sequences, folding, retention."""
 
 import logging
 import time
@@ -7,7 +7,8 @@ from typing import Final
 
 from sqlalchemy import select
 
-from lynkr_store import clock_check, folding, retention, rollups
+from lynkr_store import clock_check, folding, identities, retention, rollups
+from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
 from lynkr_store.exceptions import ClockAhead
@@ -45,6 +46,7 @@ def maintain(
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
     """
+    forward = set_sequences_forward(database)
     built = build_missing_indexes(database.engine, budget_s)
     folded = fold(database, on_step=on_step)
     if rebuild:
@@ -61,6 +63,7 @@ def maintain(
         indexes_built=built.names,
         indexes_left=built.left,
         waited_for=built.waited_for,
+        sequences_set=forward,
         rows_folded=folded,
         rollup_lag=lag,
         **retained._asdict(),
@@ -80,11 +83,26 @@ def keep_up(
         ClockAhead: The clock may be wrong, so retention waits.
     """
     database.open()
+    set_sequences_forward(database)
     fold(database, stop=stop)
     if not stop():
         budget_s = BUDGET_S if _retains(settings) else 0
         if waits := retain(database, settings, clock, budget_s, stop).retention_waits:
             raise ClockAhead(waits)
+
+
+def set_sequences_forward(database: Database) -> tuple[str, ...]:
+    """Set PostgreSQL's sequences that are behind their tables' ids forward; return their names.
+
+    A restore or a copy leaves them behind, and then every new row meets an id that is there.
+
+    Raises:
+        StoreUnavailable: The database cannot be reached.
+    """
+    if database.backend is Backend.SQLITE:  # it looks at the ids itself
+        return ()
+    with translated(), database.begun() as connection:
+        return identities.set_forward(connection)
 
 
 def fold(
@@ -188,6 +206,7 @@ def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: boo
         ClockAhead: The present may be wrong, and nothing was deleted.
         StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
     """
+    set_sequences_forward(database)
     fold(database)
     doubt = _doubt(database, now_ms, trust_clock=trust_clock)
     if doubt is not None and retention.any_older(database, cutoff_ms):

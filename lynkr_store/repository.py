@@ -13,8 +13,8 @@ from lynkr_store import answers, queries
 from lynkr_store.answers import Answer, Part
 from lynkr_store.domains import half_up
 from lynkr_store.engine import backend_of, require_utf8
-from lynkr_store.exceptions import BadArgument, RowRejected
-from lynkr_store.faults import Fault, fault_of, translated
+from lynkr_store.exceptions import BadArgument
+from lynkr_store.faults import translated
 from lynkr_store.filters import (
     RoutingFilter,
     Window,
@@ -24,7 +24,7 @@ from lynkr_store.filters import (
 )
 from lynkr_store.functions import joined
 from lynkr_store.ingest import TextPolicy, rows_of
-from lynkr_store.inserts import insert_all
+from lynkr_store.inserts import insert_or_reject
 from lynkr_store.measures import SUMMED, columns_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
@@ -292,29 +292,24 @@ class RoutingRepository:
         """Add records in the caller's transaction; all of them or none.
 
         Returns:
-            How many were added.
+            How many were stored: fewer where a trigger of the table skips some.
 
         Raises:
             ValidationError: A record is not one (a ``ValueError``), or no policy was given and the
                 environment's is wrong; nothing is added.
             RowRejected: The database refuses a row; nothing is added.
             UnsupportedDatabase: The connection's client encoding is not UTF-8.
-            StoreUnavailable: The database cannot be reached.
+            StoreUnavailable: The database cannot be reached, or takes no record at all.
         """
         columns, _ = rows_of(records, self._clock(), self._policy())
         gathering = Gathering()
         gathering.add(columns)
-        if rows := gathering.take():
-            with translated():
-                connection = self._session.connection(bind_arguments={"clause": TELEMETRY})
-                require_utf8(connection)
-                try:
-                    insert_all(connection, rows)
-                except Exception as error:
-                    if fault_of(error) is not Fault.ROW:
-                        raise
-                    raise RowRejected("the database refused a row, and none was added") from None
-        return len(rows)
+        if not (rows := gathering.take()):
+            return 0
+        with translated():
+            connection = self._session.connection(bind_arguments={"clause": TELEMETRY})
+            require_utf8(connection)
+            return insert_or_reject(connection, rows)
 
     def _policy(self) -> TextPolicy:
         if self._given_policy is not None:

@@ -123,6 +123,7 @@ def test_health_check_and_maintain(url):
         "indexes_built": [],
         "indexes_left": [],
         "waited_for": None,
+        "sequences_set": [],
         "rows_folded": 6,
         "rollup_lag": 0,
         "rows_deleted": 0,

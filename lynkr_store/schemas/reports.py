@@ -67,6 +67,9 @@ class MaintenanceReport(FrozenOutput):
     """Names of those that are missing still; the next call tries again."""
     waited_for: str | None = None
     """What was in their way for the whole of ``budget_s``, in words."""
+    sequences_set: tuple[str, ...]
+    """PostgreSQL: names of the sequences that were behind their tables' ids, as after a restore,
+    and were set forward to the greatest."""
     rows_folded: int
     """Rows that were added to the roll-ups, or counted anew by a rebuild."""
     rollup_lag: int

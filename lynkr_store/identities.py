@@ -1,0 +1,303 @@
+"""What gives each table's rows their ids: PostgreSQL's sequences, SQLite's AUTOINCREMENT.
+
+After a restore or a copy a sequence can stand behind the ids that are there, or be gone. Then the
+database refuses every row, or gives an id twice, whatever is in the rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, NamedTuple, assert_never
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Connection,
+    Table,
+    TableClause,
+    case,
+    cast,
+    column,
+    func,
+    literal,
+    quoted_name,
+    select,
+    text,
+)
+from sqlalchemy import table as sql_table
+from sqlalchemy.dialects.postgresql import OID, REGCLASS
+
+from lynkr_store.adopt import is_autoincrement
+from lynkr_store.backend import Backend
+from lynkr_store.engine import backend_of
+from lynkr_store.models import DIMENSIONS, SAVINGS, TELEMETRY
+
+WITH_IDS: Final = (TELEMETRY, SAVINGS, DIMENSIONS)
+"""The store's tables whose ids the database gives out."""
+
+_GREATEST: Final = 2**63 - 1
+_OF_SQLITE: Final = (TELEMETRY, SAVINGS)  # in which an id is never given again
+_MAINTAIN: Final = "lynkr-store maintain"
+
+# An identity's sequence depends on its column, a default depends on the sequence that it asks. A
+# trigger may give the id, too: for each row, before, at an INSERT.
+_CATALOGUE: Final = text(
+    """
+SELECT given.name AS model,
+       CAST(CAST(c.oid AS regclass) AS text) AS name,
+       a.attidentity <> '' AS identity,
+       a.attnotnull AS not_null,
+       d.oid IS NOT NULL
+       OR EXISTS (SELECT FROM pg_catalog.pg_trigger t
+                  WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 7 = 7)
+       AS given_otherwise,
+       CASE a.atttypid WHEN CAST('int2' AS regtype) THEN 32767
+                       WHEN CAST('int4' AS regtype) THEN 2147483647
+                       ELSE 9223372036854775807 END AS greatest_id,
+       n.nspname AS schema, q.relname AS sequence, CAST(q.oid AS bigint) AS sequence_id,
+       CAST(CAST(q.oid AS regclass) AS text) AS sequence_name,
+       s.seqmax AS greatest_number, s.seqincrement AS increment, s.seqcycle AS cycles,
+       EXISTS (SELECT FROM pg_catalog.pg_depend o
+               WHERE o.classid = CAST('pg_catalog.pg_class' AS regclass) AND o.objid = q.oid
+               AND o.refclassid = CAST('pg_catalog.pg_class' AS regclass)
+               AND o.refobjid = c.oid AND o.refobjsubid = a.attnum
+               AND o.deptype IN ('a', 'i')) AS owned,
+       pg_catalog.has_table_privilege(c.oid, 'SELECT')
+       AND pg_catalog.has_schema_privilege(q.relnamespace, 'USAGE')
+       AND pg_catalog.has_sequence_privilege(q.oid, 'SELECT') AS readable,
+       pg_catalog.has_sequence_privilege(q.oid, 'USAGE, UPDATE') AS usable,
+       pg_catalog.has_sequence_privilege(q.oid, 'UPDATE') AS settable,
+       pg_catalog.quote_ident(CAST(CURRENT_USER AS text)) AS role
+FROM pg_catalog.unnest(CAST(:names AS text[])) AS given(name)
+JOIN pg_catalog.pg_class c
+  ON c.oid = pg_catalog.to_regclass(given.name) AND c.relkind IN ('r', 'p')
+JOIN pg_catalog.pg_attribute a
+  ON a.attrelid = c.oid AND a.attname = 'id' AND NOT a.attisdropped
+LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+LEFT JOIN LATERAL (
+  SELECT k.oid, k.relname, k.relnamespace
+  FROM pg_catalog.pg_depend p
+  JOIN pg_catalog.pg_class k
+    ON k.relkind = 'S'
+   AND k.oid = CASE WHEN p.deptype = 'i' THEN p.objid ELSE p.refobjid END
+  WHERE p.refclassid = CAST('pg_catalog.pg_class' AS regclass)
+    AND ((p.deptype = 'i' AND p.classid = CAST('pg_catalog.pg_class' AS regclass)
+          AND p.refobjid = c.oid AND p.refobjsubid = a.attnum)
+      OR (p.classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND p.objid = d.oid
+          AND p.deptype = 'n'))
+  LIMIT 1) AS q ON true
+LEFT JOIN pg_catalog.pg_namespace n ON n.oid = q.relnamespace
+LEFT JOIN pg_catalog.pg_sequence s ON s.seqrelid = q.oid
+"""
+)
+
+
+class Kind(Enum):
+    """What can be wrong with what gives a table's rows their ids."""
+
+    MISSING = "missing"
+    UNUSABLE = "unusable"
+    """This role may not use it."""
+    EXHAUSTED = "exhausted"
+    BEHIND = "behind"
+    """It gives ids that are there already."""
+
+
+class Problem(NamedTuple):
+    """One of these, in words, with its remedy."""
+
+    kind: Kind
+    words: str
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Where a sequence stands.
+
+    Attributes:
+        next: What it gives next.
+        newest: The greatest id of its table; 0 where it is empty.
+        last: The greatest number that it can give and the column can hold.
+    """
+
+    next: int
+    newest: int
+    last: int
+
+    @property
+    def behind(self) -> bool:
+        return self.next <= self.newest < self.last
+
+    @property
+    def exhausted(self) -> bool:
+        return self.next > self.last or self.newest >= self.last
+
+
+def problems(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> list[Problem]:
+    """What keeps the tables from giving their rows ids.
+
+    Of a sequence that this role may not read it says nothing.
+    """
+    backend = backend_of(connection)
+    match backend:
+        case Backend.SQLITE:
+            found = [_problem_of_sqlite(connection, t) for t in tables if t in _OF_SQLITE]
+        case Backend.POSTGRESQL:
+            found = [_problem(connection, each) for each in _found(connection, tables)]
+        case _:
+            assert_never(backend)
+    return [problem for problem in found if problem]
+
+
+def set_forward(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> tuple[str, ...]:
+    """Set each sequence that is behind its table's ids to the greatest of them; PostgreSQL.
+
+    Forward only, and only one that belongs to the column and that this role may set. The
+    comparison is the statement's own; a writer that was given a number at the same moment, and
+    then meets an id that is there, tries again. It holds whatever becomes of the transaction.
+
+    Returns:
+        The names of the sequences that were set.
+    """
+    if backend_of(connection) is not Backend.POSTGRESQL:
+        return ()
+    return tuple(
+        found.sequence_name
+        for found in _found(connection, tables)
+        if _is_ours_to_set(found) and _set(connection, found)
+    )
+
+
+def _found(connection: Connection, tables: Sequence[Table]) -> Sequence[Any]:
+    return connection.execute(_CATALOGUE, {"names": [table.name for table in tables]}).all()
+
+
+def _is_ours_to_set(found: Any) -> bool:
+    return bool(found.owned and found.readable and found.settable and _ascends(found))
+
+
+def _ascends(found: Any) -> bool:
+    return bool(found.increment > 0 and not found.cycles)
+
+
+def _sequence(found: Any) -> TableClause:
+    return sql_table(
+        quoted_name(found.sequence, quote=True),
+        column("last_value", BigInteger),
+        column("is_called", Boolean),
+        schema=quoted_name(found.schema, quote=True),
+    )
+
+
+def _newest(found: Any) -> Any:
+    ids = next(table for table in WITH_IDS if table.name == found.model).c.id
+    return func.coalesce(select(func.max(ids)).scalar_subquery(), 0)
+
+
+def _numbers(connection: Connection, found: Any) -> _Numbers:
+    sequence = _sequence(found).c
+    asked = select(sequence.last_value, sequence.is_called, _newest(found))
+    last, called, newest = connection.execute(asked).one()
+    then = last + found.increment if called else last
+    return _Numbers(then, newest, min(found.greatest_id, found.greatest_number))
+
+
+def _set(connection: Connection, found: Any) -> bool:
+    """Set the sequence to the greatest id, unless it gives a greater number."""
+    numbers = _numbers(connection, found)
+    if not numbers.behind:
+        return False
+    sequence = _sequence(found)
+    own = cast(literal(found.sequence_id, OID), REGCLASS)
+    newest = literal(numbers.newest, BigInteger)
+    below = literal(numbers.newest - found.increment, BigInteger)
+    statement = (
+        select(func.pg_catalog.setval(own, newest))
+        .select_from(sequence)
+        .where(sequence.c.last_value <= case((sequence.c.is_called, below), else_=newest))
+    )
+    return connection.execute(statement).first() is not None
+
+
+def _problem(connection: Connection, found: Any) -> Problem | None:
+    alter = f"ALTER TABLE {found.name} ALTER COLUMN id"
+    if not (found.identity or found.given_otherwise):
+        needed = "" if found.not_null else "SET NOT NULL, ALTER COLUMN id "
+        return Problem(
+            Kind.MISSING,
+            f"{found.name}.id has no identity, so no row is given an id: run {alter} {needed}"
+            f"ADD GENERATED BY DEFAULT AS IDENTITY, then {_MAINTAIN}",
+        )
+    if found.sequence is None:  # a way of somebody else's
+        return None
+    if not (found.identity or found.usable):
+        return Problem(
+            Kind.UNUSABLE,
+            f"{found.role} may not use {found.sequence_name}, which gives {found.name} its ids: "
+            f"run GRANT USAGE ON SEQUENCE {found.sequence_name} TO {found.role}",
+        )
+    if not (found.readable and _ascends(found)):
+        return None
+    return _problem_of_numbers(found, _numbers(connection, found))
+
+
+def _problem_of_numbers(found: Any, numbers: _Numbers) -> Problem | None:
+    if numbers.exhausted:
+        return Problem(
+            Kind.EXHAUSTED,
+            f"{found.sequence_name}, which gives {found.name} its ids, has none left up to "
+            f"{numbers.last}: {_more_numbers(found, numbers)}",
+        )
+    if numbers.behind:
+        remedy = _MAINTAIN if found.owned else _setting(found)
+        return Problem(
+            Kind.BEHIND,
+            f"{found.sequence_name}, which gives {found.name} its ids, is behind those that are "
+            f"there: run {remedy}",
+        )
+    return None
+
+
+def _more_numbers(found: Any, numbers: _Numbers) -> str:
+    steps = []
+    if found.greatest_id < _GREATEST:
+        steps.append(f"ALTER TABLE {found.name} ALTER COLUMN id TYPE bigint")
+    if found.greatest_number < _GREATEST:
+        steps.append(f"ALTER SEQUENCE {found.sequence_name} AS bigint NO MAXVALUE")
+    if steps:
+        return "run " + ", then ".join(steps)
+    if numbers.newest < numbers.last:
+        return f"run {_setting(found)}"
+    return f"a row has the id {numbers.newest}; give it a lower one, then set the sequence back"
+
+
+def _setting(found: Any) -> str:
+    name = found.sequence_name.replace("'", "''")
+    newest = f"(SELECT coalesce(max(id), 0) + 1 FROM {found.name})"  # noqa: S608 - told, not run
+    return f"SELECT setval('{name}', {newest})"
+
+
+def _problem_of_sqlite(connection: Connection, table: Table) -> Problem | None:
+    sql = connection.exec_driver_sql(
+        "SELECT sql FROM main.sqlite_schema WHERE type = 'table' AND name = ?", (table.name,)
+    ).scalar()
+    if sql is None:
+        return None
+    if not is_autoincrement(sql):
+        return Problem(
+            Kind.MISSING,
+            f"{table.name}.id is no AUTOINCREMENT key, so the id of a deleted row may be given "
+            "again, and its row be missing in the roll-ups: make the table as it was",
+        )
+    given = connection.exec_driver_sql(
+        "SELECT seq FROM main.sqlite_sequence WHERE name = ?", (table.name,)
+    ).scalar()
+    newest = connection.scalar(select(func.max(table.c.id))) or 0
+    if max(given or 0, newest) < _GREATEST:
+        return None
+    remedy = (
+        "a row has the greatest one; give it a lower one and set sqlite_sequence back"
+        if newest == _GREATEST
+        else f"sqlite_sequence stands at the greatest one: set its seq to {newest} there"
+    )
+    return Problem(Kind.EXHAUSTED, f"{table.name} has no id left, for {remedy}")
