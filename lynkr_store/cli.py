@@ -111,7 +111,7 @@ def upgrade(
     if sql:
         migrate.write_script(target, revision, sys.stdout)
         return
-    with _engine(target) as engine, translated():
+    with _engine(target) as engine, translated(of_rows=False):
         if copy := migrate.upgrade(engine, revision, backup=backup):
             render.say(f"copied to {copy}")
         with engine.connect() as connection:
@@ -134,7 +134,7 @@ def downgrade(
     if sql:
         migrate.write_script(target, revision, sys.stdout, down=True)
         return
-    with _engine(target) as engine, translated():
+    with _engine(target) as engine, translated(of_rows=False):
         migrate.downgrade(engine, revision, drop_data=drop_data)
         with engine.connect() as connection:
             render.say(f"at revision {revisions.current(connection) or 'base'}")
@@ -145,7 +145,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
     """Say whether this release can work with the schema; exit 1 if not."""
     with (
         Store(_target(url), read_only=True) as store,
-        translated(),
+        translated(of_rows=False),
         store.engine.connect() as connection,
     ):
         revision, ahead = revisions.standing(connection)

@@ -177,7 +177,7 @@ class Database(Forkable):
             self.follow_file()
             if not self._opened:
                 before, self._file = self._identity(), None
-                with translated():
+                with translated(of_rows=False):
                     self._check_schema()
                 self._file = self._identity()
                 if self._path and (self._file is None or before not in (None, self._file)):
@@ -495,7 +495,7 @@ def _reading(url: str) -> tuple[Engine, tuple[str, ...]]:
     if is_memory(target) or target.database is None:
         raise BadArgument("url: an empty database in memory cannot be read; give a file")
     path = Path(target.database)
-    with disposing(create_reading_engine(path)) as engine, translated():
+    with disposing(create_reading_engine(path)) as engine, translated(of_rows=False):
         with engine.connect() as connection:
             inspector = inspect(connection)
             if not inspector.has_table(TELEMETRY.name):

@@ -13,13 +13,16 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     IntegrityError,
+    InterfaceError,
     NotSupportedError,
+    OperationalError,
     ProgrammingError,
     SQLAlchemyError,
     StatementError,
+    TimeoutError,  # noqa: A004 - SQLAlchemy's, of a pool
 )
 
-from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.exceptions import StoreUnavailable, raise_alone
 
 
 class Fault(Enum):
@@ -40,6 +43,10 @@ _RULE_STATES: Final = ("23", "44", "P0", "42501")  # the last is a policy's, whe
 # Connection, authorisation, catalogue name, transaction state, resources, locks, operators, system.
 _DATABASE_STATES: Final = ("08", "25", "28", "3D", "40", "53", "55", "57", "58")
 _EXHAUSTED: Final = "2200H"  # a sequence has no number left: a data exception by its class alone
+# Of these the server's message cannot repeat what a statement was given: the connection, read-only
+# and broken transactions, authorisation, serialisation, resources, a lock's timeout, interventions.
+# Of the others one may: 58P01 names the file, and 3D000 the database, that a CHECK asks for.
+_SAID_STATES: Final = ("08", "25", "28", "40", "53", "55P03", "57")
 
 # https://sqlite.org/rescode.html
 _ROW_CODES: Final = frozenset(
@@ -50,7 +57,8 @@ _ROW_CODES: Final = frozenset(
         sqlite3.SQLITE_RANGE,
     }
 )
-_SAFE_WORDS: Final = ("no such table: ", "no such column: ")  # names of the schema follow
+# Names of the schema follow in these, unless a full-text search in a trigger says so of a row.
+_SCHEMA_WORDS: Final = ("no such table: ", "no such column: ")
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
 
@@ -118,45 +126,61 @@ def is_null_refused(error: DBAPIError) -> bool:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translated(*, of_rows: bool = True) -> Iterator[None]:
     """Give the database's own faults the library's words.
+
+    Args:
+        of_rows: The statements touch rows, so that the driver's words may repeat what is in them,
+            whatever the error: a CHECK, a trigger, an index or a view may call any function on a
+            row's text. False for those of the schema alone, such as an upgrade's.
 
     Raises:
         StoreUnavailable: With the first line of the driver's words where they cannot repeat a
-            row. A connection's fault is chained; another is not, for what the driver says of it
-            at length may carry a row's values.
+            row, else with the error's name and code. Only where the error cannot carry a row's
+            values is it the cause.
     """
     try:
         yield
     except DBAPIError as error:
         error.hide_parameters = True  # an engine of the host's may show them
-        line, safe = _words(error)
+        line, safe = _words(error, of_rows=of_rows)
         unavailable = StoreUnavailable(f"the database failed: {line}")
         unavailable.unclear = fault_of(error) is Fault.UNCLEAR
-        raise unavailable from error if safe else None
-    except SQLAlchemyError as error:
+        if safe:
+            raise unavailable from error
+        raise_alone(unavailable)
+    except TimeoutError as error:  # no connection was free in the pool
         raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
+    except SQLAlchemyError as error:
+        raise_alone(StoreUnavailable(f"the database failed: {type(error).__name__}"))
 
 
-def _words(error: DBAPIError) -> tuple[str, bool]:
+def _words(error: DBAPIError, *, of_rows: bool) -> tuple[str, bool]:
     """What may be said of the error, and whether the error itself may be shown."""
     driver: Any = error.driver_exception
     line = str(error.orig).partition("\n")[0]
+    if hasattr(driver, "sqlstate"):  # psycopg
+        return _words_of_state(error, line, of_rows=of_rows)
     code = getattr(driver, "sqlite_errorcode", None)
-    if code is not None:  # in SQLITE_ERROR a function that a trigger calls may speak
-        safe = _of_code(code) is Fault.DATABASE or line.startswith(_SAFE_WORDS)
-        return (
-            (line, True)
-            if safe
-            else (f"{type(driver).__name__} ({driver.sqlite_errorname})", False)
-        )
-    diagnosis = getattr(driver, "diag", None)
-    if diagnosis is None or not driver.sqlstate:
+    if code is None:  # the driver's own: of a value that it cannot bind, of a text that is none
+        return type(driver).__name__, False
+    named = _of_code(code) is Fault.UNCLEAR and line.startswith(_SCHEMA_WORDS)
+    if _of_code(code) is Fault.DATABASE or (named and not of_rows):
         return line, True
-    database = driver.sqlstate.startswith(_DATABASE_STATES)
+    return f"{type(driver).__name__} ({driver.sqlite_errorname})", False
+
+
+def _words_of_state(error: DBAPIError, line: str, *, of_rows: bool) -> tuple[str, bool]:
+    driver: Any = error.driver_exception
+    state, diagnosis = driver.sqlstate, driver.diag
+    if not state:  # psycopg's own: of the connection, or of a value that it cannot send or read
+        own = isinstance(error, OperationalError | InterfaceError)
+        return (line, True) if own else (type(driver).__name__, False)
+    database = state.startswith(_DATABASE_STATES)
     # a COPY's own context repeats the row's line, and the message of a fault of the database's
     # does not; any other context is a trigger's, which may say what it likes
-    copying = (diagnosis.context or "").startswith("COPY ")
-    if diagnosis.message_detail or (diagnosis.context and not (copying and database)):
-        return f"{type(driver).__name__} ({driver.sqlstate})", False
+    copying = database and (diagnosis.context or "").startswith("COPY ")
+    bare = not diagnosis.message_detail and (copying or not diagnosis.context)
+    if not bare or (of_rows and not state.startswith(_SAID_STATES)):
+        return f"{type(driver).__name__} ({state})", False
     return line, database and not diagnosis.context

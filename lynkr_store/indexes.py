@@ -71,7 +71,7 @@ def build_missing_indexes(engine: Engine, wait_s: float = WAIT_S) -> Built:
     Raises:
         StoreUnavailable: The database cannot be reached.
     """
-    with translated():
+    with translated(of_rows=False):
         backend = backend_of(engine)
         match backend:
             case Backend.SQLITE:

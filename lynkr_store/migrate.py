@@ -137,7 +137,7 @@ def upgrade(
         StoreUnavailable: The database cannot be reached, or the copy could not be made.
         BadArgument: There is no such revision, or ``backup`` of what is no SQLite file.
     """
-    with _engine_of(target) as engine, translated():
+    with _engine_of(target) as engine, translated(of_rows=False):
         copy = _copied(engine, revision) if backup else None
         try:
             bring_to(engine, revision, wait_s)

@@ -6,10 +6,11 @@ import logging
 import sqlite3
 import threading
 import traceback
+from datetime import timedelta
 
 import pytest
 from pydantic import ValidationError
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, inspect, text
 from sqlalchemy.orm import Session
 
 from lynkr_store import (
@@ -358,6 +359,226 @@ def test_the_async_store_repeats_no_refused_row(engine, url, overheard, how):
 
     asyncio.run(add())
     assert overheard() == []
+
+
+# -- what a table's own rules say of a row, whatever the error's class ---------------------------
+
+SPEAKING = ["to_tsquery", "set_config", "nextval", "pg_read_file", "has_database_privilege"]
+"""Functions of PostgreSQL that repeat what they are given, with no context: 42601, 42704, 42P01,
+58P01, 3D000."""
+CALLS = {
+    "to_tsquery": "to_tsquery({} || ' (') IS NOT NULL",
+    "set_config": "set_config({}, '1', true) IS NOT NULL",
+    "nextval": "nextval({}::regclass) > 0",
+    "pg_read_file": "pg_read_file({}) IS NOT NULL",
+    "has_database_privilege": "has_database_privilege({}, 'CREATE')",
+}
+
+
+def whole_chain(error):
+    """As `chain`, with what was raised `from None`, which a tool that collects errors finds."""
+    seen, left = [], [error]
+    while left:
+        error = left.pop()
+        if error is not None and not any(error is other for other in seen):
+            seen.append(error)
+            left += [error.__cause__, error.__context__]
+    return seen
+
+
+def check_alone(error):
+    for part in whole_chain(error):
+        assert MARK not in repr(part) + str(part) + repr(vars(part))
+
+
+def add_in_every_way(url, engine):
+    """The errors of each way of adding a record now."""
+    errors = []
+    with Store(url) as store:
+        with pytest.raises(LynkrStoreError) as caught:
+            store.add_many([secret(), secret()])
+        errors.append(caught.value)
+    for of in (engine, create_engine(parse_url(url), hide_parameters=False)):
+        with Session(of) as session, pytest.raises(LynkrStoreError) as caught:
+            RoutingRepository(session).add_many([secret(), secret()])
+        errors.append(caught.value)
+        of.dispose()
+
+    async def add():
+        async with AsyncStore(url) as store:
+            with pytest.raises(LynkrStoreError) as caught:
+                await store.add_many([secret(), secret()])
+            errors.append(caught.value)
+
+    asyncio.run(add())
+    return errors
+
+
+@pytest.mark.parametrize("backend", POSTGRES)
+@pytest.mark.parametrize("function", SPEAKING)
+def test_a_check_that_speaks_is_not_repeated_in_any_way(backend, new_url, overheard, function):
+    url = new_url(backend, at_head=True)
+    engine = create_store_engine(url)
+    call = CALLS[function].format("request_text")
+    execute(engine, f"ALTER TABLE routing_telemetry ADD CHECK (request_text IS NULL OR {call})")
+    errors = add_in_every_way(url, engine)
+    for error in errors:
+        check_alone(error)
+    with Store(settings=StoreSettings(url=url, echo=True)) as store:
+        assert store.record(secret(request_text=None))
+        assert store.flush(30)
+        for _ in range(3):
+            assert store.record(secret())
+        assert store.record(secret(request_text=None))
+        eventually(lambda: store.health().rejected + len(store.health().faults_by) > 0)
+        check_silent(store, overheard, *errors)
+        store.close(0.5)
+    check_silent_errors(overheard)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("backend", POSTGRES)
+@pytest.mark.parametrize("function", SPEAKING[:3])
+def test_a_replayed_row_is_not_repeated_either(backend, new_url, overheard, function, tmp_path):
+    url = new_url(backend, at_head=True)
+    engine = create_store_engine(url)
+    settings = StoreSettings(url=url, spool_path=tmp_path / "spool.db", spool_after_s=0)
+    rename(engine, "routing_telemetry", "elsewhere")
+    with Store(settings=settings) as store:
+        fill(store)
+        assert store.flush(30)
+        assert store.health().spooled == 10
+    rename(engine, "elsewhere", "routing_telemetry")
+    call = CALLS[function].format("request_text")
+    execute(engine, f"ALTER TABLE routing_telemetry ADD CHECK (tier IS NULL OR {call})")
+    with Store(settings=settings) as store:
+        eventually(lambda: store.health().written == 2)
+        assert store.health().rejected == 8
+        check_silent(store, overheard)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("how", ["match", "raise"])
+@pytest.mark.parametrize("of_the_host", [True])
+def test_a_trigger_of_sqlites_that_speaks_is_not_repeated_in_any_way(
+    new_url, overheard, how, of_the_host
+):
+    """A full-text search says "no such column" of a word of the row's own."""
+    url = new_url("sqlite-file", at_head=True)
+    engine = create_store_engine(url)
+    if how == "raise" and sqlite3.sqlite_version_info < (3, 47):
+        pytest.skip("RAISE takes a text alone")
+    says = {
+        "match": "SELECT * FROM words "
+        "WHERE words MATCH (replace(NEW.request_text, ' ', '') || ':x')",
+        "raise": "SELECT RAISE(ABORT, NEW.request_text)",
+    }[how]
+    execute(
+        engine,
+        "CREATE VIRTUAL TABLE words USING fts5 (word)",
+        f"CREATE TRIGGER speaks BEFORE INSERT ON routing_telemetry BEGIN {says}; END",
+    )
+    driver = contextlib.closing(sqlite3.connect(parse_url(url).database))
+    with driver as connection, pytest.raises(sqlite3.Error, match=MARK):
+        connection.execute(
+            "INSERT INTO routing_telemetry (request_id, timestamp, provider, request_text) "
+            f"VALUES ('r', 1, 'p', '{MARK}')"
+        )
+    errors = add_in_every_way(url, engine)
+    for error in errors:
+        check_alone(error)
+    with Store(settings=StoreSettings(url=url, echo=True)) as store:
+        assert store.record(secret())
+        eventually(lambda: store.health().rejected + len(store.health().faults_by) > 0)
+        check_silent(store, overheard, *errors)
+        store.close(0.1)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("backend", POSTGRES)
+@pytest.mark.parametrize("of_the_host", [True])
+def test_reads_folds_and_retention_repeat_no_row_either(backend, new_url, overheard, of_the_host):
+    url = new_url(backend, at_head=True)
+    engine = create_store_engine(url)
+    errors = []
+
+    def fails(call):
+        with pytest.raises(LynkrStoreError) as caught:
+            call()
+        errors.append(caught.value)
+
+    with Store(settings=StoreSettings(url=url, maintenance_interval_s=1e6)) as store:
+        assert store.add_many([secret(), secret(request_text=None)]) == 2
+        spoken = CALLS["to_tsquery"].format("provider")
+        execute(
+            engine,
+            f"ALTER TABLE routing_dimensions ADD CONSTRAINT speaks CHECK ({spoken})",
+        )
+        fails(store.maintain)
+        fails(lambda: store.cleanup(timedelta(0)))
+        execute(engine, "ALTER TABLE routing_dimensions DROP CONSTRAINT speaks")
+        store.maintain()
+        execute(
+            engine,
+            "CREATE FUNCTION speaks() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE EXCEPTION '%%', OLD.request_text USING ERRCODE = '53100'; END $$",
+            "CREATE TRIGGER speaks BEFORE DELETE ON routing_telemetry "
+            "FOR EACH ROW EXECUTE FUNCTION speaks()",
+        )
+        fails(lambda: store.cleanup(timedelta(0)))
+    spoken = CALLS["to_tsquery"].format("provider")
+    execute(
+        engine,
+        f"ALTER TABLE routing_telemetry ADD CHECK (request_text IS NOT NULL OR {spoken}) NOT VALID",
+    )
+    with Store(settings=StoreSettings(url=url, text_retention_days=1)) as store:
+        fails(store.maintain)
+    rename(engine, "routing_telemetry", "base")
+    columns = [name for name in column_names(engine, "base") if name != "model"]
+    execute(
+        engine,
+        f"CREATE VIEW routing_telemetry AS SELECT {', '.join(columns)}, "
+        "to_tsquery(request_text || ' (')::text AS model FROM base",
+    )
+    with Store(url) as store:
+        fails(store.query)
+    host = create_engine(parse_url(url), hide_parameters=False)
+    with Session(host) as session:
+        fails(RoutingRepository(session).query)
+
+    async def read():
+        async with AsyncStore(url) as store:
+            with pytest.raises(LynkrStoreError) as caught:
+                await store.query()
+            errors.append(caught.value)
+
+    asyncio.run(read())
+    assert len(errors) == 7
+    for error in errors:
+        check_alone(error)
+    check_silent_errors(overheard, *errors)
+    host.dispose()
+    engine.dispose()
+
+
+def column_names(engine, table):
+    return [column["name"] for column in inspect(engine).get_columns(table)]
+
+
+def test_a_text_that_a_hosts_engine_cannot_decode_is_not_repeated(new_url, overheard):
+    """Python's driver repeats it."""
+    url = new_url("sqlite-file", at_head=True)
+    with contextlib.closing(sqlite3.connect(parse_url(url).database)) as connection, connection:
+        connection.execute(
+            "INSERT INTO routing_telemetry (request_id, timestamp, provider, model) "
+            f"VALUES ('r', {AT}, 'p', CAST('{MARK}' || x'ff' AS TEXT))"
+        )
+    host = create_engine(parse_url(url), hide_parameters=False)
+    with Session(host) as session, pytest.raises(LynkrStoreError) as caught:
+        RoutingRepository(session).query()
+    check_alone(caught.value)
+    check_silent_errors(overheard, caught.value)
+    host.dispose()
 
 
 @pytest.mark.parametrize("state", ["40001", "53100", "55P03", "57014", "58030", "08006", "25006"])
