@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple, assert_never
 
@@ -17,7 +17,7 @@ from tenacity import (
     wait_random,
 )
 
-from lynkr_store import catalogue, folds, migrate
+from lynkr_store import catalogue, migrate
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S
 from lynkr_store.engine import backend_of, by_itself, driver_of, is_direct, writing
@@ -28,11 +28,6 @@ from lynkr_store.models import INDEXES, PROGRESS, TELEMETRY
 WAIT_S: Final = 30.0
 """Seconds to wait for another session that builds them, or for a lock."""
 
-_TURN: Final[Mapping[str, object]] = {"name": "indexes", "value": 0}
-"""The row of the progress that a session locks while it builds.
-
-Not an advisory lock: any role can hold one of those, also one without a right to these tables.
-"""
 _INDEX_BY_NAME: Final = {str(index.name): index for index in INDEXES}
 _POLL_S: Final = 0.1
 _TRIES: Final = 5
@@ -166,45 +161,36 @@ def _bounded(connection: Connection, deadline: float) -> Iterator[None]:
 
 @contextmanager
 def _turn(engine: Engine, deadline: float) -> Iterator[bool]:
-    """Whether it is this session's turn to build indexes, until the deadline.
+    """Whether it is this session's turn to build indexes, waited for until the deadline.
 
-    To another session an index under construction looks like one that was left invalid. A
-    transaction that does nothing else holds a lock meanwhile: a session's lock would stay in a
-    pooler's connection for ever. It is polled for, since a statement that waits has a snapshot, for
-    which the build waits; a transaction that is idle on READ COMMITTED has none.
+    To another session an index under construction looks like one that was left invalid. The lock is
+    one of the table of progress that keeps nobody from reading and writing it. It takes the right
+    to write there; an advisory lock any role can hold, also one without a right to these tables. A
+    transaction that does nothing else holds it meanwhile, for a session's would stay in a pooler's
+    connection. It has no snapshot, for which the build would wait: LOCK TABLE takes none, and each
+    statement here goes by the simple protocol, which leaves no portal open.
     """
+    wait_s = max(_LEAST_WAIT_S, deadline - time.monotonic())
     with engine.connect() as connection:
         connection.execution_options(isolation_level="READ COMMITTED")  # whatever a host's has
         connection.detach()
-        with connection.begin():
-            connection.execute(folds.note_first(Backend.POSTGRESQL), _TURN)
-        while not _takes_turn(connection):
-            connection.rollback()
-            if time.monotonic() > deadline:
-                yield False
-                return
-            time.sleep(_POLL_S)
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(wait_s * 1000)}")
+        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:
+            connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        try:
+            connection.exec_driver_sql(f"LOCK TABLE {PROGRESS.name} IN SHARE UPDATE EXCLUSIVE MODE")
+        except DBAPIError as error:
+            if not is_in_the_way(error):
+                raise
+            yield False
+            return
         try:
             yield True
         finally:
             with suppress(DBAPIError):  # it was ended meanwhile: what was built is built
                 connection.rollback()
-
-
-def _takes_turn(connection: Connection) -> bool:
-    turn = (
-        select(PROGRESS.c.value)
-        .where(PROGRESS.c.name == _TURN["name"])
-        .with_for_update(skip_locked=True)
-    )
-    if connection.scalar(turn) is None:
-        return False
-    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:
-        connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
-    # without parameters it goes by the simple protocol, and ends the SELECT, whose snapshot would
-    # stay for as long as the transaction is idle
-    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
-    return True
 
 
 class _Wanted(NamedTuple):

@@ -217,7 +217,7 @@ def unindexed(postgres_url):
 def build(url):
     engine = create_store_engine(url)
     try:
-        return build_missing_indexes(engine)
+        return build_missing_indexes(engine).names
     finally:
         engine.dispose()
 
