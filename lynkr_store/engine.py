@@ -26,7 +26,14 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.files import make_private
 from lynkr_store.forking import keep_out_of_children
-from lynkr_store.search_path import as_text, checked_schema, options_of, path_of, schema_of
+from lynkr_store.search_path import (
+    TEMPORARY,
+    as_text,
+    checked_schema,
+    options_of,
+    path_of,
+    schema_of,
+)
 from lynkr_store.urls import (
     REMEDY,
     is_utf8,
@@ -667,8 +674,11 @@ def _setting(settings: tuple[tuple[str, str], ...], schema: str | None) -> str:
 
     Written out: with parameters it takes half as long again.
     """
-    values = (dict(settings) | path_of(schema)).items()
-    sets = (f"pg_catalog.set_config({as_text(n)}, {as_text(v)}, true)" for n, v in values)
+    values = dict(settings) | path_of(schema)
+    sets = [f"pg_catalog.set_config({as_text(n)}, {as_text(v)}, true)" for n, v in values.items()]
+    if "search_path" not in values:  # see `path_of`
+        path = f"pg_catalog.current_setting('search_path') || ', {TEMPORARY}'"
+        sets.append(f"pg_catalog.set_config('search_path', {path}, true)")
     told = ("pg_catalog.current_schema()", "pg_catalog.pg_backend_pid()")
     return f"SELECT {', '.join((*sets, *told))}".replace("%", "%%")  # not the driver's parameters
 

@@ -17,6 +17,9 @@ from lynkr_store.backend import Backend
 from lynkr_store.exceptions import BadArgument, SchemaError
 
 _SCHEMA: Final = "lynkr_store_schema"  # the execution option that names it
+TEMPORARY: Final = "pg_temp"
+"""The schema of a session's temporary tables."""
+
 _MAX_BYTES: Final = 63  # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 _NOT_PERMITTED: Final = "42501"
 
@@ -47,8 +50,12 @@ def options_of(schema: str | None) -> dict[str, str | None]:
 
 
 def path_of(schema: str | None) -> dict[str, str]:
-    """The settings of a transaction that works in the schema."""
-    return {"search_path": quoted(schema)} if schema else {}
+    """The settings of a transaction that works in the schema.
+
+    Temporary tables come last: unless the path names their schema, PostgreSQL looks there first,
+    and a session that a pool or pooler hands round may have one of the same name.
+    """
+    return {"search_path": f"{quoted(schema)}, {TEMPORARY}"} if schema else {}
 
 
 def schema_of(of: Engine | Connection) -> str | None:
@@ -57,12 +64,12 @@ def schema_of(of: Engine | Connection) -> str | None:
     return schema
 
 
-def set_path(connection: Connection, path: str) -> None:
+def set_path(connection: Connection, search_path: str) -> None:
     """Set the path for the rest of the transaction.
 
     Not by SET, in whose text a driver would look for parameters.
     """
-    connection.execute(select(func.pg_catalog.set_config("search_path", path, True)))  # noqa: FBT003
+    connection.execute(select(func.pg_catalog.set_config("search_path", search_path, True)))  # noqa: FBT003
 
 
 def require_schema(connection: Connection, schema: str | None) -> None:
@@ -112,7 +119,7 @@ def within(connection: Connection, schema: str | None) -> Iterator[None]:
         return
     before = connection.scalar(select(func.current_setting("search_path")))
     make_schema(connection, schema)
-    set_path(connection, quoted(schema))
+    set_path(connection, **path_of(schema))
     require_schema(connection, schema)
     yield
     set_path(connection, str(before))

@@ -172,7 +172,7 @@ def test_eight_stores_share_four_connections(pooled_at_head):
 
 
 IN_FORCE = {
-    "search_path": f'"{SCHEMA}"',
+    "search_path": f'"{SCHEMA}", pg_temp',
     "statement_timeout": "7s",
     "TimeZone": "UTC",
     "client_encoding": "UTF8",

@@ -364,3 +364,43 @@ def owners(url: str, schema: str | None = None) -> list[str]:
         found = migrate.foreign_owners(connection)
     engine.dispose()
     return found
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_temporary_table_of_the_session_hides_none_of_the_stores(postgres_url, schema, kind):
+    """PostgreSQL looks there first, and a pool or a pooler hands the session round."""
+    settings = StoreSettings(url=postgres_url, schema_name=schema, cache_ttl_s=0)
+    migrate.upgrade(create_store_engine(postgres_url, schema=schema))
+    with asyncio.Runner() as runner:
+        store = (
+            Store(settings=settings)
+            if kind == "sync"
+            else Asynchronous(AsyncStore(settings=settings), runner)
+        )
+        engines = [store._database.engine]
+        if kind == "async":
+            engines.append(store._engine.sync_engine)
+        for engine in engines:
+
+            @event.listens_for(engine, "connect")
+            def plant_table(connection, _):
+                place = schema or "public"
+                cursor = connection.cursor()
+                cursor.execute(
+                    f"CREATE TEMP TABLE {TELEMETRY.name} "
+                    f"(LIKE {place}.{TELEMETRY.name} INCLUDING ALL)"
+                )
+                cursor.close()
+                connection.commit()
+
+        store.record(provider="p")
+        assert store.flush(60)
+        store.add_many([{"provider": "p"}])
+        store.maintain()
+        assert len(store.query()) == 2
+        assert store.get_stats().total_requests == 2
+        store.close()
+    with psycopg.connect(make_url(postgres_url).render_as_string(hide_password=False)) as other:
+        found = other.execute(f"SELECT count(*) FROM {schema or 'public'}.{TELEMETRY.name}")
+        assert found.fetchone() == (2,)
