@@ -29,10 +29,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from lynkr_store.backend import Backend
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.files import Identity, identity_of
-from lynkr_store.lifecycle import Forkable, on_fork
-
-FORK_WAIT_S: Final = 5.0
-"""Seconds that a fork waits for connections in use: longer than SQLite's busy timeout of 3 s."""
+from lynkr_store.lifecycle import FORK_WAIT_S, Forkable, on_fork
 
 _POLL_S: Final = 0.002  # a pool does not tell when it drops a connection
 _FILE: Final = "lynkr_store_file"  # in a connection's info: the file that it has open

@@ -14,6 +14,9 @@ from typing import Any, Final
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.log import say
 
+FORK_WAIT_S: Final = 5.0
+"""Seconds that a fork waits for a part that is at work: longer than SQLite's busy timeout of 3."""
+
 _MULTIPROCESSING_PRIORITY: Final = 100  # before multiprocessing closes what the store may need
 
 

@@ -285,9 +285,13 @@ class Spool:
             self._own, self._left = None, []
             self._closed = True
 
-    def hold(self) -> None:
-        """Let no transaction be under way until `release`: the process is about to fork."""
-        self._lock.acquire()
+    def hold(self, timeout_s: float) -> bool:
+        """Let no transaction be under way until `release`: the process is about to fork.
+
+        Returns:
+            False when one did not end in time: nothing is held.
+        """
+        return self._lock.acquire(timeout=timeout_s)
 
     def release(self) -> None:
         """End what `hold` began."""

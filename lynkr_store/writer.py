@@ -27,7 +27,7 @@ from lynkr_store.account import Account
 from lynkr_store.exceptions import BadArgument, OutcomeUnknown, SpoolError
 from lynkr_store.ingest import TextPolicy, new_ids, taken_over
 from lynkr_store.intake import Intake, Queued
-from lynkr_store.lifecycle import Forkable, on_exit_of_worker, without_sigterm
+from lynkr_store.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.log import say, words_of
 from lynkr_store.preparing import prepare
 from lynkr_store.rows import Gathering, Row
@@ -188,6 +188,7 @@ class Writer(Forkable):
         )
         self.submit = self._intake.submit
         self._spool = self._make_spool() if self._make_spool else None
+        self._holds_spool = False
         self._spool_rests_until = 0.0
         self._spool_all = False  # close() runs out of time
         self._spooling = False  # batches are on their way there
@@ -336,23 +337,33 @@ class Writer(Forkable):
 
     def before_fork(self) -> None:
         """Let the spool come to rest: what a child inherits must not be half-written."""
-        if self._spool:
-            self._spool.hold()
+        self._holds_spool = self._spool is not None and self._spool.hold(FORK_WAIT_S)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        if self._spool:
+        if self._spool and self._holds_spool:
             self._spool.release()
 
     def after_fork_in_child(self) -> None:
-        """Start anew.
+        """Start with nothing; without a spool, if a batch was on its way there.
 
         The parent's spool is kept from the collector, which would close a file of the parent's.
         """
+        without = self._spool is not None and not self._holds_spool
         if self._spool:
             _inherited.append(self._spool)
+        if without:
+            self._make_spool = None
         closed = self._intake.closed
         self.begin()
+        if without:
+            self._note_fault(
+                SpoolError(
+                    "this process was forked while a batch was on its way into the spool; it has "
+                    "none. Fork before the store is used, or start processes by multiprocessing's "
+                    "'spawn'"
+                )
+            )
         if closed:
             self.close(0)
 

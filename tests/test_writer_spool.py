@@ -244,3 +244,32 @@ def test_a_child_sets_out_anew_with_a_file_of_its_own(make, ledger, tmp_path):
     assert writer.account().spooled == 10
     assert (tmp_path / "spool.db.2").exists()
     spool.close()
+
+
+def test_a_child_of_a_fork_while_the_spool_is_written_has_none(make, ledger, monkeypatch):
+    monkeypatch.setattr("lynkr_store.writer.FORK_WAIT_S", 0.05)
+    writer = make()
+    spool, held, over = writer._spool, threading.Event(), threading.Event()
+
+    def write():
+        with spool._lock:
+            held.set()
+            over.wait(30)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    held.wait(30)
+    writer.before_fork()
+    over.set()
+    thread.join()
+    assert spool._lock.acquire(blocking=False)  # nothing is held
+    spool._lock.release()
+    writer.after_fork_in_child()
+    assert "forked while a batch was on its way" in writer.account().last_error
+    submit(writer, range(10))
+    assert writer.flush(30)
+    assert writer.account().written == 10
+    assert len(ledger.providers) == 10
+    writer.close(1)
+    writer.after_fork_in_parent()  # which would raise, if it let go of what is not held
+    spool.close()
