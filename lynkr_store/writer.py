@@ -214,6 +214,10 @@ class Writer(Forkable):
 
     def start(self) -> None:
         """Start the threads, if they are not running; the first record does."""
+        on_exit_of_worker(self, _closing(self))
+        self._start_threads()
+
+    def _start_threads(self) -> None:
         with self._lock:
             for name, body in (("deliver", self._deliver_all), ("prepare", self._prepare_all)):
                 if name in self._threads or self._over:
@@ -228,7 +232,6 @@ class Writer(Forkable):
                     self._intake.wake_at = 1
                     return
                 self._started = True
-        on_exit_of_worker(self, _closing(self))
 
     def _run(self, name: str, body: Callable[[], None]) -> None:
         with self._lock:
@@ -286,12 +289,7 @@ class Writer(Forkable):
         """
         timeout_s = _checked(timeout_s)
         self._intake.closed = True
-        with self._lock:
-            if len(self._intake):
-                self.start()  # again, if it could not be
-            running = self._started
-            if not running:
-                self._give_up()
+        running = self._started or (len(self._intake) > 0 and self._start_soon())
         if running and self._spool:
             if not self.flush(timeout_s / 2):
                 self._spool_all = True
@@ -370,21 +368,28 @@ class Writer(Forkable):
     # -- both threads --------------------------------------------------------------------------
 
     def _ring(self) -> None:
-        """Wake the thread that prepares; the first record has it started.
-
-        Not here: an exception that a signal handler raises in the middle, in the main thread that
-        is, would leave locks of ours and of `threading` held.
-        """
+        """Wake the thread that prepares; the first record has it started."""
         self._bell.put(None)
         if len(self._threads) < _THREADS:
-            try:
-                start_new_thread(self._start_aside, ())
-            except (RuntimeError, MemoryError):  # no more threads: the next record tries again
-                self._intake.wake_at = 1
+            on_exit_of_worker(self, _closing(self))  # it may end before the threads are there
+            if not self._start_soon():
+                self._intake.wake_at = 1  # the next record tries again
+
+    def _start_soon(self) -> bool:
+        """Have the threads started; False where the system gives none.
+
+        Not here: an exception that a signal handler raises in the middle, in the main thread that
+        is, would leave locks of `threading` held, or seem to be that there are no more threads.
+        """
+        try:
+            start_new_thread(self._start_aside, ())
+        except (RuntimeError, MemoryError):
+            return False
+        return True
 
     def _start_aside(self) -> None:
         try:
-            self.start()
+            self._start_threads()
         except BaseException as error:  # noqa: BLE001 - the next record tries again
             self._intake.wake_at = 1
             with suppress(BaseException):
