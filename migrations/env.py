@@ -28,6 +28,9 @@ from lynkr_store.search_path import checked_schema, schema_of, script_lines, wit
 
 config = context.config
 schema = config.attributes.get("schema", checked_schema(os.environ.get("LYNKR_STORE_SCHEMA")))
+modules: list[Any] = [script.module for script in context.script.walk_revisions()]
+revisions = [(module, module.upgrade, module.downgrade) for module in modules]
+"""As they are written; a migration that finds a lock in its way is tried again."""
 
 
 def _url() -> str:
@@ -89,9 +92,8 @@ def _migrate(connection: Connection) -> None:
         return
     with catalogue.sealed(connection, VERSION_TABLE) as (version_table_schema, in_path):
         # Alembic's own statements need no path, and the revisions do
-        for script in context.script.walk_revisions():
-            module: Any = script.module
-            module.upgrade, module.downgrade = in_path(module.upgrade), in_path(module.downgrade)
+        for module, up, down in revisions:
+            module.upgrade, module.downgrade = in_path(up), in_path(down)
         options = migrate.options()
         options["on_version_apply"] = in_path(options["on_version_apply"])
         context.configure(
