@@ -13,6 +13,7 @@ copies what the caller could still change and says how many bytes it holds.
 import gc
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -230,24 +231,29 @@ class Intake:
         return dropped
 
     def _unpackable(self, record: Any, request: Any, response: Any) -> tuple[_Unpacked, int]:
-        """A record out of its owner's reach, or None for one that cannot be read, and its size."""
-        try:
-            stamp_ms = self._clock()
-            copy = _Copy(self._max_bytes)
-            if type(record) is dict:
-                record.pop(STAMP, None)
-                if request is not None:
-                    record["request_text"] = request
-                if response is not None:
-                    record["response_text"] = response
-                record = copy.of(record)
-            else:
-                record = _of_event(record, copy)
-        except _TooLargeError:
-            return _Unpacked(None, 0), self._max_bytes
-        except Exception:  # noqa: BLE001 - the record's own methods, or a clock that failed
-            return _Unpacked(None, 0), 0
-        return _Unpacked(record, stamp_ms), copy.size
+        """A record out of its owner's reach, or None for one that cannot be read, and its size.
+
+        It is tried twice: another thread may change a container meanwhile, and a signal handler may
+        raise an exception that is not the record's.
+        """
+        for _ in range(2):
+            with suppress(Exception):
+                stamp_ms = self._clock()
+                copy = _Copy(self._max_bytes)
+                try:
+                    if type(record) is dict:
+                        record.pop(STAMP, None)
+                        if request is not None:
+                            record["request_text"] = request
+                        if response is not None:
+                            record["response_text"] = response
+                        copied = copy.of(record)
+                    else:
+                        copied = _of_event(record, copy)
+                except _TooLargeError:
+                    return _Unpacked(None, 0), self._max_bytes
+                return _Unpacked(copied, stamp_ms), copy.size
+        return _Unpacked(None, 0), 0
 
     def _refuse(self, cause: str) -> bool:
         next(self._refusals[cause])

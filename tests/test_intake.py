@@ -472,6 +472,29 @@ def test_memory_that_runs_out_costs_the_record_alone(where):
     assert sum(intake.submit({"provider": "p"}) for _ in range(20)) == 10, "every place is free"
 
 
+def test_a_container_that_another_thread_changes_is_copied_once_more():
+    class Changing(dict):
+        changes = 1
+
+        def items(self):
+            for item in super().items():
+                if self.changes:
+                    self.changes -= 1
+                    raise RuntimeError("dictionary changed size during iteration")
+                yield item
+
+    intake = intake_of()
+    intake.submit({"provider": "p", "request_text": "kept", "attributes": Changing(a=1)})
+    [queued] = everything(intake).records
+    record, _ = as_submitted(queued)
+    assert record == {
+        "provider": "p",
+        "request_text": "kept",
+        "response_text": None,
+        "attributes": {"a": 1},
+    }
+
+
 def test_places_given_back_twice_are_free_once():
     intake = intake_of(rows=20, units=10)
     intake.submit({"provider": "p"})
