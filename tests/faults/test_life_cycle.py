@@ -210,7 +210,7 @@ def test_a_child_starts_with_nothing_and_the_parent_keeps_its_own(program, url, 
 
         def hold():  # another thread has every lock there is at the fork
             with (store._writer._lock, store._database._lock, store._probe._lock,
-                  store._writer._intake._count_lock):
+                  store._cache._lock):
                 locked.set()
                 fork.wait()
 

@@ -245,7 +245,7 @@ class _Moments:
             (DefaultDialect, ("do_commit",)),
             (Database, ("write",)),
             (Intake, ("take", "release")),
-            (writer.Writer, ("_taken_batch", "_enter", "_settle")),
+            (writer.Writer, ("_taken_records", "_prepared", "_enter", "_settle")),
             (spool.Spool, ("enter", "load", "mark_attempt", "remove", "close")),
             (spool._File, ("insert", "mark", "delete", "shrink")),
         ):
