@@ -7,10 +7,10 @@ a right that is missing. Asked of the catalogue, never of a message's text.
 from collections.abc import Sequence
 from typing import Any, Final, assert_never
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from lynkr_store import identities
+from lynkr_store import catalogue, identities
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import StoreUnavailable, raise_alone
@@ -36,19 +36,20 @@ _LOST_IDS: Final = (
 _GIVEN_TWICE: Final = text(
     """
 SELECT CAST(CAST(i.indrelid AS regclass) AS text) AS name,
-       coalesce(pg_catalog.pg_partition_root(i.indrelid), i.indrelid)
-         = pg_catalog.to_regclass(:ours) AS ours
+       coalesce(CAST(pg_catalog.pg_partition_root(i.indrelid) AS oid), i.indrelid)
+         = CAST(pg_catalog.to_regclass(CAST(:ours AS text)) AS oid) AS ours
 FROM pg_catalog.pg_index i
 JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid
 JOIN pg_catalog.pg_namespace n ON n.oid = x.relnamespace
 JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey)
-WHERE n.nspname = :schema AND x.relname = :constraint
+WHERE n.nspname = CAST(:schema AS name) AND x.relname = CAST(:constraint AS name)
   AND (a.attidentity <> ''
-    OR (a.attname = 'id' AND coalesce(pg_catalog.pg_partition_root(i.indrelid), i.indrelid)
-        = pg_catalog.to_regclass(:ours))
+    OR (a.attname = 'id'
+        AND coalesce(CAST(pg_catalog.pg_partition_root(i.indrelid) AS oid), i.indrelid)
+            = CAST(pg_catalog.to_regclass(CAST(:ours AS text)) AS oid))
     OR EXISTS (SELECT FROM pg_catalog.pg_attrdef d
                JOIN pg_catalog.pg_depend p
-                 ON p.objid = d.oid AND p.classid = CAST('pg_catalog.pg_attrdef' AS regclass)
+                 ON p.objid = d.oid AND p.classid = 'pg_catalog.pg_attrdef'::regclass::oid
                JOIN pg_catalog.pg_class s ON s.oid = p.refobjid AND s.relkind = 'S'
                WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum))
 """
@@ -57,14 +58,16 @@ WHERE n.nspname = :schema AND x.relname = :constraint
 # Whether a table is ours, and a trigger may set a row's columns before it is stored.
 _REFUSING: Final = text(
     """
-SELECT coalesce(pg_catalog.pg_partition_root(c.oid), c.oid) = pg_catalog.to_regclass(:ours) AS ours,
+SELECT coalesce(CAST(pg_catalog.pg_partition_root(c.oid) AS oid), c.oid)
+         = CAST(pg_catalog.to_regclass(CAST(:ours AS text)) AS oid) AS ours,
        CAST(CAST(c.oid AS regclass) AS text) AS name,
        pg_catalog.quote_ident(:column) AS column,
        EXISTS (SELECT FROM pg_catalog.pg_trigger t
-               WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 7 = 7) AS triggers
+               WHERE t.tgrelid = c.oid AND NOT t.tgisinternal
+               AND t.tgtype::integer & 7 = 7) AS triggers
 FROM pg_catalog.pg_class c
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE n.nspname = :schema AND c.relname = :table
+WHERE n.nspname = CAST(:schema AS name) AND c.relname = CAST(:table AS name)
 """
 )
 
@@ -76,7 +79,7 @@ SELECT pg_catalog.quote_ident(CAST(CURRENT_USER AS text)) AS role,
        pg_catalog.row_security_active(c.oid) AS secured
 FROM ROWS FROM (pg_catalog.unnest(CAST(:tables AS text[])),
                 pg_catalog.unnest(CAST(:privileges AS text[]))) AS given(name, privilege)
-JOIN pg_catalog.pg_class c ON c.oid = pg_catalog.to_regclass(given.name)
+JOIN pg_catalog.pg_class c ON c.oid = CAST(pg_catalog.to_regclass(given.name) AS oid)
 """
 )
 
@@ -117,11 +120,11 @@ def without_ids(connection: Connection) -> str | None:
 
 def hindrance(connection: Connection) -> str | None:
     """Why the tables take no row at all and what to do, as far as the catalogue tells."""
-    there = inspect(connection)
+    there = catalogue.tables(connection, [TELEMETRY.name, LEDGER.name])
     for table in (TELEMETRY, LEDGER):
-        if not there.has_table(table.name):
+        if table.name not in there:
             return f"the table {table.name} is not there: restore it, or run lynkr-store check"
-        columns = {column["name"] for column in there.get_columns(table.name)}
+        columns = catalogue.column_names(connection, table.name)
         if missing := [column.name for column in table.c if column.name not in columns]:
             return f"{table.name} lacks {', '.join(missing)}: lynkr-store check says what differs"
     if backend_of(connection) is Backend.POSTGRESQL and (

@@ -39,6 +39,9 @@ _GREATEST: Final = 2**63 - 1
 _OF_SQLITE: Final = (TELEMETRY, SAVINGS)  # in which an id is never given again
 _MAINTAIN: Final = "lynkr-store maintain"
 
+# Every operand has exactly the type that an operator of PostgreSQL's own takes: one that another
+# role made for other types would be called.
+#
 # An identity's sequence depends on its column, a default depends on the sequence that it asks. A
 # trigger may give the id, too: for each row, before, at an INSERT.
 _CATALOGUE: Final = text(
@@ -49,17 +52,17 @@ SELECT given.name AS model,
        a.attnotnull AS not_null,
        d.oid IS NOT NULL
        OR EXISTS (SELECT FROM pg_catalog.pg_trigger t
-                  WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype & 7 = 7)
+                  WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgtype::integer & 7 = 7)
        AS given_otherwise,
-       CASE a.atttypid WHEN CAST('int2' AS regtype) THEN 32767
-                       WHEN CAST('int4' AS regtype) THEN 2147483647
+       CASE a.atttypid WHEN 'int2'::regtype::oid THEN 32767
+                       WHEN 'int4'::regtype::oid THEN 2147483647
                        ELSE 9223372036854775807 END AS greatest_id,
        n.nspname AS schema, q.relname AS sequence, CAST(q.oid AS bigint) AS sequence_id,
        CAST(CAST(q.oid AS regclass) AS text) AS sequence_name,
        s.seqmax AS greatest_number, s.seqincrement AS increment, s.seqcycle AS cycles,
        EXISTS (SELECT FROM pg_catalog.pg_depend o
-               WHERE o.classid = CAST('pg_catalog.pg_class' AS regclass) AND o.objid = q.oid
-               AND o.refclassid = CAST('pg_catalog.pg_class' AS regclass)
+               WHERE o.classid = 'pg_catalog.pg_class'::regclass::oid AND o.objid = q.oid
+               AND o.refclassid = 'pg_catalog.pg_class'::regclass::oid
                AND o.refobjid = c.oid AND o.refobjsubid = a.attnum
                AND o.deptype IN ('a', 'i')) AS owned,
        pg_catalog.has_table_privilege(c.oid, 'SELECT')
@@ -70,7 +73,7 @@ SELECT given.name AS model,
        pg_catalog.quote_ident(CAST(CURRENT_USER AS text)) AS role
 FROM pg_catalog.unnest(CAST(:names AS text[])) AS given(name)
 JOIN pg_catalog.pg_class c
-  ON c.oid = pg_catalog.to_regclass(given.name) AND c.relkind IN ('r', 'p')
+  ON c.oid = CAST(pg_catalog.to_regclass(given.name) AS oid) AND c.relkind IN ('r', 'p')
 JOIN pg_catalog.pg_attribute a
   ON a.attrelid = c.oid AND a.attname = 'id' AND NOT a.attisdropped
 LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
@@ -80,10 +83,10 @@ LEFT JOIN LATERAL (
   JOIN pg_catalog.pg_class k
     ON k.relkind = 'S'
    AND k.oid = CASE WHEN p.deptype = 'i' THEN p.objid ELSE p.refobjid END
-  WHERE p.refclassid = CAST('pg_catalog.pg_class' AS regclass)
-    AND ((p.deptype = 'i' AND p.classid = CAST('pg_catalog.pg_class' AS regclass)
+  WHERE p.refclassid = 'pg_catalog.pg_class'::regclass::oid
+    AND ((p.deptype = 'i' AND p.classid = 'pg_catalog.pg_class'::regclass::oid
           AND p.refobjid = c.oid AND p.refobjsubid = a.attnum)
-      OR (p.classid = CAST('pg_catalog.pg_attrdef' AS regclass) AND p.objid = d.oid
+      OR (p.classid = 'pg_catalog.pg_attrdef'::regclass::oid AND p.objid = d.oid
           AND p.deptype = 'n'))
   LIMIT 1) AS q ON true
 LEFT JOIN pg_catalog.pg_namespace n ON n.oid = q.relnamespace

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import Connection, Engine, func, inspect, select
+from sqlalchemy import Connection, Engine, Text, func, select
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.schema import CreateSchema
 
@@ -97,7 +97,8 @@ def make_schema(connection: Connection, schema: str | None) -> None:
     Raises:
         SchemaError: This user may not create it.
     """
-    if not schema or inspect(connection).has_schema(schema):
+    there = func.pg_catalog.to_regnamespace(quoted(schema or ""), type_=Text())
+    if not schema or connection.scalar(select(there.is_not(None))):
         return
     user = connection.scalar(select(func.current_user()))
     try:
@@ -117,7 +118,7 @@ def within(connection: Connection, schema: str | None) -> Iterator[None]:
     if not schema or connection.dialect.name != Backend.POSTGRESQL:
         yield
         return
-    before = connection.scalar(select(func.current_setting("search_path")))
+    before = connection.scalar(select(func.pg_catalog.current_setting("search_path")))
     make_schema(connection, schema)
     set_path(connection, **path_of(schema))
     require_schema(connection, schema)
@@ -132,7 +133,7 @@ def script_lines(schema: str) -> str:
     is a text in quotes: between dollar signs the schema's name could end it.
     """
     body = (
-        f"BEGIN IF to_regnamespace({as_text(quoted(schema))}) IS NULL THEN "
+        f"BEGIN IF pg_catalog.to_regnamespace({as_text(quoted(schema))}) IS NULL THEN "
         f"CREATE SCHEMA {quoted(schema)}; END IF; END"
     )
     return f"DO {as_text(body)};\n\nSET LOCAL search_path TO {quoted(schema)};"
