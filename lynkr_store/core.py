@@ -15,7 +15,7 @@ from lynkr_store import maintenance, revisions
 from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
-from lynkr_store.engine import file_of, plan_for_any
+from lynkr_store.engine import plan_for_any
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.filters import Window, checked_age
@@ -29,7 +29,7 @@ from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 from lynkr_store.spool import Spool, clashes
 from lynkr_store.upkeep import Upkeep
-from lynkr_store.urls import shown
+from lynkr_store.urls import file_of, shown
 from lynkr_store.writer import CLOSE_S, Writer
 
 _T = TypeVar("_T")

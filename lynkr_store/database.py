@@ -30,7 +30,6 @@ from lynkr_store.engine import (
     disposing,
     ensure_begun,
     in_schema,
-    is_memory,
     parse_url,
     require_utf8,
     writing,
@@ -46,7 +45,7 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.files import Identity, identity_of
-from lynkr_store.forking import keep_out_of_children, path_of
+from lynkr_store.forking import keep_out_of_children
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable
 from lynkr_store.log import say
@@ -57,6 +56,7 @@ from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.spans import DAY_MS
 from lynkr_store.turns import Away
+from lynkr_store.urls import file_of, is_memory
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
@@ -134,7 +134,7 @@ class Database(Forkable):
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
         self._shared_file = self.backend is Backend.SQLITE and not self.in_memory
-        self._path = path_of(self.engine)
+        self._path = file_of(self.engine.url)
         if self.backend is Backend.POSTGRESQL:
             # whatever a host's engine is set to: a batch is one transaction, and its second try
             # must see what the first committed meanwhile

@@ -7,7 +7,7 @@ from functools import lru_cache
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
 from sqlalchemy.engine import Dialect
@@ -36,6 +36,7 @@ from lynkr_store.search_path import (
 )
 from lynkr_store.urls import (
     REMEDY,
+    is_memory,
     is_utf8,
     parameters,
     prepare_threshold,
@@ -145,19 +146,6 @@ def require_supported(connection: Connection) -> None:
         raise UnsupportedDatabase(
             f"{backend.value} {found} is too old: use version {needed} or newer{where}"
         )
-
-
-def is_memory(url: URL) -> bool:
-    """Whether the URL names an SQLite database in memory."""
-    return url.get_backend_name() == Backend.SQLITE and url.database in (None, "", ":memory:")
-
-
-def file_of(url: URL) -> Path | None:
-    """The file of an SQLite database; None for one in memory, and for other backends."""
-    name = url.database
-    if url.get_backend_name() != Backend.SQLITE or is_memory(url) or not name:
-        return None
-    return Path(unquote(urlsplit(name).path) if name.startswith("file:") else name)
 
 
 def create_store_engine(

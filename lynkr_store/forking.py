@@ -17,7 +17,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Engine, event
@@ -30,6 +29,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.files import Identity, identity_of
 from lynkr_store.lifecycle import FORK_WAIT_S, Forkable, on_fork
+from lynkr_store.urls import file_of, is_memory
 
 _POLL_S: Final = 0.002  # a pool does not tell when it drops a connection
 _FILE: Final = "lynkr_store_file"  # in a connection's info: the file that it has open
@@ -54,14 +54,6 @@ def keep_out_of_children(engine: Engine) -> None:
         guard = _guards[engine.dialect] = make(engine)
         on_fork(guard)
     guard.watch(engine)
-
-
-def path_of(engine: Engine) -> Path | None:
-    """The SQLite file that the engine's URL names; None where it names none by its path."""
-    database = engine.url.database
-    if engine.dialect.name != Backend.SQLITE or not database or database.startswith("file:"):
-        return None
-    return None if database == ":memory:" else Path(database)
 
 
 class _Guard(Forkable):
@@ -174,8 +166,8 @@ class _SqliteGuard(_Guard):
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._path = path_of(engine)
-        self._in_memory = engine.url.database in (None, "", ":memory:")
+        self._path = file_of(engine.url)
+        self._in_memory = is_memory(engine.url)
         super().__init__(engine)
         event.listen(engine, "checkout", self._on_checkout)
         event.listen(engine, "detach", self._on_detach)

@@ -25,7 +25,7 @@ from lynkr_store import catalogue
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.backup import back_up, file_of
-from lynkr_store.engine import create_store_engine, disposing, in_schema, is_memory, parse_url
+from lynkr_store.engine import create_store_engine, disposing, in_schema, parse_url
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.faults import translated
@@ -33,6 +33,7 @@ from lynkr_store.models import INDEXES, Base
 from lynkr_store.revisions import config, head, note_applied, standing, steps
 from lynkr_store.search_path import schema_of
 from lynkr_store.settings import StoreSettings
+from lynkr_store.urls import is_memory
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

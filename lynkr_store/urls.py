@@ -7,12 +7,15 @@ name of a parameter, and that only where the URL cannot have been split wrongly.
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import URL
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
+from lynkr_store.backend import Backend
 from lynkr_store.exceptions import BadArgument, UnsupportedDatabase
 
 REMEDY: Final = "use sqlite:///path/to/file.db, sqlite:// (in memory) or postgresql://user@host/db"
@@ -176,3 +179,22 @@ def _whole(name: str, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         raise BadArgument(f"url: the parameter {name} wants a whole number from 0 on")
     return int(text)
+
+
+def is_memory(url: URL) -> bool:
+    """Whether the URL names an SQLite database in memory."""
+    return url.get_backend_name() == Backend.SQLITE and url.database in (None, "", ":memory:")
+
+
+def file_of(url: URL) -> Path | None:
+    """The file of an SQLite database; None for one in memory, and for other backends.
+
+    None, too, for a ``file:`` name that is relative: what it names changes with the directory.
+    """
+    name = url.database
+    if url.get_backend_name() != Backend.SQLITE or is_memory(url) or not name:
+        return None
+    if not name.startswith("file:"):
+        return Path(name)
+    path = Path(unquote(urlsplit(name).path))
+    return path if path.is_absolute() and url.query.get("mode") != "memory" else None
