@@ -271,6 +271,8 @@ def _settings(options: str, statement_timeout_s: float, schema: str | None) -> d
         for name, value in settings_in(options)
         if name in settings or name == "search_path"
     }
+    if path := settings.get("search_path"):  # see `path_of`
+        settings["search_path"] = f"{path}, {TEMPORARY}"
     return settings | {"client_encoding": "UTF8"} | path_of(schema)
 
 

@@ -640,7 +640,7 @@ def test_options_of_the_url_are_kept_beside_ours(postgres_url, options, schema):
         assert settings_of(engine) == {
             "work_mem": "5MB",
             "application_name": "a gateway's",
-            "search_path": "elsewhere" if schema is None else f'"{schema}"',
+            "search_path": "elsewhere, pg_temp" if schema is None else f'"{schema}", pg_temp',
             "statement_timeout": "30s",
             "timezone": "UTC",
         }
