@@ -1117,6 +1117,7 @@ def test_a_second_ctrl_c_in_close_loses_nothing(program, tmp_path):
     url = f"sqlite:///{tmp_path}/telemetry.db"
     lines = program(
         """
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
         store = opened("sync", sys.argv[1])
         record(store, "r", 100)
         flush = store._writer.flush

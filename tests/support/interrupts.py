@@ -3,6 +3,7 @@
 import dis
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -23,7 +24,11 @@ def interrupted(
     everywhere: bool,
     error: BaseException | None = None,
 ) -> bool:
-    """Call a function and raise an exception in this thread before the n-th instruction of it.
+    """Call a function in a thread and raise an exception before the n-th instruction of it.
+
+    The thread is there for this alone: an exception that is raised where CPython itself never
+    raises one, at the first instruction of a handler, may stay the one that its thread handles, and
+    be the context of every later one.
 
     Args:
         act: What is called.
@@ -35,7 +40,29 @@ def interrupted(
     Returns:
         Whether there were so many instructions.
     """
-    error = error or Interruption()
+    outcome: list[bool | BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(_interrupted(act, moment, files, everywhere, error or Interruption()))
+        except BaseException as raised:  # noqa: BLE001 - raised again where it was called
+            outcome.append(raised)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _interrupted(
+    act: Callable[[], object],
+    moment: int,
+    files: tuple[str, ...],
+    everywhere: bool,  # noqa: FBT001 - as `interrupted` was told
+    error: BaseException,
+) -> bool:
     seen = 0
     last: dict[FrameType, int] = {}
 
