@@ -35,6 +35,10 @@ _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-ca
 
 _VERB: Final = "lynkr_store_verb"
 
+_ENDS_SESSION: Final = ("FATAL", "PANIC")
+"""Severities of PostgreSQL: https://www.postgresql.org/docs/current/runtime-config-logging.html,
+table 19.2."""
+
 _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
 
@@ -191,7 +195,7 @@ def _copy(connection: Connection, rows: Rows, away: Away) -> int:
                     copy.write_row(row)
             return _counted(cursor.rowcount, rows)
     except connection.dialect.loaded_dbapi.Error as error:
-        lost = driver.closed  # which a connection that broke is too
+        lost = driver.closed or _is_lost(connection, error)
         if lost:
             connection.invalidate()  # not for this error: the pool would log it, and the row's text
         raise DBAPIError.instance(
@@ -203,6 +207,15 @@ def _copy(connection: Connection, rows: Rows, away: Away) -> int:
             connection_invalidated=lost,
             dialect=connection.dialect,
         ) from error
+
+
+def _is_lost(connection: Connection, error: Any) -> bool:
+    """Whether an error ends the connection, though the driver has not read as far as its end.
+
+    The session was ended by the server; or the error is the driver's own, of a socket that closed.
+    """
+    own = isinstance(error, connection.dialect.loaded_dbapi.OperationalError)
+    return error.diag.severity_nonlocalized in _ENDS_SESSION or (own and error.sqlstate is None)
 
 
 def _counted(stored: int, rows: Sequence[Row]) -> int:
