@@ -255,11 +255,16 @@ class _SqliteGuard(_Guard):
             for record in self._known_now():  # also what came back to a pool of before
                 if record not in self._using and record not in self._making:
                     record.close()
-            return not self._open() or not (
-                self._others(self._using) or self._others(self._making) or self._detached
-            )
+            with self._changed:  # what was given back meanwhile is closed the next time
+                return all(self._user(one) in self._forking for one in self._open())
 
         return _comes(is_closed_or_stuck, deadline) and not self._open()
+
+    def _user(self, connection: Any) -> int | None:
+        """The thread that uses or makes a connection; None where none does, or it is not known."""
+        if isinstance(connection, int):  # detached
+            return None
+        return self._using.get(connection) or self._making.get(connection)
 
     def _close_async(self, engine: Engine, deadline: float) -> bool:
         """Likewise, where an event loop has the connections, which must not be held up meanwhile.
