@@ -1,5 +1,6 @@
 """What both stores are made of: settings, one database, one writer, one cache, one account."""
 
+import atexit
 import threading
 import time
 import weakref
@@ -86,7 +87,12 @@ class Core:
         self._sigterm = SigtermHandler(_closing(self)) if settings.handle_sigterm else None
         # also when the store is forgotten, and when the interpreter exits
         parts = (self._writer, self._upkeep, self._probe)
-        self._finalizer = weakref.finalize(self, _close, *parts, CLOSE_S)
+        self._at_exit = partial(_close, *parts, CLOSE_S)
+        atexit.register(self._at_exit)
+        self._finalizer = weakref.finalize(self, _forget, self._at_exit)
+        # not by the interpreter's own list of finalizers: where another thread makes one while it
+        # is read, as SQLAlchemy does for each connection in use, CPython runs none of them
+        self._finalizer.atexit = False
         for part in (self._writer, self._database, self._upkeep, self._probe, self._cache):
             on_fork(part)
         if settings.spool_path:
@@ -146,6 +152,7 @@ class Core:
         if self._sigterm:  # only now: the signal may come meanwhile
             self._sigterm.remove()
         self._finalizer.detach()  # last: an interrupted close is finished at the end
+        atexit.unregister(self._at_exit)
 
     def _do_read(self, body: Callable[[RoutingRepository], _T]) -> _T:
         self._open()
@@ -268,6 +275,12 @@ def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> No
     upkeep.finish()
     probe.finish()
     probe.database.dispose()
+
+
+def _forget(close: Callable[[], None]) -> None:
+    """Close the parts of a store that the collector found."""
+    close()
+    atexit.unregister(close)
 
 
 def _closing(core: Core) -> Callable[[], None]:

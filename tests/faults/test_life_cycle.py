@@ -1113,6 +1113,22 @@ def test_sigterm_at_every_line_loses_nothing(program, tmp_path, what, stride):
     assert int(last.split()[1]) > 10
 
 
+def test_the_exit_of_an_interpreter_whose_finalizers_fail_loses_nothing(program, url):
+    """Which CPython's do where another thread makes one meanwhile: a connection's, say."""
+    program(
+        """
+        import weakref
+
+        store = opened("sync", sys.argv[1])
+        record(store, "r", 100)
+        weakref.finalize._select_for_exit = None  # called once per exit
+        """,
+        url,
+        noise=".*Exception ignored in atexit callback.*",
+    )
+    assert stored(url) == once(r=100)
+
+
 def test_a_second_ctrl_c_in_close_loses_nothing(program, tmp_path):
     url = f"sqlite:///{tmp_path}/telemetry.db"
     lines = program(
