@@ -13,7 +13,7 @@ from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
 
 
-def file_of(engine: Engine) -> Path:
+def opened_file(engine: Engine) -> Path:
     """The file that the engine's connections open, by whatever name.
 
     Raises:
@@ -45,7 +45,7 @@ def back_up(engine: Engine, name: str) -> Path:
         BadArgument: PostgreSQL, or a database in memory.
         StoreUnavailable: There was no room, or the file is not readable; no copy is left behind.
     """
-    path = file_of(engine)
+    path = opened_file(engine)
     at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     copy = path.with_name(f"{path.name}.{name}-{at}.bak")
     partial = copy.with_name(copy.name + ".partial")

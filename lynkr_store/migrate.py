@@ -24,7 +24,7 @@ from sqlalchemy.schema import SchemaItem
 from lynkr_store import catalogue
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.backup import back_up, file_of
+from lynkr_store.backup import back_up, opened_file
 from lynkr_store.engine import create_store_engine, disposing, in_schema, parse_url
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
@@ -199,7 +199,7 @@ def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
 
 def _copied(engine: Engine, revision: str) -> Path | None:
     """Copy the engine's file, if the upgrade has something to do."""
-    file_of(engine)
+    opened_file(engine)
     with engine.connect() as connection:
         stands = standing(connection)
         is_empty = not inspect(connection).get_table_names()
