@@ -483,10 +483,24 @@ class Database(Forkable):
         self._begin()
 
     def dispose(self) -> None:
-        """Close the engine's connections, unless it is the host's."""
+        """Close the engine's connections, unless it is the host's.
+
+        A thread of its own does it. What a signal's handler raises comes up in the main thread, at
+        a moment at which the pool's lock, a `threading.Condition`, can stay held; the next call,
+        at the interpreter's end, would wait for it for ever.
+        """
         self._disposed = self._owned
-        if self._owned:
+        if not self._owned:
+            return
+        thread = threading.Thread(
+            target=self.engine.dispose, name="lynkr-store-dispose", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter ends, and starts no thread any more
             self.engine.dispose()
+        else:
+            thread.join()
 
 
 def _reading(url: str) -> tuple[Engine, tuple[str, ...]]:
