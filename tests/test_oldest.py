@@ -21,5 +21,6 @@ def test_every_requirement_has_a_lowest_version():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3_600)
 def test_the_tests_pass_with_the_lowest_versions(tmp_path):
     oldest.main(tmp_path)
