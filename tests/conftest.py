@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,8 +85,20 @@ def server_of() -> Iterator[Callable[[str], Server]]:
             started.drop_database("template_head")
 
 
+@pytest.fixture(scope="session")
+def sqlite_at_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file at head, to be copied: nine revisions take longer than most tests."""
+    path = tmp_path_factory.mktemp("template") / "telemetry.db"
+    engine = create_store_engine(f"sqlite:///{path}")
+    migrate.upgrade(engine)
+    engine.dispose()
+    return path
+
+
 @pytest.fixture
-def new_url(tmp_path: Path, server_of: Callable[[str], Server]) -> Iterator[Callable[..., str]]:
+def new_url(
+    tmp_path: Path, server_of: Callable[[str], Server], sqlite_at_head: Path
+) -> Iterator[Callable[..., str]]:
     """Make an empty database, or one at head, on the backend of that name."""
     made: list[tuple[Server, str]] = []
 
@@ -94,12 +107,11 @@ def new_url(tmp_path: Path, server_of: Callable[[str], Server]) -> Iterator[Call
         if backend == "sqlite-memory":
             return "sqlite://"
         if backend == "sqlite-file":
-            url = f"sqlite:///{tmp_path}/{number}/telemetry.db"
+            path = tmp_path / str(number) / "telemetry.db"
             if at_head:
-                engine = create_store_engine(url)
-                migrate.upgrade(engine)
-                engine.dispose()
-            return url
+                path.parent.mkdir()
+                shutil.copy(sqlite_at_head, path)  # with its mode
+            return f"sqlite:///{path}"
         server, name = server_of(backend), f"test_{number}"
         made.append((server, name))
         return server.create_database(name, "template_head" if at_head else None)
