@@ -477,8 +477,13 @@ def _take(path: Path, identity: Identity) -> None:
         if private(path) != identity:
             raise SpoolForeign(f"spool_path: {path} was replaced while it was opened")
         private(path, shut=True)
-        _make(journal)
-        private(journal, shut=True)
+        while True:
+            _make(journal)
+            try:
+                private(journal, shut=True)
+            except FileNotFoundError:  # another process that holds the file ended a transaction
+                continue
+            break
 
 
 @contextmanager

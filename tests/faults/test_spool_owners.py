@@ -16,6 +16,7 @@ import pytest
 
 from lynkr_store import AsyncStore, BadArgument, Store, StoreSettings, create_store_engine
 from lynkr_store import files as files_module
+from lynkr_store import spool as spool_module
 from lynkr_store.exceptions import SpoolError
 from lynkr_store.spool import Spool, SpoolForeign
 from tests.support.stores import adds_up, eventually
@@ -237,6 +238,25 @@ def test_a_journal_that_is_not_ours_is_refused(make, path, folder, end, kind):
     else:
         beside.symlink_to(folder / "elsewhere")
     refused(make, path, "belongs to another user" if kind == "theirs" else "symbolic link")
+
+
+def test_a_journal_that_another_process_ends_with_its_transaction_is_made_again(
+    make, path, monkeypatch
+):
+    make_private, ends = files_module.make_private, 3
+
+    def ended(made):
+        nonlocal ends
+        made_it = make_private(made)
+        if made == journal(path) and ends:
+            ends -= 1
+            made.unlink()
+        return made_it
+
+    monkeypatch.setattr(spool_module, "make_private", ended)
+    spool = make()
+    assert not ends
+    assert spool.enter("batch", rows("r"), None).file.path == path, "no other name was taken"
 
 
 @needs_root
