@@ -22,6 +22,7 @@ from lynkr_store.schemas import (
 
 _CAUSES: Final = {
     "missing": "no_provider",
+    "no_provider": "no_provider",
     "extra_forbidden": "unknown_name",
     "greater_than_equal": "out_of_domain",
     "less_than_equal": "out_of_domain",

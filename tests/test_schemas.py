@@ -81,7 +81,7 @@ def test_values_of_the_domain_are_taken(field, values):
         ("was_fallback", 2, "wrong_type"),
         ("was_fallback", "yes", "wrong_type"),
         ("stream", "yes", "wrong_type"),
-        ("provider", None, "wrong_type"),
+        ("provider", None, "no_provider"),
         ("provider", 5, "wrong_type"),
         ("tier", b"SIMPLE", "wrong_type"),
         ("candidates", {1, 2}, "wrong_type"),

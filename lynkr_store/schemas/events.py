@@ -147,6 +147,12 @@ def _finite(value: object, causes: list[str]) -> object:
             return value
 
 
+def _provider(value: object) -> object:
+    if value is None:
+        raise PydanticCustomError("no_provider", "give the provider's name as a text")
+    return value
+
+
 def _no_flag_is_false(value: object) -> object:
     return False if value is None else value
 
@@ -203,7 +209,7 @@ class RoutingEvent(FrozenInput):
     """Tokens in [gen_ai.usage.input_tokens]; see `cache_tokens_included`."""
     message_count: _Count = None
     request_type: _Text = None
-    provider: Annotated[str, Field(strict=True)]
+    provider: Annotated[str, Field(strict=True), BeforeValidator(_provider)]
     """Who answered [gen_ai.provider.name]."""
     model: _Text = None
     """The model that answered [gen_ai.response.model]."""

@@ -152,7 +152,7 @@ BAD = [
     ("unknown_name", lambda: {"provider": "p", "providr": "p"}),
     ("unknown_name", lambda: {"provider": "p", "id": 5}),
     ("wrong_type", lambda: {"provider": 5}),
-    ("wrong_type", lambda: {"provider": None}),
+    ("no_provider", lambda: {"provider": None}),
     ("wrong_type", lambda: {"provider": "p", "tier": ["SIMPLE"]}),
     ("wrong_type", lambda: {"provider": "p", "model": b"bytes"}),
     ("wrong_type", lambda: {"provider": "p", "input_tokens": 1.5}),
