@@ -1,19 +1,20 @@
 """What can be asked: a window of time, the dimensions of a row, how many rows. Knows no SQL."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Annotated, Any, Final, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from lynkr_store.exceptions import BadArgument
-from lynkr_store.schemas import epoch_ms
+from lynkr_store.schemas import epoch_ms, values
 from lynkr_store.schemas.base import FrozenInput
 from lynkr_store.schemas.events import NAME_MAX_CHARS, mend_text
 
 _MAX_VALUES: Final = 1_000  # well below what one statement can bind on either backend
-_INT64_MAX: Final = 2**63 - 1
 
 
 def _bound(value: object) -> object:
@@ -23,7 +24,8 @@ def _bound(value: object) -> object:
 class Window(FrozenInput):
     """The half-open range of time ``[since, until)``.
 
-    Both ends are aware datetimes or integers of epoch milliseconds, and are kept as the latter.
+    Both ends are instants as `RoutingEvent.timestamp` takes them, and are kept as epoch
+    milliseconds.
     In a statistic a missing ``until`` is now, included, and a missing ``since`` the statistic's
     own look-back (24 hours unless its docstring says otherwise); in lists a missing end is open.
     An empty or inverted window holds no row. The gateway's own ranges include both ends: its
@@ -56,48 +58,61 @@ class Window(FrozenInput):
         return since, now_ms + 1 if until is None else until
 
 
-def _several(value: object, kind: type, say: str) -> tuple[Any, ...] | None:
+def _several(value: object, convert: Callable[[object], Any], say: str) -> list[Any] | None:
+    """The value, or each of several, converted; None for none.
+
+    Raises:
+        ValueError: One is not of the dimension's kind, or they are none, or too many.
+    """
     if value is None:
         return None
-    values = (value,) if isinstance(value, kind) else value
-    if not isinstance(values, Collection) or not all(type(item) is kind for item in values):
-        raise ValueError(f"give {say}, or several in a list")
-    if not 0 < len(values) <= _MAX_VALUES:
+    try:
+        try:
+            return [convert(value)]
+        except ValueError:
+            if isinstance(value, str | bytes) or not isinstance(value, Collection):
+                raise
+            found = [convert(item) for item in islice(value, _MAX_VALUES + 1)]
+    except Exception:  # noqa: BLE001 - a value's own methods may raise anything
+        raise ValueError(f"give {say}, or several in a list") from None
+    if not 0 < len(found) <= _MAX_VALUES:
         raise ValueError(f"give from 1 to {_MAX_VALUES} values, or leave it out to match all")
-    return tuple(values)
+    return found
 
 
 def _texts(value: object) -> object:
-    texts = _several(value, str, "a text")
+    texts = _several(value, values.text, "a text")
     # mended as records are on their way in, so that a text finds what was recorded with it
     return texts and tuple(sorted({mend_text(text)[0][:NAME_MAX_CHARS] for text in texts}))
 
 
 def _codes(value: object) -> object:
-    codes = _several(value, int, "a whole number")
-    if codes and max(map(abs, codes)) > _INT64_MAX:
-        raise ValueError("a whole number must fit in 64 bits")
-    return codes and tuple(sorted(set(codes)))
+    codes = _several(value, values.code, "a whole number")
+    return codes and tuple(sorted({values.in_64_bits(code, "a whole number") for code in codes}))
 
 
 def _finite(value: object) -> object:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("a bound is a finite number")
-    return float(value)
+    with suppress(ValueError):
+        if math.isfinite(number := values.real(value)):
+            return number
+    raise ValueError("a bound is a finite number, which a float can hold")
 
 
 _Texts = Annotated[str | Collection[str] | None, PlainValidator(_texts)]
 _Codes = Annotated[int | Collection[int] | None, PlainValidator(_codes)]
 _Bound = Annotated[float | None, BeforeValidator(_finite)]
-_YesNo = Annotated[bool | None, Field(strict=True)]
+_YesNo = Annotated[
+    bool | None, Field(strict=True), BeforeValidator(values.taking(values.flag, bool))
+]
 
 
 class RoutingFilter(FrozenInput):
     """Which rows: every dimension given must match; one left out matches all.
 
-    A dimension takes one value or several, of which one must match. An empty text is a value.
+    A dimension takes one value or several, of which one must match: the values that `RoutingEvent`
+    takes in the field of that name. An empty text is a value.
     Bounds include their own value; a row where the number was not measured is outside them.
     """
 
@@ -141,6 +156,7 @@ class RoutingFilter(FrozenInput):
 
 
 _Asked = TypeVar("_Asked", Window, RoutingFilter)
+_Value = TypeVar("_Value")
 
 
 def given(value: _Asked | None, kind: type[_Asked], name: str) -> _Asked:
@@ -162,9 +178,9 @@ def checked_provider(provider: object) -> str:
     Raises:
         BadArgument: No text.
     """
-    if not isinstance(provider, str):
-        raise BadArgument("provider: give the provider's name as a text")
-    return provider
+    if type(provider) is str:  # asked for each time that a kept answer is given
+        return provider
+    return _checked("provider", "give the provider's name as a text", values.text, provider)
 
 
 def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
@@ -173,9 +189,11 @@ def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
     Raises:
         BadArgument: Fewer than ``least``, fractional, NaN, or no number.
     """
-    if type(limit) is not int or not least <= limit <= _INT64_MAX:
-        raise BadArgument(f"{name}: give a whole number of rows, {least} or more")
-    return limit
+    words = f"give a whole number of rows, {least} or more"
+    rows = _checked(name, words, values.whole, limit)
+    if not least <= rows <= values.INT64_MAX:
+        raise BadArgument(f"{name}: {words}")
+    return rows
 
 
 def checked_age(older_than: object) -> timedelta:
@@ -184,6 +202,27 @@ def checked_age(older_than: object) -> timedelta:
     Raises:
         BadArgument: Negative, or no ``timedelta``.
     """
-    if not isinstance(older_than, timedelta) or older_than < timedelta():
-        raise BadArgument("older_than: give a timedelta of 0 or more, as in timedelta(days=30)")
-    return older_than
+    words = "give a timedelta of 0 or more, as in timedelta(days=30)"
+    age = _checked("older_than", words, values.duration, older_than)
+    if age < timedelta():
+        raise BadArgument(f"older_than: {words}")
+    return age
+
+
+def checked_seconds(seconds: object, name: str) -> float:
+    """A time to wait, in seconds; infinity is one.
+
+    Raises:
+        BadArgument: Negative, NaN, too large for a float, or no number.
+    """
+    words = "give seconds, 0 or more"
+    found = _checked(name, words, values.real, seconds)
+    if not found >= 0:
+        raise BadArgument(f"{name}: {words}")
+    return found
+
+
+def _checked(name: str, words: str, convert: Callable[[object], _Value], value: object) -> _Value:
+    with suppress(ValueError):
+        return convert(value)
+    raise BadArgument(f"{name}: {words}")

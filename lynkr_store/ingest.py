@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from types import NoneType
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -32,13 +31,6 @@ _CAUSES: Final = {
 
 
 _FIELDS: Final = RoutingEvent.model_fields
-_PLAIN: Final = frozenset({str, int, float, bool, NoneType})
-_EXACT: Final[Mapping[type, Callable[[Any], Any]]] = {
-    str: str.__str__,
-    bool: bool,
-    int: int.__int__,
-    float: float.__float__,
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ def checked(record: Mapping[str, Any] | RoutingEvent, stamp_ms: int) -> tuple[Ro
     elif isinstance(record, Mapping) and len(record) > len(_FIELDS):
         record = _with_one_unknown(record)
     event = RoutingEvent.model_validate(record)
-    row = {name: _exact(value) for name, value in vars(event).items()}
+    row = dict(vars(event))
     for name in FLAG_FIELDS:
         row[name] = flag_number(row[name])
     if row["timestamp"] is None:
@@ -132,15 +124,6 @@ def _with_one_unknown(record: Mapping[str, Any]) -> Mapping[str, Any]:
     unknown = (name for name in record if name not in _FIELDS)
     known = (name for name in _FIELDS if name in record)
     return {name: record[name] for name in chain(known, islice(unknown, 1))}
-
-
-def _exact(value: Any) -> Any:
-    """The same value of Python's own type: methods of a caller's class could fail anywhere."""
-    if type(value) not in _PLAIN:
-        for kind, exact in _EXACT.items():
-            if isinstance(value, kind):
-                return exact(value)
-    return value
 
 
 def complete(columns: Columns, policy: TextPolicy, new_id: Callable[[], str]) -> list[str]:

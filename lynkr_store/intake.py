@@ -14,7 +14,7 @@ import gc
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from enum import Enum
 from itertools import repeat
@@ -30,7 +30,7 @@ import msgspec
 from ormsgpack import packb
 
 from lynkr_store.packing import AS_IT_IS, STAMP, Packed, packable, unpacked
-from lynkr_store.schemas import RoutingEvent
+from lynkr_store.schemas import RoutingEvent, datetime_of, plain
 
 _RECORD_BYTES: Final = 256  # what a queued record costs, about, beside its fields
 _UNIT_BYTES: Final = 2_048  # bytes are counted in units
@@ -318,6 +318,8 @@ class _Copy:
         if kind in _PLAIN:
             self.add(getsizeof(value))
             return value
+        if not isinstance(value, Mapping | list | tuple):
+            return self._single(value)
         if depth > _MAX_DEPTH:
             return _NEVER_VALID
         if isinstance(value, Mapping):
@@ -325,10 +327,8 @@ class _Copy:
                 self.of(key, _MAX_DEPTH + 1): self.of(item, depth + 1)
                 for key, item in value.items()
             }
-        elif isinstance(value, list | tuple):
-            copy = [self.of(item, depth + 1) for item in value]
         else:
-            return self._single(value)
+            copy = [self.of(item, depth + 1) for item in value]
         self.add(getsizeof(copy))
         return copy
 
@@ -342,9 +342,12 @@ class _Copy:
         kind = type(value)
         if isinstance(value, Enum):  # the class holds it
             return value
-        if kind is datetime:  # it may hold a zone of any class
-            return unpacked(packb(value, packable, AS_IT_IS))
-        if isinstance(value, _KEPT) or hasattr(kind, "__index__") or hasattr(kind, "__float__"):
+        instant = datetime_of(value)  # the value may hold a zone of any class
+        if instant is not None:
+            self.add(getsizeof(instant))
+            return instant
+        number = hasattr(kind, "__index__") or hasattr(kind, "__float__")
+        if isinstance(value, _KEPT) or (number and not hasattr(kind, "__setitem__")):
             parts, seen = [value], {id(value)}
             for part in parts:
                 self.add(getsizeof(part))
@@ -353,9 +356,14 @@ class _Copy:
                         seen.add(id(other))
                         parts.append(other)
                 if len(parts) > _MAX_PARTS:
-                    return _NEVER_VALID
-            return value
-        return _NEVER_VALID
+                    break
+            else:
+                return value
+        found = plain(value)  # what can be changed, as an array of one number, or holds much
+        if type(found) not in _PLAIN:
+            return _NEVER_VALID
+        self.add(getsizeof(found))
+        return found
 
 
 _PLAIN: Final = frozenset({str, int, float, bool, NoneType, bytes})

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from lynkr_store import answers, queries
 from lynkr_store.answers import Answer, Part
+from lynkr_store.backend import Backend
 from lynkr_store.domains import half_up
 from lynkr_store.engine import backend_of, require_utf8
 from lynkr_store.exceptions import BadArgument
@@ -178,10 +179,17 @@ class RoutingRepository:
         window = given(window, Window, "window")
         if before is not None and not isinstance(before, Cursor):
             raise BadArgument("before: give the cursor of the last row of the page before")
-        if checked_limit(limit) == 0:
+        backend = backend_of(self._session.get_bind(clause=TELEMETRY))
+        if backend is Backend.POSTGRESQL and before and isinstance(before.timestamp, str | bytes):
+            raise BadArgument(
+                "before: the cursor's timestamp is no number, so it is of an SQLite file's row; "
+                "give one of this database"
+            )
+        limit = checked_limit(limit)
+        if limit == 0:
             return []
         statement, values = queries.rows(
-            backend_of(self._session.get_bind(clause=TELEMETRY)),
+            backend,
             criteria,
             window.since_ms,
             window.until_ms,

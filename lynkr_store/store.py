@@ -184,7 +184,7 @@ class Store(Core):
             BadArgument: ``page_rows`` is not a positive whole number.
             StoreUnavailable: The database cannot be reached.
         """
-        checked_limit(page_rows, "page_rows", least=1)
+        page_rows = checked_limit(page_rows, "page_rows", least=1)
         before = None
         while page := self.query(criteria, window, limit=page_rows, before=before):
             yield from page
@@ -370,7 +370,7 @@ class AsyncStore(Core):
         page_rows: int = _PAGE_ROWS,
     ) -> AsyncIterator[RoutingRow]:
         """See `Store.iter_records`."""
-        checked_limit(page_rows, "page_rows", least=1)
+        page_rows = checked_limit(page_rows, "page_rows", least=1)
         before = None
         while page := await self.query(criteria, window, limit=page_rows, before=before):
             for row in page:

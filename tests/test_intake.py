@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -303,6 +304,16 @@ def test_containers_are_copied_at_the_call(other):
     assert set(record["attributes"]) == {"inner", "tuple"}
     assert record["attributes"]["inner"] == [1, {"deep": ["kept"]}, other]
     assert list(record["attributes"]["tuple"]) == [1, [1, {"deep": ["kept"]}, other]]
+
+
+def test_a_number_that_can_be_changed_is_copied_at_the_call():
+    number = np.array(5)
+    intake = intake_of()
+    intake.submit({"provider": "p", "input_tokens": number, "attributes": (number,)})
+    number[()] = 6
+    [queued] = everything(intake).records
+    record, _ = as_submitted(queued)
+    assert (record["input_tokens"], record["attributes"]) == (5, [5])
 
 
 @pytest.mark.parametrize("name", ["attributes", "candidates", "cache_decision"])

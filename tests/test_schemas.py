@@ -61,7 +61,7 @@ def test_values_of_the_domain_are_taken(field, values):
     ("field", "value", "cause"),
     [
         ("tool_count", 10**12 + 1, "out_of_domain"),
-        ("tool_count", 1.0, "wrong_type"),
+        ("tool_count", 1.5, "wrong_type"),
         ("tool_count", True, "wrong_type"),
         ("tool_count", "1", "wrong_type"),
         ("latency_ms", 1e9 + 1, "out_of_domain"),
@@ -75,7 +75,7 @@ def test_values_of_the_domain_are_taken(field, values):
         ("timestamp", datetime(1999, 1, 1, tzinfo=UTC), "out_of_domain"),
         ("timestamp", datetime(2026, 1, 1), "naive_datetime"),  # noqa: DTZ001
         ("timestamp", 10**30, "wrong_type"),
-        ("timestamp", 1.75e12, "wrong_type"),
+        ("timestamp", 1.75e12 + 0.5, "wrong_type"),
         ("timestamp", "2026-01-01", "wrong_type"),
         ("timestamp", True, "wrong_type"),
         ("was_fallback", 2, "wrong_type"),

@@ -202,12 +202,17 @@ def test_values_whose_own_methods_fail_cost_their_row(make, sink):
         def __contains__(self, other):
             raise RuntimeError("no")
 
+    class HostileNumber:
+        def __float__(self):
+            raise RuntimeError("no")
+
     writer = make()
-    writer.submit({"provider": Hostile("p")})
+    writer.submit({"provider": Hostile("the text that it holds")})
+    writer.submit({"provider": "p", "latency_ms": HostileNumber()})
     writer.submit({"provider": "p"})
     assert writer.flush(5)
     assert writer.account().rejected_by == {"wrong_type": 1}
-    assert sink.providers == ["p"]
+    assert sink.providers == ["the text that it holds", "p"]
 
 
 def test_rows_that_the_sink_refuses_are_counted_by_its_cause(make, sink):

@@ -3,7 +3,7 @@
 Inputs forbid unknown names; outputs ignore them. Everything is frozen all the way down.
 """
 
-from lynkr_store.schemas.base import epoch_ms, utc
+from lynkr_store.schemas.base import utc
 from lynkr_store.schemas.events import (
     FLAG_FIELDS,
     JSON_FIELDS,
@@ -19,6 +19,7 @@ from lynkr_store.schemas.events import (
 from lynkr_store.schemas.reports import Health, MaintenanceReport
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.stats import ProviderStats, RoutingAccuracy, RoutingStats
+from lynkr_store.schemas.values import datetime_of, epoch_ms, plain
 
 __all__ = [
     "FLAG_FIELDS",
@@ -36,10 +37,12 @@ __all__ = [
     "RoutingRow",
     "RoutingRowBrief",
     "RoutingStats",
+    "datetime_of",
     "encoded",
     "epoch_ms",
     "flag_number",
     "instant_in_domain",
     "mend_text",
+    "plain",
     "utc",
 ]

@@ -6,11 +6,8 @@ from typing import Annotated, Any, Final, TypeVar
 
 from immutabledict import immutabledict
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
-from pydantic_core import PydanticCustomError
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND: Final = timedelta(milliseconds=1)
-_INT64_MAX: Final = 2**63 - 1
 
 _V = TypeVar("_V")
 _M = TypeVar("_M", bound=BaseModel)
@@ -54,35 +51,6 @@ FrozenMap = Annotated[
     Mapping[str, _V], AfterValidator(_sorted_frozen), PlainSerializer(dict, return_type=dict)
 ]
 """A mapping that cannot be changed, ordered by key; it hashes, pickles and dumps as a dict."""
-
-
-def epoch_ms(value: object, *, round_up: bool = False) -> int:
-    """The epoch milliseconds of an instant given as an aware datetime or as epoch milliseconds.
-
-    Args:
-        value: An aware ``datetime``, or an ``int`` that is already in epoch milliseconds.
-        round_up: Round a part of a millisecond up. Bounds of windows need it: for whole
-            milliseconds t, ``t >= x`` is ``t >= ceil(x)``. A record's own instant is cut instead.
-
-    Returns:
-        Whole milliseconds since 1970-01-01T00:00Z, within 64 bits.
-
-    Raises:
-        ValueError: A naive datetime, another type, or a number beyond 64 bits.
-    """
-    if isinstance(value, datetime):
-        if value.utcoffset() is None:
-            raise PydanticCustomError(
-                "naive_datetime",
-                "a naive datetime names no instant: give it a zone, as in tzinfo=UTC",
-            )
-        whole, rest = divmod(value - _EPOCH, _MILLISECOND)
-        return whole + 1 if round_up and rest else whole
-    if isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > _INT64_MAX:
-            raise ValueError("an instant in epoch milliseconds must fit in 64 bits")
-        return value
-    raise ValueError("an instant is an aware datetime or an integer of epoch milliseconds")
 
 
 def utc(ms: int) -> datetime:

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from decimal import Decimal
+from types import NoneType
 from typing import Annotated, Any, Final, Self
 
 from pydantic import (
@@ -18,7 +20,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lynkr_store.domains import COUNT, DOLLARS, INSTANT_MAX_MS, INSTANT_MIN_MS, MILLISECONDS, SCORE
-from lynkr_store.schemas.base import FrozenInput, epoch_ms
+from lynkr_store.schemas import values
+from lynkr_store.schemas.base import FrozenInput
 
 REPLACEMENT: Final = "\ufffd"
 TEXT_FIELDS: Final = ("request_text", "response_text")
@@ -65,7 +68,7 @@ def instant_in_domain(value: object) -> int | None:
     """
     if value is None:
         return None
-    ms = epoch_ms(value)
+    ms = values.epoch_ms(value)
     if not INSTANT_MIN_MS <= ms < INSTANT_MAX_MS:
         raise PydanticCustomError(
             "out_of_domain", "a record's instant lies from 2000 to 2099: give epoch milliseconds"
@@ -109,7 +112,9 @@ _NO_JSON: Final = "give JSON text, or an object or list that JSON can express"
 
 def _json_text(value: object) -> object:
     """Keep JSON text as it is; write objects and lists as JSON, as the gateway does."""
-    return value if value is None or isinstance(value, str) else _as_json(value, [])
+    if value is None or type(value) is str:
+        return value
+    return _as_json(value, []) if _is_container(value) else values.text(value)
 
 
 def _as_json(value: object, causes: list[str]) -> str:
@@ -118,14 +123,12 @@ def _as_json(value: object, causes: list[str]) -> str:
     Raises:
         ValueError: It has a part that JSON cannot express.
     """
-    if not isinstance(value, Mapping | list | tuple):
-        raise ValueError(_NO_JSON)
     try:
         try:
             text = encoded(value)
         except (TypeError, ValueError):
-            text = encoded(_finite(value, causes))
-    except (TypeError, ValueError, RecursionError):
+            text = encoded(_expressible(value, causes))
+    except Exception:  # noqa: BLE001 - a part's own methods may raise anything
         raise ValueError(_NO_JSON) from None
     text, cause = mend_text(text)
     if cause:
@@ -133,18 +136,25 @@ def _as_json(value: object, causes: list[str]) -> str:
     return text
 
 
-def _finite(value: object, causes: list[str]) -> object:
-    """The same value with None for NaN and infinities, which JSON has no form for."""
-    match value:
-        case float() if not math.isfinite(value):
-            causes.append("not_finite")
-            return None
-        case Mapping():
-            return {key: _finite(item, causes) for key, item in value.items()}
-        case list() | tuple():
-            return [_finite(item, causes) for item in value]
-        case _:
-            return value
+def _expressible(value: object, causes: list[str]) -> object:
+    """The same value of parts that JSON has a form for: None for NaN and infinities."""
+    container: Any = value
+    if issubclass(type(value), Mapping):
+        return {values.plain(key): _expressible(item, causes) for key, item in container.items()}
+    if _is_container(value):
+        return [_expressible(item, causes) for item in container]
+    part = values.plain(value)
+    if isinstance(part, Decimal):
+        return values.real(part)
+    if isinstance(part, float) and not math.isfinite(part):
+        causes.append("not_finite")
+        return None
+    return part
+
+
+def _is_container(value: object) -> bool:
+    """Whether it is an object or a list of JSON; by its type alone, for ``__class__`` may fail."""
+    return issubclass(type(value), (Mapping, list, tuple))
 
 
 def _provider(value: object) -> object:
@@ -153,40 +163,41 @@ def _provider(value: object) -> object:
     return value
 
 
-def _no_flag_is_false(value: object) -> object:
-    return False if value is None else value
-
-
-def _zero_or_one(value: object) -> object:
-    if isinstance(value, int) and value in (0, 1):
-        return bool(value)
-    return value
-
-
 def flag_number(flag: bool | None) -> int | None:  # noqa: FBT001 - its only argument
     """A flag as it is stored: SQLite's driver looks for an adapter of each bool that it binds."""
     return None if flag is None else int(flag)
 
 
+_whole: Final = BeforeValidator(values.taking(values.whole, int))
+_real: Final = BeforeValidator(values.taking(values.real, float))
+_text: Final = BeforeValidator(values.taking(values.text, str))
+_flag: Final = BeforeValidator(values.taking(values.flag, bool))
+
 _Json = Annotated[str | Mapping[str, Any] | Sequence[Any] | None, PlainValidator(_json_text)]
-_Count = Annotated[int | None, Field(strict=True, ge=-COUNT.limit, le=COUNT.limit)]
-_Milliseconds = Annotated[
-    float | None, Field(strict=True, ge=-MILLISECONDS.limit, le=MILLISECONDS.limit)
+_Count = Annotated[int | None, Field(strict=True, ge=-COUNT.limit, le=COUNT.limit), _whole]
+_Code = Annotated[
+    int | None,
+    Field(strict=True, ge=-COUNT.limit, le=COUNT.limit),
+    BeforeValidator(values.taking(values.code, int)),
 ]
-_Dollars = Annotated[float | None, Field(strict=True, ge=-DOLLARS.limit, le=DOLLARS.limit)]
-_Score = Annotated[float | None, Field(strict=True, ge=-SCORE.limit, le=SCORE.limit)]
-_Text = Annotated[str | None, Field(strict=True)]
-_Flag = Annotated[bool | None, Field(strict=True), BeforeValidator(_zero_or_one)]
+_Milliseconds = Annotated[
+    float | None, Field(strict=True, ge=-MILLISECONDS.limit, le=MILLISECONDS.limit), _real
+]
+_Dollars = Annotated[float | None, Field(strict=True, ge=-DOLLARS.limit, le=DOLLARS.limit), _real]
+_Score = Annotated[float | None, Field(strict=True, ge=-SCORE.limit, le=SCORE.limit), _real]
+_Text = Annotated[str | None, Field(strict=True), _text]
+_Flag = Annotated[bool | None, Field(strict=True), _flag]
 _FlagOrFalse = Annotated[
-    bool, Field(strict=True), BeforeValidator(_zero_or_one), BeforeValidator(_no_flag_is_false)
+    bool, Field(strict=True), _flag, BeforeValidator(lambda v: False if v is None else v)
 ]
 
 
 class RoutingEvent(FrozenInput):
     """One routed request, as handed to the writer. Only ``provider`` is required.
 
-    None means not measured, which is never 0. Numbers outside the limits of
-    `lynkr_store.domains`, wrong types, unknown names and naive datetimes are errors.
+    None means not measured, which is never 0. Values of other libraries are taken as the plain
+    values that say the same (see `lynkr_store.schemas.values`). Numbers outside the limits of
+    `lynkr_store.domains`, other types, unknown names and naive datetimes are errors.
     What a database cannot hold is mended and named in `mended`: NUL and lone surrogates in text
     become U+FFFD, NaN and infinities None, and names are cut at 512 characters.
 
@@ -198,7 +209,8 @@ class RoutingEvent(FrozenInput):
     session_id: _Text = None
     """The conversation [gen_ai.conversation.id]."""
     timestamp: Annotated[datetime | int | None, BeforeValidator(instant_in_domain)] = None
-    """When it happened, kept as epoch milliseconds. Default: the moment of recording."""
+    """When it happened, kept as epoch milliseconds: an aware datetime, a whole number of them, or
+    ISO 8601 text with a zone. Default: the moment of recording."""
     complexity_score: _Score = None
     tier: _Text = None
     """The tier chosen: SIMPLE, MEDIUM, COMPLEX, REASONING or any other text."""
@@ -209,7 +221,7 @@ class RoutingEvent(FrozenInput):
     """Tokens in [gen_ai.usage.input_tokens]; see `cache_tokens_included`."""
     message_count: _Count = None
     request_type: _Text = None
-    provider: Annotated[str, Field(strict=True), BeforeValidator(_provider)]
+    provider: Annotated[str, Field(strict=True), _text, BeforeValidator(_provider)]
     """Who answered [gen_ai.provider.name]."""
     model: _Text = None
     """The model that answered [gen_ai.response.model]."""
@@ -218,8 +230,8 @@ class RoutingEvent(FrozenInput):
     output_tokens: _Count = None
     """Tokens out, reasoning included [gen_ai.usage.output_tokens]."""
     latency_ms: _Milliseconds = None
-    status_code: _Count = None
-    """HTTP status; 599 stands for a stream that broke."""
+    status_code: _Code = None
+    """HTTP status, also as a text of digits; 599 stands for a stream that broke."""
     error_type: _Text = None
     """What failed [error.type]; any text, the empty one too, counts as an error."""
     cost_usd: _Dollars = None
@@ -277,7 +289,7 @@ class RoutingEvent(FrozenInput):
     @model_validator(mode="wrap")
     @classmethod
     def _mend(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(data, Mapping):
+        if not issubclass(type(data), Mapping):
             return handler(data)
         causes: list[str] = []
         event = handler({name: _mend(name, value, causes) for name, value in data.items()})
@@ -285,18 +297,25 @@ class RoutingEvent(FrozenInput):
         return event
 
 
-def _mend(name: str, value: object, causes: list[str]) -> object:
-    if isinstance(value, str):
+_USUAL: Final = frozenset({str, int, float, bool, NoneType})
+
+
+def _mend(name: str, value: Any, causes: list[str]) -> Any:
+    if type(value) not in _USUAL:
+        with suppress(Exception):  # its field's validator says what is wrong
+            value = values.plain(value)
+    kind = type(value)
+    if kind is str:
         value, cause = mend_text(value)
         if cause:
             causes.append(cause)
         if len(value) > NAME_MAX_CHARS and name not in LONG_FIELDS:
             causes.append("cut")
             value = value[:NAME_MAX_CHARS]
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif kind is float and not math.isfinite(value):
         causes.append("not_finite")
         return None
-    elif name in JSON_FIELDS and isinstance(value, Mapping | list | tuple):
-        with suppress(ValueError):  # its validator says what is wrong
+    elif name in JSON_FIELDS and _is_container(value):
+        with suppress(ValueError):  # likewise
             return _as_json(value, causes)
     return value

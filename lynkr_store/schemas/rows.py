@@ -8,13 +8,17 @@ not be read.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Final, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from lynkr_store.schemas import values
 from lynkr_store.schemas.base import FrozenInput, FrozenOutput, made, utc
+
+_CURSOR_TEXT: Final = re.compile(r"(-?\d{1,19}(\.\d+)?(e[+-]?\d+)?):(-?\d{1,19})", re.ASCII)
 
 Number = int | float
 """A stored number: a real in an integer's column comes out as it is (``79.5``)."""
@@ -26,11 +30,34 @@ StoredInstant = int | float | str | bytes
 _NUMERIC_TEXT: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
-class Cursor(FrozenInput):
-    """A place in the order ``(timestamp, id)`` of the rows, from which paging goes on."""
+def _place(value: object) -> int | float:
+    """The timestamp of a cursor that a caller makes.
 
-    timestamp: StoredInstant
-    id: int
+    Raises:
+        ValueError: It is no instant, and no number of epoch milliseconds within 64 bits.
+    """
+    with suppress(ValueError):
+        number = values.real(value)
+        if not number.is_integer() and abs(number) < values.INT64_MAX:
+            return number  # as an SQLite file may hold it
+    return values.epoch_ms(value)
+
+
+def _row_id(value: object) -> int:
+    return values.in_64_bits(values.whole(value), "a row's id")
+
+
+class Cursor(FrozenInput):
+    """A place in the order ``(timestamp, id)`` of the rows, from which paging goes on.
+
+    A row's own cursor has the timestamp that is stored, whatever that is. One that a caller makes
+    takes what `RoutingEvent.timestamp` takes, and a fraction of a millisecond.
+    """
+
+    timestamp: Annotated[
+        StoredInstant, BeforeValidator(_place, json_schema_input_type=datetime | int | float)
+    ]
+    id: Annotated[int, BeforeValidator(_row_id)]
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
@@ -43,11 +70,12 @@ class Cursor(FrozenInput):
         Raises:
             ValueError: Another form.
         """
-        timestamp, _, row_id = text.rpartition(":")
-        try:
-            return cls(timestamp=int(timestamp), id=int(row_id))
-        except ValueError:
-            raise ValueError("a cursor is <epoch ms>:<id>, as the last row's cursor says") from None
+        with suppress(ValueError):
+            if found := _CURSOR_TEXT.fullmatch(text):
+                instant, *parts, row_id = found.groups()
+                timestamp = float(instant) if any(parts) else int(instant)
+                return cls(timestamp=timestamp, id=int(row_id))
+        raise ValueError("a cursor is <epoch ms>:<id>, as the last row's cursor says")
 
 
 class Reading:

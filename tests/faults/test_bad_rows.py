@@ -167,7 +167,6 @@ BAD = [
     ("wrong_type", lambda: {"provider": "p", "candidates": {"a", "set"}}),
     ("wrong_type", lambda: {"provider": "p", "attributes": endless_list()}),
     ("wrong_type", lambda: {"provider": "p", "cache_decision": endless_mapping()}),
-    ("wrong_type", lambda: {"provider": HostileText("p")}),
     ("wrong_type", lambda: {"provider": "p", "latency_ms": Hostile()}),
     ("wrong_type", lambda: {"provider": "p", "attributes": Hostile()}),
     ("wrong_type", lambda: {"provider": "p", "attributes": HostileMapping(a=1)}),
@@ -187,6 +186,7 @@ GOOD = [
     lambda: {"attributes": {"nested": [1, {"é": None}]}, "request_text": "why?"},
     lambda: {"model": "a\0b", "latency_ms": float("nan"), "request_text": "\ud800"},
     lambda: {"cost_usd": float("inf"), "session_id": "s" * 600},
+    lambda: {"model": HostileText("m"), "latency_ms": HostileNumber(5)},
 ]
 _BAD_EVERY = 9
 

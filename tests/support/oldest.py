@@ -20,9 +20,9 @@ TESTS: Final = (
     *(
         f"tests/test_{name}.py"
         for name in (
-            *("architecture", "bulk", "cache", "cli", "engine", "filters", "inserts", "intake"),
-            *("lists", "packing", "questions", "readme", "retention", "rollups", "rows"),
-            *("schemas", "spool", "writer"),
+            *("architecture", "arguments", "bulk", "cache", "cli", "engine", "filters", "inserts"),
+            *("intake", "lists", "packing", "questions", "readme", "retention", "rollups", "rows"),
+            *("schemas", "spool", "values", "writer"),
         )
     ),
 )
