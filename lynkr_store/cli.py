@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from enum import IntEnum
 from itertools import pairwise
 from typing import Annotated, Any, Final, NoReturn
@@ -24,7 +24,7 @@ from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, Sto
 from lynkr_store.faults import translated
 from lynkr_store.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.repository import LOOK_BACK, epoch_ms_now
-from lynkr_store.schemas import Cursor, Health
+from lynkr_store.schemas import Cursor, Health, epoch_ms
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store import Store
 
@@ -368,23 +368,19 @@ def _window(since: str | None, until: str | None, last: str | None) -> Window:
     if since is not None:
         raise typer.BadParameter("--last and --since exclude each other")
     end = _instant(until, "--until")
-    window = Window(until=end)
     age_ms = _age(last) // timedelta(milliseconds=1)
-    return Window(since=(window.until_ms or epoch_ms_now()) - age_ms, until=end)
+    return Window(since=(epoch_ms_now() if end is None else end) - age_ms, until=end)
 
 
-def _instant(text: str | None, option: str) -> datetime | int | None:
+def _instant(text: str | None, option: str) -> int | None:
     if text is None:
         return None
-    if re.fullmatch(r"-?\d+", text):
-        return int(text)
+    given = int(text) if re.fullmatch(r"-?\d{1,99}", text, re.ASCII) else text
     try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{option}: ISO 8601 or epoch milliseconds") from None
-    if instant.tzinfo is None:
-        raise typer.BadParameter(f"{option}: add a zone, as in 2026-01-31T12:00Z")
-    return instant.astimezone(UTC)
+        return epoch_ms(given, round_up=True)
+    except ValueError as error:
+        words = str(error)
+    raise typer.BadParameter(f"{option}: {words}")
 
 
 def _age(text: str) -> timedelta:

@@ -19,7 +19,7 @@ from lynkr_store.database import Database
 from lynkr_store.engine import plan_for_any
 from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
 from lynkr_store.faults import translated
-from lynkr_store.filters import Window, checked_age
+from lynkr_store.filters import Window, checked_age, checked_seconds
 from lynkr_store.inserts import LEDGER_DAYS
 from lynkr_store.lifecycle import SigtermHandler, on_fork
 from lynkr_store.probe import Probe
@@ -147,6 +147,7 @@ class Core:
         return self._writer.flush(timeout_s)
 
     def _do_close(self, timeout_s: float) -> None:
+        timeout_s = checked_seconds(timeout_s, "timeout_s")
         self._closed = True
         _close(self._writer, self._upkeep, self._probe, timeout_s)
         if self._sigterm:  # only now: the signal may come meanwhile
@@ -197,8 +198,7 @@ class Core:
         rebuild: bool,
         trust_clock: bool,
     ) -> MaintenanceReport:
-        if not budget_s >= 0:
-            raise BadArgument("budget_s: give seconds, 0 or more")
+        budget_s = checked_seconds(budget_s, "budget_s")
         self._open(to_write=True)
         try:
             return maintenance.maintain(

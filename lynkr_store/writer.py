@@ -24,7 +24,8 @@ from queue import Empty, SimpleQueue
 from typing import Final, Protocol
 
 from lynkr_store.account import Account
-from lynkr_store.exceptions import BadArgument, OutcomeUnknown, SpoolError
+from lynkr_store.exceptions import OutcomeUnknown, SpoolError
+from lynkr_store.filters import checked_seconds
 from lynkr_store.ingest import TextPolicy, new_ids, taken_over
 from lynkr_store.intake import Intake, Queued
 from lynkr_store.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker, without_sigterm
@@ -845,6 +846,4 @@ def _closing(writer: Writer) -> Callable[[], None]:
 
 
 def _checked(timeout_s: float) -> float:
-    if not timeout_s >= 0:
-        raise BadArgument("timeout_s: give seconds, 0 or more")
-    return min(timeout_s, threading.TIMEOUT_MAX)
+    return min(checked_seconds(timeout_s, "timeout_s"), threading.TIMEOUT_MAX)

@@ -112,6 +112,19 @@ def test_query_lists_pages_and_filters(url):
     assert len(json.loads(iso)) == 3
 
 
+def test_a_window_may_end_anywhere(url):
+    first, last = "0001-01-01T00:00+14:00", "9999-12-31T23:59:59.999-14:00"
+    found = json.loads(done("query", "--url", url, "--since", first, "--until", last, "--json"))
+    assert len(found) == 6
+    for command in (["stats"], ["stats", "--provider", "ollama"]):
+        assert json.loads(done(*command, "--url", url, "--since", first, "--until", last, "--json"))
+    none = [("--until", first), ("--since", last), ("--until", "0", "--last", "1000000y")]
+    for window in none:
+        assert json.loads(done("query", "--url", url, *window, "--json")) == [], window
+    small = done("query", "--url", url, "--since", "2025-06-15t15:06:40.003z", "--json")
+    assert len(json.loads(small)) == 3
+
+
 def test_health_check_and_maintain(url):
     health = json.loads(done("health", "--url", url, "--json"))
     assert health["reachable"] is True
@@ -253,6 +266,12 @@ WRONG_USE = [
     (["query", "--limit", "-1"], "limit"),
     (["query", "--before", "x"], "cursor"),
     (["query", "--since", "9" * 30], "64 bits"),
+    (["query", "--since", "9" * 5_000], "ISO 8601"),
+    (["query", "--before", f"{2**63}:1"], "cursor"),
+    (["query", "--before", f"1:{2**63}"], "cursor"),
+    (["query", "--limit", str(2**63)], "limit"),
+    (["query", "--status-code", str(2**63)], "64 bits"),
+    (["stats", "--until", str(1 - 2**63), "--last", "1d"], "64 bits"),
     (["cleanup", "--older-than", "-5d"], "age"),
     (["nonsense"], "nonsense"),
     (["check", "--url", "mysql://h/d"], "sqlite:///"),
