@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# The slow tests wait more than they compute: for outages, locks and killed processes.
+SLOW_WORKERS ?= 4
 
 .PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
 
@@ -24,11 +26,11 @@ $(VENV)/dev.stamp: pyproject.toml
 demo: $(VENV)/demo.stamp ## record a generated sample in an embedded database and show its statistics
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (under 10 minutes on 2 cores)
+test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --cov --cov-report=term
 
 test-slow: $(VENV)/dev.stamp ## the tests that take longer
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(SLOW_WORKERS) -m slow
 
 test-oldest: $(VENV)/dev.stamp ## the tests with the lowest versions that pyproject.toml allows
 	$(BIN)/python -m tests.support.oldest

@@ -21,21 +21,6 @@ BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
 
-_SLOW_ON_OLDER_SERVERS = (
-    "faults",
-    "test_agreement.py",
-    "test_clock_check.py",
-    "test_concurrent.py",
-    "test_interrupted.py",
-    "test_lists.py",
-    "test_pgbouncer.py",
-    "test_retention.py",
-    "test_rollups.py",
-    "test_shared_database.py",
-)
-"""Where a test takes away what it works on, or needs many rows or answers, which takes long: in the
-ordinary run on the newest of several PostgreSQL servers alone, in the slow run on the others."""
-
 hypothesis.settings.register_profile("lynkr_store", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("lynkr_store")
 
@@ -44,10 +29,9 @@ _numbers = itertools.count()
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the ordinary run the newest PostgreSQL server alone is tested, in the slow run all."""
     for item in items:
-        if any(part in item.path.parts for part in _SLOW_ON_OLDER_SERVERS) and any(
-            server in item.name for server in POSTGRES[:-1]
-        ):
+        if any(server in item.name for server in POSTGRES[:-1]):
             item.add_marker(pytest.mark.slow)
 
 
