@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # The slow tests wait more than they compute: for outages, locks and killed processes.
-SLOW_WORKERS ?= 4
+SLOW_WORKERS ?= 3
 
 .PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
 

@@ -297,8 +297,8 @@ ENDS = ["close and _exit", "sys.exit", "killed after a flush"]
 LOOP = """
     kind, url, forks, spool = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
     options = {"flush_interval_s": 0.001, "batch_max_rows": 20}
-    if spool:
-        options["spool_path"] = spool
+    if spool:  # what waits for the file long enough goes there, and is not written then
+        options |= {"spool_path": spool, "spool_after_s": 60}
     store = opened(kind, url, **options)
     stop, counts = threading.Event(), [0, 0]
 
