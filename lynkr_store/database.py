@@ -47,7 +47,7 @@ from lynkr_store.faults import Fault, fault_of, is_busy, translated
 from lynkr_store.files import Identity, identity_of
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
-from lynkr_store.lifecycle import Forkable
+from lynkr_store.lifecycle import Forkable, without_sigterm
 from lynkr_store.log import say
 from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
@@ -496,7 +496,8 @@ class Database(Forkable):
             target=self.engine.dispose, name="lynkr-store-dispose", daemon=True
         )
         try:
-            thread.start()
+            with without_sigterm():  # its handler closes too, and may start no thread meanwhile
+                thread.start()
         except RuntimeError:  # the interpreter ends, and starts no thread any more
             self.engine.dispose()
         else:
