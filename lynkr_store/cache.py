@@ -119,15 +119,18 @@ class TTLCache(Forkable):
         # a future belongs to its loop: each has flights of its own
         place = (asyncio.get_running_loop(), key)
         while True:
+            gone: list[Any] = []
             with self._lock:
                 answer = self._kept(key)
                 if answer is not _MISSING:
                     return cast("_T", answer)
                 task = self._flights.get(place)
                 if task is None:
+                    gone = self._of_closed_loops()
                     task = asyncio.ensure_future(self._fly(key, place, compute))
                     task.add_done_callback(_look_at)
                     self._flights[place] = task
+            del gone  # only now: what ends with a task may want the lock
             if task is asyncio.current_task():
                 return await compute()  # asked again while computing: waiting would be for oneself
             await asyncio.wait([task])
@@ -138,11 +141,21 @@ class TTLCache(Forkable):
         self, key: Hashable, place: Hashable, compute: Callable[[], Awaitable[_T]]
     ) -> _T:
         answer: Any = _MISSING
+        flight = asyncio.current_task()  # asked now: the collector may end this without a loop
         try:
             answer = await compute()
         finally:
-            self._land(key, place, asyncio.current_task(), answer)
+            self._land(key, place, flight, answer)
         return cast("_T", answer)
+
+    def _of_closed_loops(self) -> list[Any]:
+        """Take out the computations of loops that were closed in the middle of them."""
+        closed = [
+            place
+            for place, flight in self._flights.items()
+            if isinstance(flight, asyncio.Future) and flight.get_loop().is_closed()
+        ]
+        return [self._flights.pop(place) for place in closed]
 
     def _kept(self, key: Hashable) -> Any:
         try:
@@ -153,6 +166,8 @@ class TTLCache(Forkable):
 
     def _land(self, key: Hashable, place: Hashable, flight: object, answer: Any = _MISSING) -> None:
         """End a flight, and keep its answer unless `clear` came between."""
+        if self._flights.get(place) is not flight:
+            return  # without the lock, which this thread may hold: the collector ends flights too
         with self._lock:
             if self._flights.get(place) is flight:
                 try:
