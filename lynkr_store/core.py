@@ -162,7 +162,12 @@ class Core:
     def _do(self, engine: Engine, body: Callable[[RoutingRepository], _T]) -> _T:
         """Run the body in one transaction, which is committed when it returns."""
         try:
-            with translated(), Session(engine) as session, session.begin():
+            with (
+                translated(),
+                self._database.closed_if_disposed(),
+                Session(engine) as session,
+                session.begin(),
+            ):
                 return self._answer(session, body)
         except StoreUnavailable as error:
             if error.unclear:
@@ -216,6 +221,10 @@ class Core:
     def _do_health(self) -> Health:
         if not self._closed:
             self._probe.refresh()
+        return self._health()
+
+    def _health(self) -> Health:
+        """What is known now, without another look at the database."""
         account, looked = self._writer.account(), self._probe.last
         now, look = time.monotonic(), looked and looked.look
         at, error = account.last_error_at, account.last_error
@@ -249,13 +258,16 @@ class Core:
         )
 
     def _open(self, *, to_write: bool = False) -> None:
-        if self._closed:
-            raise StoreClosed("the store was closed; open a new one")
+        self._require_open()
         if to_write and self._database.read_only:
             raise BadArgument("the store was opened read-only; open it without read_only")
         self._database.open()
         if not self._database.read_only:
             self._upkeep.start()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StoreClosed("the store was closed; open a new one")
 
 
 class _OwnRepository(RoutingRepository):

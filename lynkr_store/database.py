@@ -160,6 +160,11 @@ class Database(Forkable):
         """Whether one connection is the whole database."""
         return is_memory(self.engine.url)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the schema was found to be this release's, in the file that is still there."""
+        return self._opened and not self._is_other_file()
+
     def open(self, *, patience_s: float = -1) -> None:
         """Make sure once that the schema is this release's; create, adopt or upgrade it if so set.
 
@@ -170,7 +175,7 @@ class Database(Forkable):
             AdoptionRefused: Its tables are not the gateway's; nothing was changed.
             UnsupportedDatabase: Its encoding is not UTF-8.
         """
-        if self._opened and not self._is_other_file():
+        if self.is_open:
             return
         held = self._lock.acquire(timeout=patience_s)
         try:
@@ -429,13 +434,13 @@ class Database(Forkable):
         """A connection that is not used again after a fault, nor after `dispose`.
 
         It keeps what it was made with, which may be the fault's reason: a file's mode, a session's
-        settings. And the pool that it would go back to may be gone when it is answered at last.
+        settings.
 
         Raises:
             StoreUnavailable: The file that was opened is gone.
         """
         self.require_file()
-        with engine.connect() as connection:
+        with self.closed_if_disposed(), engine.connect() as connection:
             self._using.add(connection)
             try:
                 yield connection
@@ -445,8 +450,19 @@ class Database(Forkable):
                 raise
             finally:
                 self._using.discard(connection)
-                if self._disposed:
-                    connection.invalidate()
+
+    @contextmanager
+    def closed_if_disposed(self) -> Iterator[None]:
+        """Connections taken inside are closed at the end, where `dispose` came meanwhile.
+
+        It closes those that are idle; one in use goes back to a pool that is the engine's no more.
+        """
+        pool = self.engine.pool
+        try:
+            yield
+        finally:
+            if self._disposed:
+                pool.dispose()
 
     def _insert(
         self, connection: Connection, batch_id: str, rows: Sequence[Row]
