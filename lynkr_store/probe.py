@@ -19,6 +19,7 @@ from lynkr_store.lifecycle import Forkable, without_sigterm
 from lynkr_store.log import words_of
 from lynkr_store.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.schemas import Reading
+from lynkr_store.waiting import Event
 
 _FINISH_S: Final = 0.2
 _LATE_S: Final = 2.0  # a look that takes longer counts as a database away
@@ -57,7 +58,7 @@ class Probe(Forkable):
 
     def _begin(self) -> None:
         self._lock = threading.RLock()  # a signal handler that closes the store may come back
-        self._under_way: threading.Thread | None = None
+        self._under_way: tuple[threading.Thread, Event] | None = None
         self._began = 0.0
         self.last: Looked | None = None
 
@@ -65,7 +66,7 @@ class Probe(Forkable):
     def late_s(self) -> float | None:
         """Seconds for which a look has waited for an answer, where that is too long."""
         with self._lock:
-            waiting = self._under_way is not None and self._under_way.is_alive()
+            waiting = self._under_way is not None and self._under_way[0].is_alive()
             waited = time.monotonic() - self._began
         return waited if waiting and waited > _LATE_S else None
 
@@ -76,28 +77,48 @@ class Probe(Forkable):
 
     def refresh(self) -> None:
         """Look now; return when it is done, or after 40 ms with what the last look showed."""
+        if under_way := self._look_now():
+            thread, _ = under_way
+            thread.join(_WAIT_S)
+
+    async def refreshed(self) -> None:
+        """As `refresh`, for a coroutine."""
+        if under_way := self._look_now():
+            _, ended = under_way
+            await ended.wait(_WAIT_S)
+
+    def _look_now(self) -> tuple[threading.Thread, Event] | None:
+        """The thread that looks, and what tells its end; None where the system gives no thread."""
         with self._lock:
-            if self._under_way is None or not self._under_way.is_alive():
-                thread = threading.Thread(target=self._run, name="lynkr-store-probe", daemon=True)
+            if self._under_way is None or not self._under_way[0].is_alive():
+                ended = Event()
+                thread = threading.Thread(
+                    target=self._run_until, args=(ended,), name="lynkr-store-probe", daemon=True
+                )
                 try:
                     with without_sigterm():
                         thread.start()
                 except (RuntimeError, MemoryError):  # no more threads
-                    return
-                self._under_way, self._began = thread, time.monotonic()
-            thread = self._under_way
-        thread.join(_WAIT_S)
+                    return None
+                self._under_way, self._began = (thread, ended), time.monotonic()
+            return self._under_way
 
     def finish(self) -> None:
         """Wait a moment for a look under way, whose connection would outlive its pool."""
         with self._lock:
-            thread = self._under_way
-        if thread is not None:
-            thread.join(_FINISH_S)
+            under_way = self._under_way
+        if under_way is not None:
+            under_way[0].join(_FINISH_S)
 
     def after_fork_in_child(self) -> None:
         """Start anew."""
         self._begin()
+
+    def _run_until(self, ended: Event) -> None:
+        try:
+            self._run()
+        finally:
+            ended.set()
 
     def _run(self) -> None:
         look, error = self.last.look if self.last else None, None

@@ -202,6 +202,7 @@ class Writer(Forkable):
         self._taken = 0  # records ever taken from the queue, and how many of them are settled or
         self._settled = 0  # spooled: in order, so a flush waits for a number
         self._hurry_to = 0  # flushes wait for this many
+        self._flushes: dict[Callable[[], None], int] = {}  # whom to tell, and of how many
         self._prepared_all = False
         self._over = False  # nothing more will be written
         self._started = False
@@ -270,13 +271,36 @@ class Writer(Forkable):
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.
         """
-        timeout_s = _checked(timeout_s)
+        timeout_s = checked_timeout(timeout_s)
         with self._lock:
-            target = self._taken + len(self._intake)
-            self._hurry_to = max(self._hurry_to, target)
-            if self._settled < target:
-                self._ring()
+            target = self._hurry()
             return self._freed.wait_for(lambda: self._settled >= target or self._over, timeout_s)
+
+    def when_flushed(self, tell: Callable[[], None]) -> None:
+        """Call a function when what `flush` would wait for has come.
+
+        It is called at once, or later by a thread of the writer's, under its lock: it must neither
+        wait nor raise. `forget_flush` takes it back.
+        """
+        with self._lock:
+            target = self._hurry()
+            if self._settled >= target or self._over:
+                tell()
+            else:
+                self._flushes[tell] = target
+
+    def forget_flush(self, tell: Callable[[], None]) -> None:
+        """Do not call the function any more."""
+        with self._lock:
+            self._flushes.pop(tell, None)
+
+    def _hurry(self) -> int:
+        """Have what was submitted so far written at once; return how many records that is."""
+        target = self._taken + len(self._intake)
+        self._hurry_to = max(self._hurry_to, target)
+        if self._settled < target:
+            self._ring()
+        return target
 
     def close(self, timeout_s: float) -> None:
         """Take no more records, write what is there, and spool or count what could not be.
@@ -288,7 +312,7 @@ class Writer(Forkable):
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.
         """
-        timeout_s = _checked(timeout_s)
+        timeout_s = checked_timeout(timeout_s)
         self._intake.closed = True
         running = self._started or (len(self._intake) > 0 and self._start_soon())
         if running and self._spool:
@@ -463,7 +487,14 @@ class Writer(Forkable):
         """The batch needs no memory any more, and whoever flushes need not wait for it."""
         self._intake.release(batch.units)
         self._settled = batch.upto
+        self._tell_flushed()
+
+    def _tell_flushed(self) -> None:
         self._freed.notify_all()
+        for tell, target in list(self._flushes.items()):
+            if self._settled >= target or self._over:
+                self._flushes.pop(tell, None)
+                tell()
 
     # -- the thread that prepares --------------------------------------------------------------
 
@@ -824,7 +855,7 @@ class Writer(Forkable):
             batch.settled = True
         self._settled = self._taken
         self._ready.clear()
-        self._freed.notify_all()
+        self._tell_flushed()
         self._changed.notify_all()
         self._bell.put(None)
 
@@ -845,5 +876,10 @@ def _closing(writer: Writer) -> Callable[[], None]:
     return close
 
 
-def _checked(timeout_s: float) -> float:
+def checked_timeout(timeout_s: float) -> float:
+    """The seconds that a caller will wait, as long as the system can.
+
+    Raises:
+        BadArgument: ``timeout_s`` is negative or NaN.
+    """
     return min(checked_seconds(timeout_s, "timeout_s"), threading.TIMEOUT_MAX)

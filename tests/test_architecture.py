@@ -29,6 +29,7 @@ LEVELS = {
     "schemas": 1,
     "faults": 1,
     "lifecycle": 1.5,
+    "waiting": 2,
     "log": 1,
     "search_path": 1,
     "catalogue": 1,
@@ -101,6 +102,7 @@ WITHOUT_DATABASE = [
     "spool",
     "writer",
     "upkeep",
+    "waiting",
 ]
 
 

@@ -1,0 +1,209 @@
+"""How coroutines wait for what threads do, without an event loop's default executor.
+
+That executor has a few threads, which a host's own blocking calls may fill, and it takes no work
+any more once the interpreter exits. The threads here are daemons, so they keep no process alive.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
+from typing import Any, Final, Generic, ParamSpec, TypeVar
+
+from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.lifecycle import Forkable, without_sigterm
+
+_LINGER_S: Final = 10.0
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Event:
+    """Set once, by any thread; coroutines of any event loop wait for it.
+
+    It has no lock, so that a signal handler may set it at whatever moment.
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+        self._futures: dict[asyncio.Future[None], None] = {}
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._set
+
+    def set(self) -> None:
+        """Let everything that waits go on; never waits, and may be called again."""
+        self._set = True
+        for future in list(self._futures):
+            with suppress(RuntimeError):  # the future's loop was closed meanwhile
+                future.get_loop().call_soon_threadsafe(_wake, future)
+
+    async def wait(self, timeout_s: float | None = None) -> bool:
+        """Return when it is set, or after ``timeout_s`` seconds, and whether it is set."""
+        # not by asyncio.timeout(): CPython 3.11 crashed where the collector ended a task inside it
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        timer = None if timeout_s is None else loop.call_later(timeout_s, _wake, future)
+        self._futures[future] = None
+        try:
+            if not self._set:  # asked with the future in its place, so that no `set` is missed
+                await future
+        finally:
+            del self._futures[future]
+            if timer is not None:
+                timer.cancel()
+        return self._set
+
+
+def _wake(future: "asyncio.Future[None]") -> None:
+    if not future.done():  # its coroutine may go on already, or was cancelled
+        future.set_result(None)
+
+
+class Call(Generic[_T]):
+    """One call of a function in a thread; coroutines of any event loop wait for its outcome.
+
+    The function sees the context variables of the coroutine that asked for the call.
+    """
+
+    def __init__(self, function: Callable[[], _T]) -> None:
+        self._function: Callable[[], _T] | None = partial(copy_context().run, function)
+        self._over = Event()
+        self._result: Any = None
+        self._error: BaseException | None = StoreUnavailable(
+            "a thread of the store's own was ended from outside; try again"
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the outcome is there."""
+        return self._over.is_set
+
+    def run(self) -> None:
+        """Call the function; whatever it raises goes to the coroutines."""
+        try:
+            assert self._function  # noqa: S101 - it is called once
+            self._result, self._error = self._function(), None
+        except BaseException as error:  # noqa: BLE001 - it is the caller's, not this thread's
+            self._error = error
+        finally:
+            self._function = None  # and with it, what only the call kept alive
+            self._over.set()
+
+    async def outcome(self) -> _T:
+        """Wait for the function's result, or raise what it raised."""
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        result: _T = self._result
+        return result
+
+
+def start(function: Callable[[], _T], name: str) -> Call[_T]:
+    """Call a function in a new thread; where the system gives none, here and now."""
+    call = Call(function)
+    if _thread(call.run, name) is None:
+        call.run()
+    return call
+
+
+async def in_thread(
+    name: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+) -> _T:
+    """Call a function in a thread of its own and wait for it.
+
+    A coroutine that is cancelled waits no longer; the call goes on to its end.
+    """
+    return await start(partial(function, *args, **kwargs), name).outcome()
+
+
+class Workers(Forkable):
+    """At most ``most`` threads, which make the calls that coroutines ask for, in their order.
+
+    A thread that has nothing to do waits a while for the next call, because a start takes longer
+    than most reads, and ends.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._linger_s = _LINGER_S
+        self._reset()
+
+    def _reset(self) -> None:
+        self._asked = threading.Condition()
+        self._calls: deque[Call[Any]] = deque()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+
+    def after_fork_in_child(self) -> None:
+        """Start with nothing to do: the threads are the parent's."""
+        self._reset()
+
+    async def run(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call a function in one of the threads and wait for it.
+
+        Where the coroutine is cancelled before the call began, it is not made.
+        """
+        call = Call(partial(function, *args, **kwargs))
+        with self._asked:
+            self._calls.append(call)
+            self._asked.notify()
+            if len(self._calls) > self._idle:
+                self._add_thread()
+            alone = not self._threads
+            if alone:
+                self._calls.remove(call)
+        if alone:  # the system gives no thread at all
+            call.run()
+        try:
+            return await call.outcome()
+        finally:
+            with self._asked, suppress(ValueError):
+                self._calls.remove(call)
+
+    def finish(self) -> None:
+        """Have the threads end as soon as they have nothing to do."""
+        self._linger_s = 0
+        with self._asked:
+            self._asked.notify_all()
+
+    def _add_thread(self) -> None:
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        if len(self._threads) < self._most and (thread := _thread(self._work, self._name)):
+            self._threads.add(thread)
+
+    def _work(self) -> None:
+        while (call := self._next_call()) is not None:
+            call.run()
+            del call  # what it returned is not this thread's to keep alive
+
+    def _next_call(self) -> Call[Any] | None:
+        with self._asked:
+            if not self._calls:
+                self._idle += 1
+                try:
+                    self._asked.wait(self._linger_s)
+                finally:
+                    self._idle -= 1
+            with suppress(IndexError):
+                return self._calls.popleft()
+            # in one step with the look: who asks next must not count on this thread
+            self._threads.discard(threading.current_thread())
+            return None
+
+
+def _thread(body: Callable[[], None], name: str) -> threading.Thread | None:
+    thread = threading.Thread(target=body, name=f"lynkr-store-{name}", daemon=True)
+    try:
+        with without_sigterm():
+            thread.start()
+    except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
+        return None
+    return thread
