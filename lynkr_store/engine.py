@@ -15,6 +15,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
 
+from lynkr_store import addresses
 from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
 from lynkr_store.exceptions import (
     BadArgument,
@@ -210,11 +211,14 @@ def create_store_async_engine(
     try:
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - an extra
 
+        options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
+        if backend is Backend.POSTGRESQL:
+            options["connect_args"]["async_creator_fn"] = addresses.connect
         engine = create_async_engine(
             without_secrets(target).set(drivername=_ASYNC_DRIVER[backend]),
             echo=echo,
             hide_parameters=True,
-            **_engine_options(target, connect_timeout_s, statement_timeout_s, schema),
+            **options,
         )
     except ImportError as missing:
         extra = "async" if backend is Backend.SQLITE else "postgres,async"
