@@ -3,9 +3,9 @@
 What they answer is written once, in `lynkr_store.repository`; what they do, in `lynkr_store.core`.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from sqlalchemy import Engine
@@ -30,8 +30,10 @@ from lynkr_store.filters import (
     given,
 )
 from lynkr_store.forking import keep_out_of_children
+from lynkr_store.lifecycle import on_fork
+from lynkr_store.loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.maintenance import BUDGET_S
-from lynkr_store.repository import RoutingRepository, set_policy
+from lynkr_store.repository import RoutingRepository, policy_of, set_policy
 from lynkr_store.schemas import (
     Cursor,
     Health,
@@ -44,7 +46,8 @@ from lynkr_store.schemas import (
     RoutingStats,
 )
 from lynkr_store.settings import StoreSettings
-from lynkr_store.writer import CLOSE_S
+from lynkr_store.waiting import Event, SharedCall, Workers, in_thread
+from lynkr_store.writer import CLOSE_S, checked_timeout
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -52,6 +55,9 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
+_THREADS: Final = 4
+"""Threads that read an SQLite database for coroutines: with the writer's connection they use the
+five that its engine keeps. As many add records, which may wait for the file's lock."""
 
 
 def _span(window: Window | None = None) -> Hashable:
@@ -266,13 +272,15 @@ class Store(Core):
 class AsyncStore(Core):
     """`Store` for asyncio: the same names, with ``await``; `record` stays a plain call.
 
-    Reads go over aiosqlite or psycopg. Writing is the same thread as in `Store`, on a connection
-    of its own. SQLite in memory has one connection, which the reads use from a thread.
+    Any number of event loops may use it. Reads go to PostgreSQL over psycopg, on connections that
+    each loop has for itself, and to SQLite in a few threads of the store's own. Writing is the same
+    thread as in `Store`, on a connection of its own. What else must wait does so in threads of the
+    store's own; the event loop's default executor, which others may fill, is not used.
 
     Args:
         url: As in `Store`.
         engine: The host's own AsyncEngine instead, which is used and never disposed; the writer
-            connects by its URL.
+            connects by its URL. Its connections belong to the event loop in which they were made.
         settings: As in `Store`.
         clock: As in `Store`.
 
@@ -295,19 +303,25 @@ class AsyncStore(Core):
                 raise BadArgument("url, engine: give one of the two")
             url = _shareable_url(engine)
         super().__init__(url, None, settings, clock)
-        self._owns_engine = engine is None
-        self._engine = engine and _in_schema(engine, self._settings.schema_name)
-        if engine is None and not self._database.in_memory:
-            self._engine = create_store_async_engine(
-                self._settings.url,
-                connect_timeout_s=self._settings.connect_timeout_s,
-                statement_timeout_s=self._settings.statement_timeout_s,
-                schema=self._settings.schema_name,
-                echo=self._settings.echo,
-            )
-        if self._engine is not None:
-            keep_out_of_children(self._engine.sync_engine)
-            set_policy(self._engine.sync_engine, self._policy)
+        self._engines: Engines | None = None
+        if engine is not None:
+            self._engines = HostsEngine(self._prepared(engine))
+        elif self._database.backend is Backend.POSTGRESQL:
+            self._engines = EnginePerLoop(partial(_new_engine, self._settings))
+            on_fork(self._engines)
+        self._opening = SharedCall("open")
+        self._reading = Workers(_THREADS, "read")
+        self._adding = Workers(_THREADS, "add")
+        for part in (self._opening, self._reading, self._adding):
+            on_fork(part)
+
+    def _prepared(self, engine: "AsyncEngine") -> "AsyncEngine":
+        """The host's engine, which works in the store's schema where the store uses it."""
+        check_host_engine(engine.sync_engine)
+        engine = type(engine)(in_schema(engine.sync_engine, self._settings.schema_name))
+        keep_out_of_children(engine.sync_engine)
+        set_policy(engine.sync_engine, self._policy)
+        return engine
 
     async def __aenter__(self) -> Self:
         return self
@@ -317,13 +331,23 @@ class AsyncStore(Core):
 
     async def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """See `Store.flush`."""
-        return await asyncio.to_thread(self._do_flush, timeout_s)
+        timeout_s, flushed = checked_timeout(timeout_s), Event()
+        self._writer.when_flushed(flushed.set)
+        try:
+            return await flushed.wait(timeout_s)
+        finally:
+            self._writer.forget_flush(flushed.set)
 
     async def close(self, timeout_s: float = CLOSE_S) -> None:
-        """See `Store.close`."""
-        await asyncio.to_thread(self._do_close, timeout_s)
-        if self._engine is not None and self._owns_engine:
-            await self._engine.dispose()
+        """See `Store.close`. Any event loop may do it, also one that an exit handler runs.
+
+        Cancelled, it goes on in its thread.
+        """
+        await in_thread("close", self._do_close, timeout_s)
+        self._reading.finish()
+        self._adding.finish()
+        if self._engines is not None:
+            await self._engines.close()
 
     @overload
     async def query(
@@ -397,15 +421,14 @@ class AsyncStore(Core):
     async def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
         """See `Store.add_many`."""
         if self._database.backend is Backend.SQLITE:  # aiosqlite's own log would show the values
-            return await asyncio.to_thread(self._do_add_many, records)
-        assert self._engine  # noqa: S101 - of every other backend
-        return await self._run(writing(self._engine), lambda r: r.add_many(records))
+            return await self._adding.run(self._do_add_many, records)
+        return await self._run(lambda r: r.add_many(records), to_write=True)
 
     async def cleanup(
         self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
     ) -> int:
-        """See `Store.cleanup`."""
-        return await asyncio.to_thread(self._do_cleanup, older_than, trust_clock=trust_clock)
+        """See `Store.cleanup`. Cancelled, it goes on in its thread."""
+        return await in_thread("cleanup", self._do_cleanup, older_than, trust_clock=trust_clock)
 
     async def maintain(
         self,
@@ -415,38 +438,67 @@ class AsyncStore(Core):
         trust_clock: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> MaintenanceReport:
-        """See `Store.maintain`; ``on_step`` is called in a thread."""
-        return await asyncio.to_thread(
-            self._do_maintain, budget_s, on_step, rebuild=rebuild, trust_clock=trust_clock
+        """See `Store.maintain`; ``on_step`` is called in a thread. Cancelled, it goes on there."""
+        return await in_thread(
+            "maintain",
+            self._do_maintain,
+            budget_s,
+            on_step,
+            rebuild=rebuild,
+            trust_clock=trust_clock,
         )
 
     async def health(self) -> Health:
         """See `Store.health`."""
-        return await asyncio.to_thread(self._do_health)
+        if not self._closed:
+            await self._probe.refreshed()
+        return self._health()
 
     async def _read(self, body: Callable[[RoutingRepository], _T]) -> _T:
-        if self._engine is None:
-            return await asyncio.to_thread(self._do_read, body)
-        return await self._run(self._engine, body)
+        if self._engines is None:
+            return await self._reading.run(self._do_read, body)
+        return await self._run(body)
 
-    async def _run(self, engine: "AsyncEngine", body: Callable[[RoutingRepository], _T]) -> _T:
+    async def _run(self, body: Callable[[RoutingRepository], _T], *, to_write: bool = False) -> _T:
         """Run the body in one transaction, which is committed when it returns."""
-        await asyncio.to_thread(self._open)
         from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
 
+        assert self._engines  # noqa: S101 - of PostgreSQL, or the host's
+        await self._be_open()
+        engine = await self._engines.engine()
         try:
             with translated():
-                async with AsyncSession(engine) as session, session.begin():
-                    return await session.run_sync(self._answer, body)
+                async with (writing(engine) if to_write else engine).connect() as connection:
+                    try:
+                        async with AsyncSession(connection) as session, session.begin():
+                            return await session.run_sync(self._answer, body)
+                    finally:
+                        if self._closed:  # its pool may be gone by now
+                            await connection.invalidate()
         except StoreUnavailable as error:
             if error.unclear:
-                await asyncio.to_thread(self._database.look_again)
+                await in_thread("open", self._database.look_again)
             raise
 
+    async def _be_open(self) -> None:
+        """Make sure that the database is open; all that find it closed wait for one thread."""
+        self._require_open()
+        if self._database.is_open:
+            self._upkeep.start()
+        else:
+            await self._opening.run(self._open)
 
-def _in_schema(engine: "AsyncEngine", schema: str | None) -> "AsyncEngine":
-    check_host_engine(engine.sync_engine)
-    return type(engine)(in_schema(engine.sync_engine, schema))
+
+def _new_engine(settings: StoreSettings) -> "AsyncEngine":
+    engine: AsyncEngine = create_store_async_engine(
+        settings.url,
+        connect_timeout_s=settings.connect_timeout_s,
+        statement_timeout_s=settings.statement_timeout_s,
+        schema=settings.schema_name,
+        echo=settings.echo,
+    )
+    set_policy(engine.sync_engine, policy_of(settings))
+    return engine
 
 
 def _shareable_url(engine: "AsyncEngine") -> str:

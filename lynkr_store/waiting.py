@@ -105,14 +105,6 @@ class Call(Generic[_T]):
         return result
 
 
-def start(function: Callable[[], _T], name: str) -> Call[_T]:
-    """Call a function in a new thread; where the system gives none, here and now."""
-    call = Call(function)
-    if _thread(call.run, name) is None:
-        call.run()
-    return call
-
-
 async def in_thread(
     name: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
 ) -> _T:
@@ -120,7 +112,26 @@ async def in_thread(
 
     A coroutine that is cancelled waits no longer; the call goes on to its end.
     """
-    return await start(partial(function, *args, **kwargs), name).outcome()
+    return await _start(partial(function, *args, **kwargs), name).outcome()
+
+
+class SharedCall(Forkable):
+    """A call in a thread of its own, for which all wait that ask while it is under way."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._call: Call[None] | None = None
+
+    def after_fork_in_child(self) -> None:
+        """Begin with none: the parent's goes on in the parent."""
+        self._call = None
+
+    async def run(self, function: Callable[[], None]) -> None:
+        """Call the function, unless it is being called; raise what it raises."""
+        call = self._call
+        if call is None or call.is_over:
+            call = self._call = _start(function, self._name)
+        await call.outcome()
 
 
 class Workers(Forkable):
@@ -197,6 +208,14 @@ class Workers(Forkable):
             # in one step with the look: who asks next must not count on this thread
             self._threads.discard(threading.current_thread())
             return None
+
+
+def _start(function: Callable[[], _T], name: str) -> Call[_T]:
+    """Call a function in a new thread; where the system gives none, here and now."""
+    call = Call(function)
+    if _thread(call.run, name) is None:
+        call.run()
+    return call
 
 
 def _thread(body: Callable[[], None], name: str) -> threading.Thread | None:

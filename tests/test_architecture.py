@@ -31,6 +31,7 @@ LEVELS = {
     "lifecycle": 1.5,
     "waiting": 2,
     "addresses": 2.2,
+    "loops": 2.2,
     "log": 1,
     "search_path": 1,
     "catalogue": 1,

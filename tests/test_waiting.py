@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.waiting import Call, Event, Workers, in_thread, start
+from lynkr_store.waiting import Call, Event, SharedCall, Workers, in_thread
 from tests.support.stores import eventually
 
 WAIT_S = 60
@@ -132,15 +132,44 @@ def test_a_call_sees_the_context_variables_of_its_coroutine():
     assert run(main()) == ("set", "set")
 
 
-def test_several_coroutines_share_a_call():
-    made = []
+def test_all_that_ask_while_a_call_is_under_way_share_it():
+    shared, release, made = SharedCall("shared"), threading.Event(), []
+
+    def fail():
+        made.append(1)
+        release.wait(WAIT_S)
+        raise ValueError("of all")
 
     async def main():
-        call = start(lambda: made.append(1) or "answer", "test")
-        return await asyncio.gather(*(call.outcome() for _ in range(3)))
+        tasks = [asyncio.create_task(shared.run(fail)) for _ in range(3)]
+        await asyncio.sleep(0)
+        release.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [str(error) for error in outcomes] == ["of all"] * 3
+        assert made == [1]
+        with pytest.raises(ValueError, match="of all"):
+            await shared.run(fail)
 
-    assert run(main()) == ["answer"] * 3
-    assert made == [1]
+    run(main())
+    assert made == [1, 1], "what comes later calls again"
+
+
+def test_a_child_waits_for_no_call_of_the_parents():
+    shared, release = SharedCall("shared"), threading.Event()
+
+    async def main():
+        task = asyncio.create_task(shared.run(lambda: release.wait(WAIT_S) and None))
+        await asyncio.sleep(0)
+        pid = os.fork()
+        if not pid:
+            shared.after_fork_in_child()
+            asyncio.run(asyncio.wait_for(shared.run(lambda: None), 10))
+            os._exit(0)
+        release.set()
+        await task
+        return pid
+
+    assert os.waitstatus_to_exitcode(os.waitpid(run(main()), 0)[1]) == 0
 
 
 def test_a_call_whose_thread_was_ended_says_so():
@@ -154,10 +183,11 @@ def test_its_thread_keeps_no_process_alive():
     release, daemons = threading.Event(), []
 
     async def main():
-        call = start(lambda: release.wait(WAIT_S), "held")
+        task = asyncio.create_task(in_thread("held", release.wait, WAIT_S))
+        await asyncio.sleep(0)
         daemons.extend(thread.daemon for thread in named("held"))
         release.set()
-        await call.outcome()
+        await task
 
     run(main())
     assert daemons == [True]

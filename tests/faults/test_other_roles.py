@@ -404,7 +404,7 @@ def test_a_temporary_table_of_the_session_hides_none_of_the_stores(postgres_url,
         )
         engines = [store._database.engine]
         if kind == "async":
-            engines.append(store._engine.sync_engine)
+            engines.append(store._engines._spare[0].sync_engine)
         for engine in engines:
 
             @event.listens_for(engine, "connect")
