@@ -15,7 +15,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
 
-from lynkr_store import addresses
+from lynkr_store import psycopg_async
 from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
 from lynkr_store.exceptions import (
     BadArgument,
@@ -213,7 +213,7 @@ def create_store_async_engine(
 
         options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
         if backend is Backend.POSTGRESQL:
-            options["connect_args"]["async_creator_fn"] = addresses.connect
+            options["connect_args"]["async_creator_fn"] = psycopg_async.connect
         engine = create_async_engine(
             without_secrets(target).set(drivername=_ASYNC_DRIVER[backend]),
             echo=echo,

@@ -54,8 +54,9 @@ class EnginePerLoop(Forkable):
             # in one step with the look, so that two tasks of the loop have one engine
             held = self._held[loop] = engine, end
             await anext(end)
-            for other in [one for one in self._held if one.is_closed()]:
-                await self._leave(other)
+            for other in list(self._held):  # other threads add theirs
+                if other.is_closed():
+                    await self._leave(other)
         return held[0]
 
     async def close(self) -> None:

@@ -30,7 +30,7 @@ LEVELS = {
     "faults": 1,
     "lifecycle": 1.5,
     "waiting": 2,
-    "addresses": 2.2,
+    "psycopg_async": 2.2,
     "loops": 2.2,
     "log": 1,
     "search_path": 1,

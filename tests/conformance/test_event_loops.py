@@ -192,6 +192,31 @@ def test_a_servers_name_is_looked_up_elsewhere(backend, new_url):
         asyncio.run(main(proxy.url(url.database).replace("127.0.0.1", "localhost")))
 
 
+@pytest.mark.parametrize("libpq", ["new", "old"])
+@pytest.mark.parametrize("backend", POSTGRES)
+def test_a_cancelled_read_is_cancelled_at_the_server(backend, new_url, monkeypatch, libpq):
+    """Before version 17 libpq cancels in a call that waits, for which psycopg takes a thread."""
+    url = new_url(backend, at_head=True)
+    if libpq == "old":
+        monkeypatch.setattr(type(psycopg.capabilities), "has_cancel_safe", lambda *_: False)
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(Refusing())
+        async with new_store(url) as store:
+            await store.query()
+            with locked(url):
+                read = asyncio.create_task(store.query())
+                await asyncio.sleep(0.2)
+                read.cancel()
+                began = time.monotonic()
+                with pytest.raises(asyncio.CancelledError):
+                    await read
+                assert time.monotonic() - began < 4, "psycopg waits 5 s for one that does not end"
+            assert await store.query() == []
+
+    asyncio.run(main())
+
+
 def test_forty_flushes_end_when_they_say_and_health_answers_at_once(url):
     """They stood in a queue: 11.8 s for the health, 14 s for the last flush."""
 

@@ -1,13 +1,14 @@
-"""Looks up the addresses of PostgreSQL's hosts for asynchronous connections.
+"""Psycopg's asynchronous connections, which ask nothing in the event loop's default executor.
 
-psycopg asks the event loop, which asks in its default executor: where a host has filled that, a
-name is found late or never. psycopg asks nothing where it is given addresses.
+By themselves they have names of hosts looked up there and, with a libpq older than 17, statements
+cancelled: where a host has filled the executor, both come late or never.
 """
 
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
@@ -15,17 +16,30 @@ from lynkr_store.waiting import in_thread
 
 
 async def connect(*arguments: Any, **parameters: Any) -> Any:
-    """Psycopg's ``AsyncConnection.connect``, with names looked up in a thread of the store's own.
+    """An ``AsyncConnection``; names are looked up in a thread of the store's own.
 
-    A name that is not found is left to psycopg, which says so.
+    Psycopg looks up nothing where it is given addresses. A name that is not found is left to it,
+    which says so.
     """
-    from psycopg import AsyncConnection  # noqa: PLC0415 - an extra
-
     hosts = _listed(parameters, "host", "PGHOST")
     if any(map(_is_name, hosts)) and not _listed(parameters, "hostaddr", "PGHOSTADDR"):
         ports = _listed(parameters, "port", "PGPORT")
         parameters |= await in_thread("lookup", _with_addresses, hosts, ports)
-    return await AsyncConnection.connect(*arguments, **parameters)
+    return await _connection_class().connect(*arguments, **parameters)
+
+
+@lru_cache
+def _connection_class() -> Any:
+    from psycopg import AsyncConnection, capabilities  # noqa: PLC0415 - an extra
+
+    class Connection(AsyncConnection[Any]):
+        async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's
+            if capabilities.has_cancel_safe():
+                await super().cancel_safe(timeout=timeout)
+            else:
+                await in_thread("cancel", self.cancel)
+
+    return Connection
 
 
 def _listed(parameters: Mapping[str, Any], name: str, variable: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Names of PostgreSQL's hosts, looked up before psycopg would have the loop do it."""
+"""Psycopg's asynchronous connections, without the event loop's default executor."""
 
 import asyncio
 import socket
@@ -7,7 +7,7 @@ import threading
 import psycopg
 import pytest
 
-from lynkr_store import addresses
+from lynkr_store import psycopg_async
 
 LISTED = {
     "db": ["10.0.0.1", "::1"],
@@ -66,7 +66,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize(("given", "added"), CASES)
 def test_each_name_is_replaced_by_its_addresses(asked, given, added):
-    asyncio.run(addresses.connect(**given, user="u"))
+    asyncio.run(psycopg_async.connect(**given, user="u"))
     assert asked["parameters"] == {**given, "user": "u", **added}
     assert asked["threads"] <= {"lynkr-store-lookup"}
     assert bool(asked["threads"]) is bool(added)
@@ -75,22 +75,22 @@ def test_each_name_is_replaced_by_its_addresses(asked, given, added):
 def test_what_libpq_takes_from_the_environment_counts(asked, monkeypatch):
     monkeypatch.setenv("PGHOST", "other")
     monkeypatch.setenv("PGPORT", "99")
-    asyncio.run(addresses.connect())
+    asyncio.run(psycopg_async.connect())
     assert asked["parameters"] == {"host": "other", "hostaddr": "10.0.0.2", "port": "99"}
     monkeypatch.setenv("PGHOSTADDR", "10.1.1.1")
-    asyncio.run(addresses.connect())
+    asyncio.run(psycopg_async.connect())
     assert asked["parameters"] == {}
 
 
 def test_a_name_that_nobody_knows_is_psycopgs_to_report():
     with pytest.raises(psycopg.OperationalError, match="resolve host"):
-        asyncio.run(addresses.connect(host="name.invalid", connect_timeout=5))
+        asyncio.run(psycopg_async.connect(host="name.invalid", connect_timeout=5))
 
 
 @pytest.mark.parametrize("given", [g for g, added in CASES if added])
 def test_psycopg_looks_up_no_name_that_has_its_address(asked, given, monkeypatch):
     """It takes the lists apart as they were put together."""
-    asyncio.run(addresses.connect(**given))
+    asyncio.run(psycopg_async.connect(**given))
     names = []
 
     async def look_up(_, host, *__, **___):
