@@ -249,10 +249,14 @@ class _SqliteGuard(_Guard):
             self._forking.append(threading.get_ident())
 
     def _close(self, engine: Engine, deadline: float) -> bool:
+        # Kept alive: one that comes back to the pool that is disposed is garbage, and the
+        # collector, in another thread, makes it unknown here before it closes it.
+        known = set(self._known_now())
         engine.dispose()  # a host's too: it makes connections again when it is asked for one
 
         def is_closed_or_stuck() -> bool:
-            for record in self._known_now():  # also what came back to a pool of before
+            known.update(self._known_now())
+            for record in known:
                 if record not in self._using and record not in self._making:
                     record.close()
             with self._changed:  # what was given back meanwhile is closed the next time

@@ -1,7 +1,9 @@
 """Which connections a fork closes, who waits for it, and that an engine follows its file."""
 
 import asyncio
+import gc
 import os
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -16,11 +18,12 @@ from lynkr_store import (
     StoreSettings,
     create_store_engine,
     database,
+    forking,
     writing,
 )
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.forking import keep_out_of_children
-from tests.support.stores import Asynchronous
+from tests.support.stores import Asynchronous, eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -352,3 +355,44 @@ def test_a_checkpoint_and_a_batch_share_a_pool_of_one(file, monkeypatch):
         upkeep.join(10)
         assert not upkeep.is_alive()
     engine.dispose()
+
+
+def test_a_connection_that_the_collector_takes_is_closed_before_the_fork(tmp_path):
+    """The collector forgets an object before it frees it, and may let another thread go on."""
+    engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
+    guard, first = forking._guards[engine.dialect], id(engine.pool)
+    used, over, drivers = threading.Event(), threading.Event(), []
+
+    class Slow:
+        """What the collector takes long for, before the connection's turn."""
+
+        def __del__(self):
+            if threading.current_thread() is thread:  # it has the lock, as the test needs it
+                guard._changed.release()
+                over.wait(60)
+                guard._changed.acquire()
+
+    def use():
+        connection = engine.connect()
+        drivers.append(connection.connection.dbapi_connection)
+        connection.info["slow"] = Slow()
+        used.set()
+        eventually(lambda: id(engine.pool) != first)
+        with guard._changed:
+            connection.close()
+            del connection
+            gc.collect()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    used.wait(60)
+    guard.before_fork()
+    try:
+        assert guard._at_rest
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            drivers[0].total_changes  # noqa: B018 - it is asked for the error
+    finally:
+        over.set()
+        guard.after_fork_in_parent()
+        thread.join(60)
+        engine.dispose()
