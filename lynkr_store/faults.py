@@ -57,6 +57,22 @@ _ROW_CODES: Final = frozenset(
         sqlite3.SQLITE_RANGE,
     }
 )
+_REMEDIES: Final = {
+    sqlite3.SQLITE_CANTOPEN: "give the path of a file that this user may read and write, in a "
+    "directory where it may write, on a file system that is not read-only",
+    sqlite3.SQLITE_READONLY: "this user may not write the file or its directory, or the file "
+    "system is read-only: give it the right, or give another path",
+    sqlite3.SQLITE_PERM: "this user may not use the file: give it the right, or give another path",
+    sqlite3.SQLITE_CORRUPT: "the file is damaged: restore a copy of it, or save what can be read "
+    "into a new one (sqlite3 FILE .recover)",
+    sqlite3.SQLITE_NOTADB: "give the path of an SQLite database, or of a file that is to be made",
+    sqlite3.SQLITE_IOERR: "look at the disk, and whether this file system suits SQLite",
+    sqlite3.SQLITE_INTERRUPT: "the statement took longer than statement_timeout_s allows: ask for "
+    "less, or set LYNKR_STORE_STATEMENT_TIMEOUT_S",
+}
+"""What to do about faults of an SQLite file, by the primary code."""
+_CHECK_URL: Final = "check the URL's host, port, user, password and database"
+
 # Names of the schema follow in these, unless a full-text search in a trigger says so of a row.
 _SCHEMA_WORDS: Final = ("no such table: ", "no such column: ")
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
@@ -113,6 +129,12 @@ def is_busy(error: DBAPIError) -> bool:
     return code & _PRIMARY == sqlite3.SQLITE_BUSY
 
 
+def is_no_database(error: DBAPIError) -> bool:
+    """Whether a file is not SQLite's."""
+    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
+    return code & _PRIMARY == sqlite3.SQLITE_NOTADB
+
+
 def is_full(error: DBAPIError) -> bool:
     """Whether SQLite had no room: on the disk, or for another id."""
     code = getattr(error.driver_exception, "sqlite_errorcode", 0)
@@ -153,6 +175,9 @@ def translated(*, of_rows: bool = True) -> Iterator[None]:
         raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
     except SQLAlchemyError as error:
         raise_alone(StoreUnavailable(f"the database failed: {type(error).__name__}"))
+    except sqlite3.Error as error:  # of the driver's own connection, which SQLAlchemy did not see
+        line, _ = _words_of_code(error, of_rows=of_rows)
+        raise_alone(StoreUnavailable(f"the database failed: {line}"))
 
 
 def _words(error: DBAPIError, *, of_rows: bool) -> tuple[str, bool]:
@@ -161,12 +186,23 @@ def _words(error: DBAPIError, *, of_rows: bool) -> tuple[str, bool]:
     line = str(error.orig).partition("\n")[0]
     if hasattr(driver, "sqlstate"):  # psycopg
         return _words_of_state(error, line, of_rows=of_rows)
+    return _words_of_code(driver, of_rows=of_rows)
+
+
+def said_of_file(error: sqlite3.Error) -> str:
+    """What SQLite says of a file that it cannot use, and the remedy."""
+    return _words_of_code(error, of_rows=False)[0]
+
+
+def _words_of_code(driver: Any, *, of_rows: bool) -> tuple[str, bool]:
+    line = str(driver).partition("\n")[0]
     code = getattr(driver, "sqlite_errorcode", None)
     if code is None:  # the driver's own: of a value that it cannot bind, of a text that is none
         return type(driver).__name__, False
     named = _of_code(code) is Fault.UNCLEAR and line.startswith(_SCHEMA_WORDS)
     if _of_code(code) is Fault.DATABASE or (named and not of_rows):
-        return line, True
+        remedy = _REMEDIES.get(code & _PRIMARY)
+        return f"{line}; {remedy}" if remedy else line, True
     return f"{type(driver).__name__} ({driver.sqlite_errorname})", False
 
 
@@ -175,6 +211,8 @@ def _words_of_state(error: DBAPIError, line: str, *, of_rows: bool) -> tuple[str
     state, diagnosis = driver.sqlstate, driver.diag
     if not state:  # psycopg's own: of the connection, or of a value that it cannot send or read
         own = isinstance(error, OperationalError | InterfaceError)
+        if own and driver.pgconn is not None:  # it was raised from an attempt to connect
+            line = f"{line}; {_CHECK_URL}"
         return (line, True) if own else (type(driver).__name__, False)
     database = state.startswith(_DATABASE_STATES)
     # a COPY's own context repeats the row's line, and the message of a fault of the database's
