@@ -27,7 +27,9 @@ StoredInstant = int | float | str | bytes
 """The timestamp column's raw value; anything but an int was stored by another writer."""
 
 # What SQLite itself takes for a number; Python's float() would also accept "1_0", "nan" and "٣".
-_NUMERIC_TEXT: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+# Each character can be of one part only, so that a text which is none is told in one pass.
+_NUMERIC_TEXT: Final = re.compile(r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
+_LONGEST_NUMBER: Final = 1_000  # characters; a double's digits are 767 at most
 
 
 def _place(value: object) -> int | float:
@@ -90,7 +92,11 @@ class Reading:
             return value
         if isinstance(value, float) and math.isfinite(value):
             return value
-        if isinstance(value, str) and _NUMERIC_TEXT.fullmatch(value):
+        if (
+            isinstance(value, str)
+            and len(value) <= _LONGEST_NUMBER
+            and _NUMERIC_TEXT.fullmatch(value)
+        ):
             number = float(value)
             if math.isfinite(number):
                 return int(number) if number.is_integer() else number
