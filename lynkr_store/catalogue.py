@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, TextClause, func, inspect, select, text
+from sqlalchemy import Connection, TextClause, bindparam, func, select, text
 
 from lynkr_store.backend import Backend
 
@@ -70,6 +70,22 @@ _FOREIGN_OWNERS: Final = text(
     "WHERE nspowner NOT IN (SELECT role FROM trusted) "
     "ORDER BY 1 DESC, 2"
 )
+_CREATE_RIGHT: Final = text(
+    "SELECT pg_catalog.quote_ident(CAST(nspname AS TEXT)), "
+    "pg_catalog.quote_ident(CAST(current_user AS TEXT)) FROM pg_catalog.pg_namespace "
+    "WHERE CAST(nspname AS TEXT) = coalesce(CAST(:schema AS TEXT), "
+    "CAST(pg_catalog.current_schema() AS TEXT), 'public') "
+    "AND NOT (pg_catalog.has_schema_privilege(oid, 'USAGE') "
+    "AND pg_catalog.has_schema_privilege(oid, 'CREATE'))"
+)
+_GENERATED: Final = (2, 3)  # table_xinfo's "hidden": a virtual or stored generated column
+_LISTED: Final = {
+    schema: text(
+        f"SELECT type, lower(name), rootpage FROM {schema} "  # noqa: S608 - constants
+        "WHERE type IN ('table', 'view') AND lower(name) IN :names"
+    ).bindparams(bindparam("names", expanding=True))
+    for schema in ("main.sqlite_schema", "temp.sqlite_schema")
+}
 _SET_PATH: Final = text("SELECT pg_catalog.set_config('search_path', CAST(:path AS TEXT), true)")
 _PATH: Final = text("SELECT pg_catalog.current_setting('search_path')")
 
@@ -81,16 +97,61 @@ def _is_sqlite(connection: Connection) -> bool:
 def tables(connection: Connection, names: Collection[str]) -> frozenset[str]:
     """Which of these tables and views are there."""
     if _is_sqlite(connection):
-        there = inspect(connection)
-        return frozenset(name for name in names if there.has_table(name))
+        there = {name for _, name, _ in _listed(connection, names, temporary=True)}
+        return frozenset(name for name in names if name.lower() in there)
     return _names(connection, _TABLES, names=list(names))
+
+
+def not_plain(connection: Connection, names: Collection[str]) -> dict[str, str]:
+    """To each of these names that is no ordinary table of an SQLite file what it is instead.
+
+    A view's and a virtual table's statement decides what a read of it does, for how long and with
+    how much memory. On PostgreSQL the server bounds a statement, and nothing is said.
+    """
+    if not _is_sqlite(connection):
+        return {}
+    found = _listed(connection, names, temporary=False)
+    return {
+        name: kind if kind != "table" else "virtual table"
+        for kind, name, root in found
+        if kind != "table" or not root
+    }
+
+
+def _listed(
+    connection: Connection, names: Collection[str], *, temporary: bool
+) -> Iterator[tuple[str, str, int]]:
+    """SQLite: kind, name in lower case and first page of these tables, views and virtual tables.
+
+    SQLite's own list of them, which is read without a look at what they are made of.
+    """
+    for schema in ("main.sqlite_schema", "temp.sqlite_schema")[: 1 + temporary]:
+        given = {"names": [name.lower() for name in names]}
+        yield from connection.execute(_LISTED[schema], given)
 
 
 def column_names(connection: Connection, table: str) -> frozenset[str]:
     """The names of a table's columns."""
     if _is_sqlite(connection):
-        return frozenset(column["name"] for column in inspect(connection).get_columns(table))
+        return frozenset(name for name, _ in _columns(connection, table))
     return _names(connection, _COLUMNS, table=table)
+
+
+def generated_columns(connection: Connection, table: str) -> frozenset[str]:
+    """SQLite: the names of a table's columns whose values an expression gives when they are read.
+
+    Those that are computed when a row is stored count too.
+    """
+    found = _columns(connection, table)
+    return frozenset(name for name, hidden in found if hidden in _GENERATED)
+
+
+def _columns(connection: Connection, table: str) -> list[tuple[str, int]]:
+    """SQLite: a table's columns, without a look at the statement that made it."""
+    listed = func.pragma_table_xinfo(table, "main").table_valued("name", "hidden").c
+    return [
+        (name, hidden) for name, hidden in connection.execute(select(listed.name, listed.hidden))
+    ]
 
 
 def index_names(connection: Connection, table: str) -> frozenset[str]:
@@ -140,6 +201,17 @@ def foreign_owners(connection: Connection, names: Collection[str]) -> list[str]:
         "read and change what is stored. Is it the one that upgrades the schema?"
         for owner, what in owned.items()
     ]
+
+
+def missing_grant(connection: Connection, schema: str | None) -> str | None:
+    """The GRANT without which this role cannot make tables in a schema; None if it has it.
+
+    Args:
+        connection: To PostgreSQL.
+        schema: Its name; None for the first of the path, or ``public`` where there is none.
+    """
+    found = connection.execute(_CREATE_RIGHT, {"schema": schema}).first()
+    return None if found is None else f"GRANT USAGE, CREATE ON SCHEMA {found[0]} TO {found[1]}"
 
 
 def _names(connection: Connection, statement: TextClause, **given: Any) -> frozenset[str]:

@@ -1,13 +1,15 @@
 """Engine factories: which driver, which PRAGMAs, which BEGIN, which pool, and why."""
 
 import sqlite3
+import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, assert_never
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
 from sqlalchemy.engine import Dialect
@@ -25,7 +27,8 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
     UnsupportedDatabase,
 )
-from lynkr_store.files import make_private
+from lynkr_store.faults import said_of_file
+from lynkr_store.files import identity_of, make_private
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.search_path import (
     TEMPORARY,
@@ -70,7 +73,21 @@ _CONNECTION_PRAGMAS: Final = (
     ("temp_store", "MEMORY"),  # sorting never writes prompt texts to another file
     # what is removed is overwritten with zeros; measured: less than 1 % of the ingest's time
     (_SECURE_DELETE, "ON"),
+    # what somebody else put into the file's schema may call no function that does more than compute
+    ("trusted_schema", "OFF"),
 )
+_OF_OTHERS_PRAGMAS: Final = (
+    ("cell_size_check", "ON"),  # a damaged page is told when it is read, not while it is used
+)
+_OF_OTHERS_LIMITS: Final = {
+    # rows hold two texts of some ten thousand characters; SQLite's own limit is 1 GB a value
+    sqlite3.SQLITE_LIMIT_LENGTH: 64 * 2**20,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+}
+_DEADLINE: Final = "lynkr_store_deadline"  # until when a statement may take
+_STEPS: Final = 100_000  # of SQLite's machine between two looks at the clock: some ms
+_STEPS_OF_SCHEMA: Final = 1_000  # each may take a look at all tables that were read before
+_SCHEMA_S: Final = 60.0  # to read the schema of a file that the store opens to write
 _FRESH_FILE_PRAGMAS: Final = (
     # Both are fixed with the file's first page, so they come before WAL.
     ("page_size", 8_192),  # rows of 2 KB: 31 % less on disk than pages of 4 KB
@@ -280,39 +297,51 @@ def _settings(options: str, statement_timeout_s: float, schema: str | None) -> d
     return settings | {"client_encoding": "UTF8"} | path_of(schema)
 
 
-def create_reading_engine(path: Path, *, views: Sequence[str] = ()) -> Engine:
+def create_reading_engine(
+    path: Path, *, views: Sequence[str] = (), statement_timeout_s: float = 30.0
+) -> Engine:
     """An Engine that cannot alter the SQLite file, whoever made it.
+
+    Whatever is in the file, a statement takes a bounded time, and a value of it bounded memory.
 
     Args:
         path: The file.
         views: What each connection runs for itself, ``CREATE TEMP VIEW …``.
+        statement_timeout_s: Seconds after which a statement is given up.
 
     Raises:
-        StoreUnavailable: There is no such file.
+        StoreUnavailable: There is no such file, or it is no database.
     """
-    if not path.is_file():
-        raise StoreUnavailable(f"{path}: there is no such file")
-    uri = next((uri for uri in _reading_uris(path) if _can_open(uri)), None)
-    if uri is None:
-        raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database")
+    _require_regular_file(path)
+    if identity_of(path) is None:
+        raise StoreUnavailable(f"{path}: there is no such file, or this user may not look for it")
+    uri = _reading_uri(path, statement_timeout_s)
     engine = create_engine(URL.create("sqlite", database=str(path)), hide_parameters=True)
     keep_out_of_children(engine)
 
     def do_connect(*_: object) -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, check_same_thread=False)
 
-    def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
+    def on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
         _set_up(connection)
+        for category, limit in _OF_OTHERS_LIMITS.items():
+            connection.setlimit(category, limit)
+        _load_schema(connection, statement_timeout_s)
+        record.info[_DEADLINE] = _Deadline(connection, statement_timeout_s, _STEPS)
         cursor = connection.cursor()
-        for name, value in _CONNECTION_PRAGMAS:
+        for name, value in (*_CONNECTION_PRAGMAS, *_OF_OTHERS_PRAGMAS):
             cursor.execute(f"PRAGMA {name} = {value}")
         for view in views:
             cursor.execute(view)
         cursor.execute("PRAGMA query_only = 1")
         cursor.close()
 
+    def before_statement(connection: Connection, *_: object) -> None:
+        connection.info[_DEADLINE].begin()
+
     event.listen(engine, "do_connect", do_connect)
     event.listen(engine, "connect", on_connect)
+    event.listen(engine, "before_cursor_execute", before_statement)
     event.listen(engine, "begin", _on_begin)
     return engine
 
@@ -331,13 +360,71 @@ def _reading_uris(path: Path) -> Iterator[str]:
     yield f"{uri}?mode=ro&immutable=1"  # in a folder where nothing may be made
 
 
-def _can_open(uri: str) -> bool:
+def _reading_uri(path: Path, timeout_s: float) -> str:
+    """The first way to open the file that works.
+
+    Raises:
+        StoreUnavailable: None does.
+    """
+    said = ""
+    for uri in _reading_uris(path):
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as connection:
+                _load_schema(connection, timeout_s)
+        except sqlite3.DatabaseError as error:
+            said = said_of_file(error)
+        else:
+            return uri
+    raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database: {said}")
+
+
+class _Deadline:
+    """Ends a statement of an SQLite connection that takes too long, with SQLITE_INTERRUPT."""
+
+    def __init__(self, connection: sqlite3.Connection, seconds: float, steps: int) -> None:
+        self._seconds = seconds
+        self.begin()
+        connection.set_progress_handler(self._is_over, steps)
+
+    def begin(self) -> None:
+        """A statement begins."""
+        self._at = time.monotonic() + self._seconds
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._at
+
+
+def _load_schema(connection: sqlite3.Connection, timeout_s: float) -> None:
+    """Have SQLite read what a file's tables are, in a bounded time.
+
+    It does so before the first statement, and takes a time that grows with their number's square:
+    measured, 5 s for 100,000.
+    """
+    _Deadline(connection, timeout_s, _STEPS_OF_SCHEMA)
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
-            connection.execute("SELECT count(*) FROM sqlite_schema")
-    except sqlite3.DatabaseError:
-        return False
-    return True
+        connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    finally:
+        connection.set_progress_handler(None, 0)
+
+
+def _require_regular_file(path: Path) -> None:
+    """Refuse what is no file, before SQLite makes of it what it likes, or waits for ever.
+
+    Raises:
+        StoreUnavailable: A directory stands there, or a pipe, a device or a socket.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # it is not there, or SQLite says what is wrong
+        return
+    if stat.S_ISDIR(mode):
+        raise StoreUnavailable(
+            f"{path}: a directory stands there; give the path of a file, such as one in it"
+        )
+    if not stat.S_ISREG(mode):
+        raise StoreUnavailable(
+            f"{path}: a pipe, a device or a socket stands there; give the path of a file"
+        )
 
 
 def check_host_engine(engine: Engine) -> None:
@@ -566,8 +653,13 @@ def _before_connect(
     SQLite gives the mode to its ``-wal`` and ``-shm`` too. A file that is there keeps its mode.
     """
     path = arguments[0]
-    if path == ":memory:" or options.get("uri"):
+    if path == ":memory:":
         return
+    if options.get("uri"):
+        if "mode=memory" not in path:
+            _require_regular_file(Path(unquote(urlsplit(path).path)))
+        return
+    _require_regular_file(Path(path))
     try:
         # whoever else may write there could put another file in its place
         Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -582,6 +674,8 @@ def _before_connect(
 
 def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     _set_up(connection)
+    if isinstance(connection, sqlite3.Connection):  # not aiosqlite's, which come later
+        _load_schema(connection, _SCHEMA_S)
     cursor = connection.cursor()
     try:
         for name, value in _CONNECTION_PRAGMAS:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from sqlalchemy import Connection, Text, cast, func, select
+from sqlalchemy.exc import DataError
 
 from lynkr_store import catalogue, queries, revisions, rollups
 from lynkr_store.backend import Backend
@@ -15,6 +16,7 @@ from lynkr_store.database import Database
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.faults import translated
+from lynkr_store.files import identity_of
 from lynkr_store.lifecycle import Forkable, without_sigterm
 from lynkr_store.log import words_of
 from lynkr_store.models import PROGRESS, TELEMETRY, Base
@@ -135,7 +137,7 @@ def _look(database: Database) -> Look:
     engine = database.engine
     if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
         path = Path(engine.url.database)
-        if not path.exists() and "uri" not in engine.url.query:
+        if identity_of(path) is None and "uri" not in engine.url.query:
             raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
     with database.connected(engine) as connection:
         revision = revisions.current(connection)
@@ -143,10 +145,19 @@ def _look(database: Database) -> Look:
         oldest = lag = None
         if TELEMETRY.name in there:
             oldest = connection.scalar(queries.oldest_timestamp())
-        if PROGRESS.name in there:
-            lag = connection.scalar(rollups.lag())
         size, free = _sizes(connection)
+        if {TELEMETRY.name, PROGRESS.name} <= there:
+            lag = _lag(connection)
     return Look(revision, size, free, Reading().instant(oldest), lag)
+
+
+def _lag(connection: Connection) -> int | None:
+    """How many rows are not folded; None where odd ids make it a number of more than 64 bits."""
+    try:
+        lag: object = connection.scalar(rollups.lag())
+    except DataError:  # on PostgreSQL that is an error, and SQLite makes it a real
+        return None
+    return lag if isinstance(lag, int) else None
 
 
 def _sizes(connection: Connection) -> tuple[int, int | None]:

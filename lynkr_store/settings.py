@@ -100,6 +100,6 @@ class StoreSettings(TextSettings):
     statement_timeout_s: Annotated[
         float, Field(ge=0.001, le=_MOST_STATEMENT_S, allow_inf_nan=False)
     ] = 30.0
-    """Seconds after which PostgreSQL gives a statement up."""
+    """Seconds after which a statement is given up, on PostgreSQL and on read-only SQLite files."""
     echo: bool = False
     """Log the statements, never their values, through SQLAlchemy's logger."""
