@@ -4,6 +4,7 @@ It leaves logging alone, and takes a connection from ``config.attributes["connec
 library itself runs the upgrade.
 """
 
+import logging
 import os
 from configparser import InterpolationError
 from contextlib import nullcontext
@@ -21,9 +22,10 @@ from lynkr_store.engine import (
     parse_url,
     require_utf8,
 )
-from lynkr_store.exceptions import BadArgument
+from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.exclusive import exclusively
-from lynkr_store.revisions import head, refuse_to_downgrade, standing
+from lynkr_store.log import say
+from lynkr_store.revisions import Standing, head, refuse_to_downgrade, standing
 from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
 
 config = context.config
@@ -69,15 +71,26 @@ def _moves() -> bool:
     return True
 
 
-def _wants_head() -> bool:
-    return context.get_revision_argument() == head() and _command() is not command.downgrade
+def _leave(stands: Standing) -> None:
+    """Say that a newer release's schema stays as it is; in a program's log, or on its terminal."""
+    said = (
+        f"the schema's revision {stands.revision} is a newer release's, with which this one "
+        f"(head {head()}) can work: it is left as it is"
+    )
+    if getattr(config.cmd_opts, "cmd", None):
+        config.print_stdout(printable(said))
+    else:
+        say(logging.INFO, "%s", said)
 
 
 def _migrate(connection: Connection) -> None:
     require_utf8(connection)
     stands = standing(connection)
-    if stands.ahead and _moves() and _wants_head():
-        return  # in a rolling deploy the older replica finds a newer one's work, and goes on
+    if stands.ahead and _command() is not command.downgrade:
+        # in a rolling deploy the older replica finds a newer one's work, and goes on
+        _leave(stands)
+        if _moves() or _command() is command.current:
+            return
     if _command() is command.downgrade:
         if stands.revision is None:
             return  # nothing of ours is there, and nothing is left behind
@@ -87,6 +100,8 @@ def _migrate(connection: Connection) -> None:
         ddl.refuse_early(connection, {script.revision for script in undone})
     if not _moves():  # it looks, or compares, as a developer does
         context.configure(connection=connection, **migrate.options())
+        if stands.ahead:  # a name that Alembic could not look up here
+            context.get_context().get_current_heads = lambda: (head(),)  # type: ignore[method-assign]
         with migrate.comparing(), context.begin_transaction():
             context.run_migrations()
         return

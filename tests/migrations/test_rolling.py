@@ -19,6 +19,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from alembic.config import Config
 from alembic.config import main as alembic_main
 from sqlalchemy import Engine, MetaData, event, insert, inspect, make_url, select, text
 from sqlalchemy.exc import DBAPIError
@@ -594,8 +595,14 @@ def command(monkeypatch, capsys, *arguments):
 def alembic(capsys, url, *arguments):
     """The exit code of ``alembic`` in a checkout, and all it printed."""
     code = 0
+
+    def show(_, words, *values):  # its own writes to what was standard output at its import
+        print(str(words) % values if values else words)
+
     try:
-        alembic_main(["-c", str(ROOT / "alembic.ini"), "-x", f"url={url}", *arguments])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Config, "print_stdout", show)
+            alembic_main(["-c", str(ROOT / "alembic.ini"), "-x", f"url={url}", *arguments])
     except SystemExit as ended:
         code = ended.code
     except Exception as error:  # noqa: BLE001 - a program would end with a traceback
@@ -615,13 +622,75 @@ def test_an_upgrade_by_the_older_release_changes_nothing(url, engine, newer, mon
     for arguments in (["upgrade"], ["upgrade", "head", *options]):
         code, said = command(monkeypatch, capsys, *arguments, "--url", url)
         assert (code, said) == (0, f"at revision {ADDITIVE}\n")
-    assert alembic(capsys, url, "upgrade", "head") == (0, "")
+    code, said = alembic(capsys, url, "upgrade", "head")
+    assert (code, said) == (0, f"{LEFT_ALONE}\n")
     assert everything_of(engine) == before
     if is_file:
         beside = {
             path.name.partition("-")[0] for path in Path(engine.url.database).parent.iterdir()
         }
         assert beside == {"telemetry.db"}, "no copy was made"
+
+
+LEFT_ALONE = (
+    f"the schema's revision {ADDITIVE} is a newer release's, with which this one (head {HEAD}) can "
+    "work: it is left as it is"
+)
+ALEMBIC = [
+    ["upgrade", "heads"],
+    ["upgrade", "+1"],
+    ["upgrade", "+0"],
+    ["upgrade", "0003"],
+    ["upgrade", ADDITIVE],
+    ["stamp", "head"],
+    ["stamp", "heads"],
+    ["stamp", "--purge", "head"],
+    ["current"],
+    ["current", "--verbose"],
+    ["current", "--check-heads"],
+    ["check"],
+    ["history", "--indicate-current"],
+    ["history", "-r", "base:head"],
+]
+NO_DATABASE = ["heads"], ["branches"], ["show", "head"], ["history"]
+
+
+def test_every_command_of_alembic_leaves_a_schema_that_a_newer_release_added_to_alone(
+    url, engine, newer, capsys
+):
+    for arguments in (*ALEMBIC, *NO_DATABASE):
+        code, said = alembic(capsys, url, *arguments)
+        assert LEFT_ALONE not in said
+        if arguments[0] != "upgrade":  # at head each of them goes well
+            assert code == 0, (arguments, said)
+    newer.upgrade(url, ADDITIVE)
+    before = everything_of(engine)
+    for arguments in ALEMBIC:
+        code, said = alembic(capsys, url, *arguments)
+        if "-r" not in arguments:
+            assert LEFT_ALONE in said, arguments
+        assert code == 0, (arguments, said)
+        assert everything_of(engine) == before
+    for arguments in NO_DATABASE:
+        assert alembic(capsys, url, *arguments)[0] == 0
+    assert "No new upgrade operations" in alembic(capsys, url, "check")[1]
+    newer.upgrade(url, RENAMING)
+    for arguments in ALEMBIC:
+        code, said = alembic(capsys, url, *arguments)
+        if "-r" not in arguments:
+            assert code != 0 and f"lynkr-store {RELEASE} or newer" in said, arguments
+
+
+@pytest.mark.parametrize("revision", ["heads", "+1", "0003", ADDITIVE])
+def test_the_command_and_code_leave_it_alone_by_whatever_name(
+    url, engine, newer, monkeypatch, capsys, revision
+):
+    newer.upgrade(url, ADDITIVE)
+    before = everything_of(engine)
+    code, said = command(monkeypatch, capsys, "upgrade", revision, "--url", url)
+    assert (code, said) == (0, f"at revision {ADDITIVE}\n")
+    assert migrate.upgrade(url, revision, backup=engine.dialect.name == "sqlite") is None
+    assert everything_of(engine) == before
 
 
 def test_the_older_release_takes_nothing_back_of_a_newer_schema(
