@@ -17,7 +17,7 @@ from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
 from lynkr_store.engine import plan_for_any
-from lynkr_store.exceptions import BadArgument, StoreClosed, StoreUnavailable
+from lynkr_store.exceptions import BadArgument, StoreClosed
 from lynkr_store.faults import translated
 from lynkr_store.filters import Window, checked_age, checked_seconds
 from lynkr_store.inserts import LEDGER_DAYS
@@ -75,7 +75,7 @@ class Core:
             forget_after_ms=(LEDGER_DAYS - 1) * DAY_MS,  # a day for clocks that are set
             has_forgotten=self._database.has_forgotten,
         )
-        keep_up = partial(maintenance.keep_up, self._database, settings, self._clock)
+        keep_up = partial(_keep_up, self._database, settings, self._clock)
         self._upkeep = Upkeep(keep_up, settings.maintenance_interval_s, self._writer.note_restart)
         self._database.on_written = self._upkeep.note_rows
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
@@ -161,18 +161,14 @@ class Core:
 
     def _do(self, engine: Engine, body: Callable[[RoutingRepository], _T]) -> _T:
         """Run the body in one transaction, which is committed when it returns."""
-        try:
-            with (
-                translated(),
-                self._database.closed_if_disposed(),
-                Session(engine) as session,
-                session.begin(),
-            ):
-                return self._answer(session, body)
-        except StoreUnavailable as error:
-            if error.unclear:
-                self._database.look_again()
-            raise
+        with (
+            self._database.explained(),
+            translated(),
+            self._database.closed_if_disposed(),
+            Session(engine) as session,
+            session.begin(),
+        ):
+            return self._answer(session, body)
 
     def _answer(self, session: Session, body: Callable[[RoutingRepository], _T]) -> _T:
         repository = _OwnRepository(session, clock=self._clock, policy=self._policy)
@@ -191,7 +187,10 @@ class Core:
         cutoff_ms = now_ms - checked_age(older_than) // timedelta(milliseconds=1)
         self._open(to_write=True)
         try:
-            return maintenance.cleanup(self._database, cutoff_ms, now_ms, trust_clock=trust_clock)
+            with self._database.explained(), translated():
+                return maintenance.cleanup(
+                    self._database, cutoff_ms, now_ms, trust_clock=trust_clock
+                )
         finally:
             self._cache.clear()
 
@@ -206,15 +205,16 @@ class Core:
         budget_s = checked_seconds(budget_s, "budget_s")
         self._open(to_write=True)
         try:
-            return maintenance.maintain(
-                self._database,
-                self._settings,
-                self._clock,
-                budget_s=budget_s,
-                rebuild=rebuild,
-                trust_clock=trust_clock,
-                on_step=on_step or (lambda _: None),
-            )
+            with self._database.explained(), translated():
+                return maintenance.maintain(
+                    self._database,
+                    self._settings,
+                    self._clock,
+                    budget_s=budget_s,
+                    rebuild=rebuild,
+                    trust_clock=trust_clock,
+                    on_step=on_step or (lambda _: None),
+                )
         finally:
             self._cache.clear()
 
@@ -276,6 +276,16 @@ class _OwnRepository(RoutingRepository):
     def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
         plan_for_any(self._session.connection())
         return super()._ask(question, window, **of)
+
+
+def _keep_up(
+    database: Database,
+    settings: StoreSettings,
+    clock: Callable[[], int],
+    stop: Callable[[], bool],
+) -> None:
+    with database.explained(), translated():
+        maintenance.keep_up(database, settings, clock, stop)
 
 
 def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> None:

@@ -4,17 +4,17 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Connection, Engine, MetaData, Table, false, inspect, null, select
+from sqlalchemy import URL, Connection, Engine, MetaData, Table, false, null, select
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import bulk, migrate, revisions, rollups
+from lynkr_store import bulk, catalogue, migrate, revisions, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.company import has_company
 from lynkr_store.courtesy import again_s, pause_s
@@ -43,13 +43,13 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
     raise_alone,
 )
-from lynkr_store.faults import Fault, fault_of, is_busy, translated
+from lynkr_store.faults import Fault, fault_of, is_busy, is_no_database, translated
 from lynkr_store.files import Identity, identity_of
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable, without_sigterm
 from lynkr_store.log import say
-from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.models import DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
@@ -69,6 +69,8 @@ it before, beside the batches, and a batch does in the pause in which the lock i
 _MANY_ROWS: Final = 100
 """Rows from which on a batch is taken for one of many. Small ones write the same pages again and
 again: of these the WAL would hold many times what is in the file."""
+_NEEDED: Final = frozenset((TELEMETRY.name, LEDGER.name))
+"""Tables without which no record can be stored; without others a store goes on storing them."""
 _OTHER_FILE: Final = "the file was removed, or another one was put in its place"
 _MEMORY: Final = 0.8
 _BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
@@ -116,7 +118,7 @@ class Database(Forkable):
             set_policy(engine, policy_of(settings))
             self.engine = in_schema(engine, settings.schema_name)
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
-            self.engine, self.view = _reading(settings.url)
+            self.engine, self.view = _reading(settings)
         else:
             self.engine = create_store_engine(
                 settings.url,
@@ -217,11 +219,31 @@ class Database(Forkable):
         """Name the remedy, where a statement failed because the schema was changed meanwhile.
 
         Raises:
-            SchemaBehind: It was taken back.
+            SchemaBehind: It was taken back, or lacks tables.
             SchemaAhead: A newer release changed it so that this one cannot work with it.
         """
         self._opened = False
         self.open()
+        if not self.read_only:
+            with self.connected(self.engine) as connection:
+                lost = revisions.missing_tables(connection)
+            if lost:
+                raise revisions.lacks_tables(lost)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Have an error name the remedy where it comes of a schema that was changed meanwhile.
+
+        Raises:
+            SchemaBehind: It was taken back, or lacks tables.
+            SchemaAhead: A newer release changed it so that this one cannot work with it.
+        """
+        try:
+            yield
+        except StoreUnavailable as error:
+            if error.unclear:
+                self.look_again()
+            raise
 
     def _check_schema(self) -> None:
         if self.read_only and self.backend is Backend.SQLITE:
@@ -234,12 +256,17 @@ class Database(Forkable):
                 if not self._opened_once and (foreign := migrate.foreign_owners(connection)):
                     say(logging.WARNING, "%s", " ".join(foreign))
                 revisions.require_head(connection)
+                if not self._opened_once:  # later the statement that fails says which is missing
+                    lost = revisions.missing_tables(connection)
+                    mends = self._upgrade and not self.read_only
+                    if lost and (mends or not _NEEDED.isdisjoint(lost)):
+                        raise revisions.lacks_tables(lost)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # what was taken back while it was in use, somebody took back
             migrate.bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
-            if not isinstance(error, OperationalError) and self.backend is Backend.SQLITE:
+            if is_no_database(error):
                 raise StoreUnavailable(
                     f"url: {self.engine.url.database} is not an SQLite database; give another path"
                 ) from error
@@ -520,29 +547,64 @@ class Database(Forkable):
             thread.join()
 
 
-def _reading(url: str) -> tuple[Engine, tuple[str, ...]]:
-    """An engine that alters nothing, and the columns that its view supplies as NULL."""
-    target = parse_url(url)
-    if is_memory(target) or target.database is None:
+def looking_engine(settings: StoreSettings) -> Engine:
+    """An engine that alters nothing and shows what is there.
+
+    Raises:
+        UnsupportedDatabase: Another database or driver.
+        StoreUnavailable: There is no such file, or it is no database.
+    """
+    url = parse_url(settings.url)
+    if url.get_backend_name() == Backend.SQLITE:
+        return create_reading_engine(
+            _file_to_read(url), statement_timeout_s=settings.statement_timeout_s
+        )
+    engine = create_store_engine(url, schema=settings.schema_name)
+    return engine.execution_options(postgresql_readonly=True)
+
+
+def _file_to_read(url: URL) -> Path:
+    if is_memory(url) or url.database is None:
         raise BadArgument("url: an empty database in memory cannot be read; give a file")
-    path = Path(target.database)
-    with disposing(create_reading_engine(path)) as engine, translated(of_rows=False):
-        with engine.connect() as connection:
-            inspector = inspect(connection)
-            if not inspector.has_table(TELEMETRY.name):
-                raise SchemaBehind(
-                    f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
-                    f"{revisions.UPGRADE_COMMAND} to make one"
+    return Path(url.database)
+
+
+def _reading(settings: StoreSettings) -> tuple[Engine, tuple[str, ...]]:
+    """An engine that alters nothing, and the columns that its view supplies as NULL."""
+    path = _file_to_read(parse_url(settings.url))
+    timeout_s = settings.statement_timeout_s
+    names = (TELEMETRY.name, *(table.name for table in _OF_ROLLUPS))
+    with (
+        disposing(create_reading_engine(path, statement_timeout_s=timeout_s)) as engine,
+        translated(of_rows=False),
+        engine.connect() as connection,
+    ):
+        for name, kind in catalogue.not_plain(connection, names).items():
+            raise SchemaError(
+                f"{path}: {name} is a {kind} and no table, and a read of it could take any time "
+                "and memory: give a file that the gateway or this library made"
+            )
+        lost = [table for table in _OF_ROLLUPS if not catalogue.tables(connection, [table.name])]
+        there = catalogue.column_names(connection, TELEMETRY.name)
+        if not there:
+            raise SchemaBehind(
+                f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
+                f"{revisions.UPGRADE_COMMAND} to make one"
+            )
+        for name in names:
+            if computed := catalogue.generated_columns(connection, name):
+                raise SchemaError(
+                    f"{path}: {name}.{min(computed)} is a generated column, and a read of it could "
+                    "take any time and memory: give a file that the gateway or this library made"
                 )
-            there = {column["name"] for column in inspector.get_columns(TELEMETRY.name)}
-            views = [_empty(table) for table in _OF_ROLLUPS if not inspector.has_table(table.name)]
         missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)
-        views += [_view(there)] if missing else []
+        views = [*map(_empty, lost), *([_view(there)] if missing else [])]
         statements = [str(view.compile(engine)) for view in views]
-    return create_reading_engine(path, views=statements), missing
+    engine = create_reading_engine(path, views=statements, statement_timeout_s=timeout_s)
+    return engine, missing
 
 
-def _view(there: set[str]) -> CreateView:
+def _view(there: Collection[str]) -> CreateView:
     """A temporary view that hides the table of the same name and has all columns."""
     main = TELEMETRY.to_metadata(MetaData(), schema="main")
     columns = (

@@ -123,7 +123,10 @@ def hindrance(connection: Connection) -> str | None:
     there = catalogue.tables(connection, [TELEMETRY.name, LEDGER.name])
     for table in (TELEMETRY, LEDGER):
         if table.name not in there:
-            return f"the table {table.name} is not there: restore it, or run lynkr-store check"
+            return (
+                f"the table {table.name} is not there: restore it, or run lynkr-store upgrade, "
+                "which makes it again, empty"
+            )
         columns = catalogue.column_names(connection, table.name)
         if missing := [column.name for column in table.c if column.name not in columns]:
             return f"{table.name} lacks {', '.join(missing)}: lynkr-store check says what differs"

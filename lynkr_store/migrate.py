@@ -30,7 +30,7 @@ from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.faults import translated
 from lynkr_store.models import INDEXES, Base
-from lynkr_store.revisions import config, head, note_applied, standing, steps
+from lynkr_store.revisions import config, head, missing_tables, note_applied, standing, steps
 from lynkr_store.search_path import schema_of
 from lynkr_store.settings import StoreSettings
 from lynkr_store.urls import is_memory
@@ -38,7 +38,7 @@ from lynkr_store.urls import is_memory
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-_NOT_PERMITTED: Final = "42501"
+_NOT_PERMITTED: Final = ("42501", "3F000")  # the latter: no schema of the path may be used
 
 _turns: Final[dict[int, threading.Lock]] = {}
 
@@ -116,6 +116,7 @@ def upgrade(
 ) -> Path | None:
     """Create, adopt or upgrade the schema, in one transaction.
 
+    Tables of the store's that were dropped are made again, empty, with their indexes.
     A schema that a newer release made stays as it is, if this release can work with it. Inside an
     event loop call it by ``asyncio.to_thread``: it waits for the database.
 
@@ -162,22 +163,29 @@ def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> 
             to = config(connection=connection, schema=schema_of(engine))
             _run(command.upgrade, to, revision)
 
-    with _alone(wait_s), _permitted():
+    with _alone(wait_s), permitted(engine):
         exclusively(engine, body, wait_s)
 
 
 @contextmanager
-def _permitted() -> Iterator[None]:
-    """Say what to do where this user lacks a right."""
+def permitted(engine: Engine) -> Iterator[None]:
+    """Say what to do where this user lacks a right.
+
+    Raises:
+        SchemaError: It does; the message names the GRANT where one is enough.
+    """
     try:
         yield
     except DBAPIError as error:
-        if getattr(error.driver_exception, "sqlstate", None) != _NOT_PERMITTED:
+        if getattr(error.driver_exception, "sqlstate", None) not in _NOT_PERMITTED:
             raise
         line = str(error.orig).partition("\n")[0]
+        with engine.connect() as connection:
+            grant = catalogue.missing_grant(connection, schema_of(engine))
+        remedy = f"; or have the schema's owner run {grant}" if grant else ""
         raise SchemaError(
             f"nothing was changed, for this user may not: {line}. Upgrade as the role that owns "
-            "the tables, or the schema that they are to be made in"
+            f"the tables, or the schema that they are to be made in{remedy}"
         ) from None
 
 
@@ -203,8 +211,10 @@ def _copied(engine: Engine, revision: str) -> Path | None:
     with engine.connect() as connection:
         stands = standing(connection)
         is_empty = not inspect(connection).get_table_names()
+        lost = missing_tables(connection)
     with _explained():
-        if stands.ahead or is_empty or not steps(revision, stands.revision):
+        is_whole = not (stands.revision == head() and lost)
+        if stands.ahead or is_empty or (is_whole and not steps(revision, stands.revision)):
             return None
     return back_up(engine, f"before-{head()}")
 

@@ -3,6 +3,7 @@
 They are Alembic's and lie in ``migrations/``; a wheel carries them as ``lynkr_store/_migrations``.
 """
 
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
@@ -11,21 +12,35 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.script import Script, ScriptDirectory
 from alembic.script.revision import RangeNotAncestorError
-from sqlalchemy import Connection, column, delete, insert, select
+from sqlalchemy import (
+    ColumnClause,
+    ColumnElement,
+    Connection,
+    column,
+    delete,
+    func,
+    insert,
+    select,
+)
 from sqlalchemy import table as sql_table
+from sqlalchemy.types import NullType
 
 from lynkr_store import catalogue
-from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.engine import require_supported
-from lynkr_store.exceptions import SchemaAhead, SchemaBehind
+from lynkr_store.backend import VERSION_TABLE, Backend
+from lynkr_store.engine import backend_of, require_supported
+from lynkr_store.exceptions import SchemaAhead, SchemaBehind, SchemaError
 from lynkr_store.models import NOTES
 from lynkr_store.version import __version__
 
 UPGRADE_COMMAND: Final = "lynkr-store upgrade"
 
-_APPLIED: Final = select(sql_table(VERSION_TABLE, column("version_num")).c.version_num)
+_VERSION: Final = sql_table(VERSION_TABLE, column("version_num"))
 
 _NOTES_SINCE: Final = "0007"
+_MOST_CHARS: Final = 255  # of a revision's name: Alembic's own column takes 32
+_MOST_NOTES: Final = 10_000
+_READ_FIRST: Final = (VERSION_TABLE, NOTES.name)
+"""Read of every database, before anything is known of it."""
 
 
 class Standing(NamedTuple):
@@ -62,6 +77,16 @@ def _script() -> ScriptDirectory:
 
 
 @cache
+def _makers() -> dict[str, str]:
+    """Each of the store's tables, and the revision that makes it; the first revision's first."""
+    return {
+        table: script.revision
+        for script in reversed(list(_script().walk_revisions()))
+        for table in getattr(script.module, "tables", ())
+    }
+
+
+@cache
 def _known() -> frozenset[str]:
     return frozenset(script.revision for script in _script().walk_revisions())
 
@@ -74,10 +99,61 @@ def head() -> str:
 
 
 def current(connection: Connection) -> str | None:
-    """The database's revision, or None where no revision of ours was applied."""
+    """The database's revision, or None where no revision of ours was applied.
+
+    Raises:
+        SchemaError: What should say so is no table, has several rows, or no revision's name.
+    """
+    if odd := catalogue.not_plain(connection, _READ_FIRST):
+        name, kind = next(iter(odd.items()))
+        raise SchemaError(
+            f"{name} is a {kind} and no table: it is not the store's, and what a read of it does "
+            "nobody knows. Give another file, or drop it if it is yours"
+        )
     if not catalogue.tables(connection, [VERSION_TABLE]):
         return None
-    return connection.execute(_APPLIED).scalar_one_or_none()
+    applied = select(_cut(connection, _VERSION.c.version_num)).limit(2)
+    found: list[object] = list(connection.scalars(applied))
+    if not found:
+        return None
+    if len(found) > 1:
+        raise SchemaError(
+            f"{VERSION_TABLE} has more than one row, as where two databases were merged: delete "
+            "all but that of the revision which is applied, then run lynkr-store check"
+        )
+    revision = found[0]
+    if not isinstance(revision, str) or not 0 < len(revision) <= _MOST_CHARS:
+        raise SchemaError(
+            f"{VERSION_TABLE} holds no revision's name: set it to the revision that is applied "
+            f"({head()} is this release's), then run lynkr-store check"
+        )
+    return revision
+
+
+def _cut(connection: Connection, name: ColumnClause[Any]) -> ColumnElement[Any]:
+    """A revision's name, cut just above the longest: in an SQLite file it can be of any size."""
+    if backend_of(connection) is not Backend.SQLITE:
+        return name
+    return func.substr(name, 1, _MOST_CHARS + 1, type_=NullType()).label(name.name)
+
+
+def _notes(connection: Connection) -> dict[str, Any]:
+    """What newer releases noted, by revision.
+
+    Raises:
+        SchemaError: There are more notes than any release writes.
+    """
+    if not catalogue.tables(connection, [NOTES.name]):
+        return {}
+    names = (_cut(connection, name) for name in (NOTES.c.revision, NOTES.c.after, NOTES.c.release))
+    rolling = (NOTES.c.rolling == 1).label("rolling")
+    notes = connection.execute(select(*names, rolling).limit(_MOST_NOTES + 1)).all()
+    if len(notes) > _MOST_NOTES:
+        raise SchemaError(
+            f"{NOTES.name} has more than {_MOST_NOTES:,} rows, which no release writes: delete "
+            "those that are no revision's"
+        )
+    return {note.revision: note for note in notes}
 
 
 def standing(connection: Connection) -> Standing:
@@ -86,26 +162,50 @@ def standing(connection: Connection) -> Standing:
     Raises:
         UnsupportedDatabase: It is too old.
         SchemaAhead: A newer release changed it so that this one cannot work with it.
+        SchemaError: The tables that say so are damaged; the message names what to set right.
     """
     require_supported(connection)
     revision = current(connection)
     if revision is None or revision in _known():
         return Standing(revision, ahead=False)
-    notes: dict[str, Any] = {}
-    if catalogue.tables(connection, [NOTES.name]):
-        notes = {note.revision: note for note in connection.execute(select(NOTES))}
+    notes = _notes(connection)
+    release = notes[revision].release if revision in notes else None
     below, rolling = revision, True
     while rolling and below not in _known():  # down the line, which may have a gap
-        rolling = below in notes and bool(notes[below].rolling)
-        below = notes[below].after if rolling else below
+        note = notes.pop(below, None)  # or be a circle: each note is passed once
+        rolling = note is not None and bool(note.rolling)
+        below = note.after if rolling else below
     if rolling:
         return Standing(revision, ahead=True)
-    release = notes[revision].release if revision in notes else None
-    remedy = f"lynkr-store {release} or newer" if release else "a newer lynkr-store"
+    named = isinstance(release, str) and 0 < len(release) <= _MOST_CHARS
+    remedy = f"lynkr-store {release} or newer" if named else "a newer lynkr-store"
     raise SchemaAhead(
         f"the schema's revision {revision} is newer than this release (head {head()}): "
         f"install {remedy}"
     )
+
+
+def missing_tables(connection: Connection) -> list[str]:
+    """The tables that a schema at this release's revision, or a newer one, has and this has not."""
+    there = catalogue.tables(connection, _makers())
+    return [table for table in _makers() if table not in there]
+
+
+def lacks_tables(missing: Collection[str]) -> SchemaBehind:
+    """The error that names the missing tables and the remedy."""
+    return SchemaBehind(
+        f"the schema lacks tables that it had, {', '.join(missing)}: run {UPGRADE_COMMAND}, which "
+        "makes them again, empty"
+    )
+
+
+def step_back(connection: Connection, missing: Collection[str]) -> None:
+    """Set the version below the revisions that make these tables, to have them applied again."""
+    first = min(_makers()[table] for table in missing)
+    below = _script().get_revision(first).down_revision
+    connection.execute(delete(_VERSION))
+    if below is not None:
+        connection.execute(insert(_VERSION).values(version_num=below))
 
 
 def refuse_to_downgrade(stands: Standing) -> None:

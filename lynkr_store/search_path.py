@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import Connection, Engine, Text, func, select
+from sqlalchemy import Connection, Engine, Text, cast, func, select
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.schema import CreateSchema
 
@@ -76,9 +76,17 @@ def require_schema(connection: Connection, schema: str | None) -> None:
     """Make sure that what a transaction creates will be in the schema.
 
     Raises:
-        SchemaError: It would be elsewhere, or nowhere.
+        SchemaError: It would be elsewhere, nowhere, or gone with the session.
     """
     found = connection.scalar(select(func.pg_catalog.current_schema()))
+    if not schema and (found is None or str(found).startswith(TEMPORARY)):
+        user = cast(func.current_user(), Text())
+        role = connection.scalar(select(func.pg_catalog.quote_ident(user)))
+        raise SchemaError(
+            "nothing was changed, for this user may use no schema of its path: have the schema's "
+            f"owner run GRANT USAGE, CREATE ON SCHEMA public TO {role}, or name another schema "
+            "(LYNKR_STORE_SCHEMA)"
+        )
     if schema and found != schema:
         raise SchemaError(
             f"nothing was changed: this transaction is not in the schema {schema}. Give a "

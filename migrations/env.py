@@ -25,7 +25,15 @@ from lynkr_store.engine import (
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.exclusive import exclusively
 from lynkr_store.log import say
-from lynkr_store.revisions import Standing, head, refuse_to_downgrade, standing
+from lynkr_store.recount import count_again
+from lynkr_store.revisions import (
+    Standing,
+    head,
+    missing_tables,
+    refuse_to_downgrade,
+    standing,
+    step_back,
+)
 from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
 
 config = context.config
@@ -71,6 +79,11 @@ def _moves() -> bool:
     return True
 
 
+def _wants_head() -> bool:
+    asked = context.get_revision_argument()
+    return asked in (head(), (head(),)) and _command() is not command.downgrade
+
+
 def _leave(stands: Standing) -> None:
     """Say that a newer release's schema stays as it is; in a program's log, or on its terminal."""
     said = (
@@ -105,6 +118,12 @@ def _migrate(connection: Connection) -> None:
         with migrate.comparing(), context.begin_transaction():
             context.run_migrations()
         return
+    lost: list[str] = []
+    if _wants_head() and stands.revision == head():
+        lost = missing_tables(connection)
+    if lost:
+        config.attributes[ddl.RESTORING] = True
+        step_back(connection, lost)
     with catalogue.sealed(connection, VERSION_TABLE) as (version_table_schema, in_path):
         # Alembic's own statements need no path, and the revisions do
         for module, up, down in revisions:
@@ -116,6 +135,7 @@ def _migrate(connection: Connection) -> None:
         )
         with migrate.comparing(), context.begin_transaction():
             context.run_migrations()
+            in_path(count_again)(connection, lost)
 
 
 if context.is_offline_mode():
@@ -127,5 +147,8 @@ elif (connection := config.attributes.get("connection")) is not None:
         with within(connection, schema if schema_of(connection) is None else None):
             _migrate(connection)
 else:
-    with disposing(create_store_engine(_url(), schema=schema)) as engine:
+    with (
+        disposing(create_store_engine(_url(), schema=schema)) as engine,
+        migrate.permitted(engine),
+    ):
         exclusively(engine, _migrate)
