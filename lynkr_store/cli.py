@@ -1,7 +1,7 @@
 """The ``lynkr-store`` command.
 
-Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached.
-Read commands alter nothing.
+Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached; 141 where
+nobody reads standard output any more. Read commands alter nothing.
 """
 
 import re
@@ -11,6 +11,7 @@ import warnings
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from enum import IntEnum
+from io import StringIO
 from itertools import pairwise
 from typing import Annotated, Any, Final, NoReturn
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from sqlalchemy import Engine
 
 from lynkr_store import identities, migrate, render, revisions
+from lynkr_store.database import looking_engine
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.faults import translated
@@ -75,14 +77,16 @@ _Texts = Annotated[list[str] | None, typer.Option(help="May be repeated.")]
 def main() -> None:
     """Run the command and turn the library's errors into exit codes."""
     warnings.showwarning = _warn
-    try:
-        app()
-    except StoreUnavailable as error:
-        _fail(error, Exit.UNREACHABLE)
-    except (SchemaError, ClockAhead) as error:
-        _fail(error, Exit.NO)
-    except (LynkrStoreError, ValueError) as error:
-        _fail(error, Exit.WRONG_USE)
+    render.fit_streams()
+    with render.piped():
+        try:
+            app()
+        except StoreUnavailable as error:
+            _fail(error, Exit.UNREACHABLE)
+        except (SchemaError, ClockAhead) as error:
+            _fail(error, Exit.NO)
+        except (LynkrStoreError, ValueError) as error:
+            _fail(error, Exit.WRONG_USE)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
@@ -109,12 +113,20 @@ def upgrade(
     """Create, adopt or upgrade the database's schema."""
     target = _target(url)
     if sql:
-        migrate.write_script(target, revision, sys.stdout)
+        script = StringIO()
+        migrate.write_script(target, revision, script)
+        render.say_script(script.getvalue())
         return
     with _engine(target) as engine, translated(of_rows=False):
+        with engine.connect() as connection:
+            at_head = revisions.current(connection) == revisions.head()
+            lost = revisions.missing_tables(connection) if at_head else []
         if copy := migrate.upgrade(engine, revision, backup=backup):
             render.say(f"copied to {copy}")
         with engine.connect() as connection:
+            made = [name for name in lost if name not in revisions.missing_tables(connection)]
+            if made:
+                render.say(f"made again, empty: {', '.join(made)}")
             render.say(f"at revision {revisions.current(connection)}")
             missing = migrate.missing_indexes(connection)
     if missing:
@@ -132,7 +144,9 @@ def downgrade(
     """Take revisions back."""
     target = _target(url)
     if sql:
-        migrate.write_script(target, revision, sys.stdout, down=True)
+        script = StringIO()
+        migrate.write_script(target, revision, script, down=True)
+        render.say_script(script.getvalue())
         return
     with _engine(target) as engine, translated(of_rows=False):
         migrate.downgrade(engine, revision, drop_data=drop_data)
@@ -144,23 +158,25 @@ def downgrade(
 def check(*, url: _Url = None, as_json: _Json = False) -> None:
     """Say whether this release can work with the schema; exit 1 if not."""
     with (
-        Store(_target(url), read_only=True) as store,
+        disposing(looking_engine(StoreSettings(url=_target(url)))) as engine,
         translated(of_rows=False),
-        store.engine.connect() as connection,
+        engine.connect() as connection,
     ):
         revision, ahead = revisions.standing(connection)
         behind = not ahead and revision != revisions.head()
-        drift = [] if behind else migrate.drift(connection)
+        lost = [] if behind else revisions.missing_tables(connection)
+        drift = [] if behind or lost else migrate.drift(connection)
         ids = [] if behind else [problem.words for problem in identities.problems(connection)]
         missing = migrate.missing_indexes(connection)
         foreign = migrate.foreign_owners(connection)
-    good = not behind and not drift and not ids
+    good = not behind and not lost and not drift and not ids
     if as_json:
         render.say_json(
             {
                 "ok": good,
                 "revision": revision,
                 "head": revisions.head(),
+                "missing_tables": lost,
                 "drift": drift,
                 "ids": ids,
                 "missing_indexes": missing,
@@ -170,12 +186,17 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
     else:
         newer = " (a newer release's, which this one can work with)" if ahead else ""
         render.say(f"revision {revision}{newer}, this release's is {revisions.head()}")
+        for table in lost:
+            render.say(f"missing: the table {table}")
         for difference in drift:
             render.say(f"differs: {difference}")
         for problem in ids:
             render.say(f"ids: {problem}")
         if behind:
             render.say(f"run {revisions.UPGRADE_COMMAND}")
+        if lost:
+            by = " of the release that made the schema" if ahead else ""
+            render.say(f"run {revisions.UPGRADE_COMMAND}{by}, which makes them again, empty")
         if missing:
             render.say(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
         for owner in foreign:
@@ -213,8 +234,9 @@ def stats(
         answers = {name: store.get_provider_stats(name, window) for name in names}
         providers = {name: answer for name, answer in answers.items() if answer is not None}
         if provider is None:
-            parts = render.stats_report(figures, accuracy, providers, _slices(store, window))
-            render.show(Console(), *parts)
+            console, slices = Console(), _slices(store, window)
+            parts = render.stats_report(figures, accuracy, providers, slices, width=console.width)
+            render.show(console, *parts)
         else:
             render.show(
                 Console(), *(render.provider_report(name, p) for name, p in providers.items())

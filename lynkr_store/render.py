@@ -3,16 +3,23 @@
 The one place where text reaches a terminal, and where it is made printable.
 """
 
+import codecs
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Final, NoReturn
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lynkr_store.exceptions import printable
+from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.schemas import (
     Health,
     ProviderStats,
@@ -23,32 +30,126 @@ from lynkr_store.schemas import (
 
 _BAR_CELLS: Final = 12  # the tables fit a terminal of 80 columns
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
-_LEFT: Final = ("", "time (UTC)", "provider", "tier", "model", "result")
-_FOLDING: Final = ("provider", "model", "result")  # give way where the terminal is narrow
+_WIDE: Final = 80  # columns from which on there is room for bars beside the figures
+_VALUE: Final = " "  # the second column of a table without a head
+_LEFT: Final = ("", _VALUE, "time (UTC)", "provider", "tier", "model", "result")
+_FOLDING: Final = (_VALUE, "provider", "tier", "model", "result")
+"""Columns that give way where the terminal is narrow: their texts go on in the next line."""
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
+_FITTING: Final = "lynkr-store"  # the handler of characters that a stream's encoding lacks
+_PLAIN: Final = {"–": "-", "—": "-", "─": "-", "…": ".", "’": "'", "×": "x"} | dict.fromkeys(
+    _EIGHTHS[1:] + _SPARKS, "#"
+)
+_NOBODY_READS: Final = 128 + signal.SIGPIPE
+"""As a shell counts a program that a closed pipe ended."""
+_NOT_WRITTEN: Final = 2
+
+
+def fit_streams() -> None:
+    """Have standard output and error replace what their encoding lacks, in as many cells."""
+    codecs.register_error(_FITTING, _fitting)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=_FITTING)
+
+
+def _fitting(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c, "?" * cell_len(c)) for c in lacking), error.end
+
+
+@contextmanager
+def piped() -> Iterator[None]:
+    """Write out what was printed; end quietly where nobody reads it any more.
+
+    That is no answer: the exit code is 141 then. Where it cannot be written, on a full disk say,
+    the exit code is 2.
+    """
+    try:
+        try:
+            yield
+        finally:
+            with _written():
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _end_output(_NOBODY_READS)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # rich and typer make it exit code 1
+            _end_output(_NOBODY_READS)
+        raise
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        warn(f"standard output: {error.strerror}; what was to be printed is lost", "error")
+        _end_output(_NOT_WRITTEN)
+
+
+def _end_output(code: int) -> NoReturn:
+    with suppress(OSError, ValueError):  # the interpreter would try once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def show(console: Console, *parts: RenderableType) -> None:
     """Print the parts, one below the other."""
-    console.print(Group(*parts))
+    with _written():
+        console.print(Group(*parts))
 
 
 def say(text: str) -> None:
     """Print a line for people, printable: it may name what is in a database."""
-    print(printable(text))
+    with _written():
+        print(printable(text))
+
+
+def say_script(text: str) -> None:
+    """Print SQL as it is.
+
+    Raises:
+        BadArgument: Standard output's encoding lacks one of its characters, such as a schema's
+            name may have.
+    """
+    encoding = _encoding()
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        raise BadArgument(
+            f"standard output: its encoding {encoding} lacks characters of the script: set "
+            "PYTHONIOENCODING=utf-8"
+        ) from None
+    with _written():
+        print(text, end="")
 
 
 def warn(text: str, label: str = "") -> None:
     """The same on standard error, after a label in red."""
     words = Text(printable(text))
     parts = Text.assemble((f"{label}:", "red"), " ", words) if label else words
-    Console(stderr=True).print(parts, highlight=False, soft_wrap=True)
+    with suppress(OSError):  # nobody reads it
+        Console(stderr=True).print(parts, highlight=False, soft_wrap=True)
 
 
 def say_json(value: object) -> None:
-    """Print JSON, in which whatever a terminal would obey is escaped as JSON does."""
-    written = json.dumps(value, ensure_ascii=False, indent=2, default=str)
-    print("\n".join(map(_escaped, written.split("\n"))))
+    """Print JSON, in which whatever a terminal would obey is escaped as JSON does.
+
+    Where standard output is no UTF-8, whatever is not ASCII is escaped too.
+    """
+    is_utf = codecs.lookup(_encoding()).name.startswith("utf")
+    written = json.dumps(value, ensure_ascii=not is_utf, indent=2, default=str)
+    with _written():
+        print("\n".join(map(_escaped, written.split("\n"))))
+
+
+def _encoding() -> str:
+    return sys.stdout.encoding or "utf-8"  # None of one in memory
 
 
 def _escaped(line: str) -> str:
@@ -73,6 +174,8 @@ def stats_report(
     accuracy: RoutingAccuracy,
     providers: Mapping[str, ProviderStats],
     slices: Sequence[int],
+    *,
+    width: int = _WIDE,
 ) -> Iterable[RenderableType]:
     """What a person reads first.
 
@@ -81,8 +184,12 @@ def stats_report(
         accuracy: Of the window.
         providers: Each provider's figures.
         slices: Requests in equal parts of the window, oldest first.
+        width: Columns of the terminal; where they are few there are no bars.
     """
-    head = _table("", "", title="Requests")
+    wide = width >= _WIDE
+    if not wide:  # half as many columns, each of two parts
+        slices = [sum(slices[n : n + 2]) for n in range(0, len(slices), 2)]
+    head = _table("", _VALUE, title="Requests")
     head.add_row("requests", f"{stats.total_requests:,}")
     head.add_row("over the window", Text(sparkline(slices), style="cyan"))
     head.add_row("error rate", f"{stats.error_rate} %")
@@ -97,9 +204,8 @@ def stats_report(
     yield head
 
     slowest = max((p.avg_latency or 0 for p in providers.values()), default=0)
-    table = _table(
-        "provider", "requests", "errors", "latency", "", "cost", "unpriced", title="Providers"
-    )
+    heads = ("provider", "requests", "errors", "latency", *[""][:wide], "cost", "unpriced")
+    table = _table(*heads, title="Providers")
     for name, figures in providers.items():
         latency = figures.avg_latency
         table.add_row(
@@ -107,7 +213,7 @@ def stats_report(
             f"{figures.total:,}",
             f"{figures.error_rate} %",
             "–" if latency is None else f"{latency:,} ms",
-            Text(bar(latency or 0, slowest), style="magenta"),
+            *[Text(bar(latency or 0, slowest), style="magenta")][:wide],
             cost(figures.total_cost),
             f"{figures.unpriced_requests:,}",
         )
@@ -132,7 +238,7 @@ def _say_source(table: Table, figures: RoutingStats | ProviderStats) -> None:
 
 def provider_report(name: str, figures: ProviderStats) -> RenderableType:
     """One provider's figures."""
-    table = _table("", "", title=_printable(name))
+    table = _table("", _VALUE, title=_printable(name))
     table.add_row("requests", f"{figures.total:,}")
     table.add_row("error rate", f"{figures.error_rate} %")
     table.add_row("fallback rate", f"{figures.fallback_rate} %")
@@ -172,7 +278,7 @@ def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
 
 def health_table(health: Health) -> Table:
     """The database's side of a store's health."""
-    table = _table("", "")
+    table = _table("", _VALUE)
     for name in ("backend", "reachable", "revision", "head", "database_bytes", "reclaimable_bytes"):
         table.add_row(name, _printable(str(getattr(health, name))))
     table.add_row("oldest_timestamp", str(health.oldest_timestamp))
@@ -201,7 +307,7 @@ def _table(*columns: str, title: str | Text | None = None) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
-        show_header=any(columns),
+        show_header=any(name.strip() for name in columns),
     )
     for name in columns:
         table.add_column(
