@@ -151,8 +151,8 @@ def test_a_connection_that_was_detached_counts_as_open(file, monkeypatch):
 
 def test_a_connection_that_cannot_be_made_holds_up_no_fork(tmp_path, monkeypatch):
     monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", WAIT_S)
-    (tmp_path / "folder").mkdir()
-    engine = create_store_engine(f"sqlite:///{tmp_path}/folder")
+    (tmp_path / "link").symlink_to(tmp_path / "missing" / "a.db")
+    engine = create_store_engine(f"sqlite:///{tmp_path}/link")
     kept = []
     for _ in range(2):
         with pytest.raises(Exception, match="unable to open") as raised:
