@@ -46,6 +46,10 @@ _INVALID_INDEXES: Final = text(
     "WHERE NOT indisvalid AND relname = ANY (CAST(:names AS TEXT[])) "
     "AND pg_catalog.pg_table_is_visible(pg_class.oid)"
 )
+_TRIGGERS: Final = text(
+    "SELECT tgname FROM pg_catalog.pg_trigger "  # noqa: S608 - constants
+    f"WHERE tgrelid = {_OF_TABLE} AND NOT tgisinternal AND tgenabled <> 'D'::pg_catalog.\"char\""
+)
 _SCHEMA: Final = text(
     "SELECT coalesce((SELECT nspname FROM pg_catalog.pg_class "  # noqa: S608 - constants
     "JOIN pg_catalog.pg_namespace ON pg_namespace.oid = relnamespace "
@@ -160,6 +164,14 @@ def index_names(connection: Connection, table: str) -> frozenset[str]:
         listed = func.pragma_index_list(table).table_valued("name")
         return frozenset(connection.scalars(select(listed.c.name)))
     return _names(connection, _INDEXES, table=table)
+
+
+def trigger_names(connection: Connection, table: str) -> frozenset[str]:
+    """The names of a table's triggers that are not disabled."""
+    if _is_sqlite(connection):
+        listed = "SELECT name FROM main.sqlite_schema WHERE type = 'trigger' AND tbl_name = ?"
+        return frozenset(connection.exec_driver_sql(listed, (table,)).scalars())
+    return _names(connection, _TRIGGERS, table=table)
 
 
 def indexed_tables(connection: Connection, names: Collection[str]) -> dict[str, str]:

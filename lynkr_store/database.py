@@ -49,7 +49,7 @@ from lynkr_store.forking import keep_out_of_children
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.lifecycle import Forkable, without_sigterm
 from lynkr_store.log import say
-from lynkr_store.models import DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
@@ -59,7 +59,12 @@ from lynkr_store.turns import Away
 from lynkr_store.urls import file_of, is_memory
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
-_OF_ROLLUPS: Final = (DIMENSIONS, ROLLUPS, PROGRESS)  # without them all is read from the rows
+_OF_ROLLUPS: Final = (
+    DIMENSIONS,
+    ROLLUPS,
+    PROGRESS,
+    CHANGES,
+)  # without them all is read from the rows
 _LONG_WAL_PAGES: Final = 10_000
 """80 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
 between two batches, so that it begins anew."""

@@ -21,15 +21,15 @@ from sqlalchemy import URL, Connection, Engine, MetaData, inspect
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.schema import SchemaItem
 
-from lynkr_store import catalogue
+from lynkr_store import catalogue, triggers
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.backup import back_up, opened_file
-from lynkr_store.engine import create_store_engine, disposing, in_schema, parse_url
+from lynkr_store.engine import backend_of, create_store_engine, disposing, in_schema, parse_url
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
 from lynkr_store.faults import translated
-from lynkr_store.models import INDEXES, Base
+from lynkr_store.models import INDEXES, TELEMETRY, Base
 from lynkr_store.revisions import config, head, missing_tables, note_applied, standing, steps
 from lynkr_store.search_path import schema_of
 from lynkr_store.settings import StoreSettings
@@ -358,3 +358,9 @@ def missing_indexes(connection: Connection) -> list[str]:
         for index in INDEXES
         if index.name not in there and index.table is not None and index.table.name in tables
     ]
+
+
+def missing_triggers(connection: Connection) -> list[str]:
+    """Names of the store's triggers that its table lacks, or that are disabled."""
+    there = catalogue.trigger_names(connection, TELEMETRY.name)
+    return [name for name in triggers.NAMES[backend_of(connection)] if name not in there]

@@ -219,6 +219,26 @@ class Progress(Base):
     __table_args__ = ({"sqlite_with_rowid": False},)
 
 
+class Change(Base):
+    """A quarter of an hour of which rows were changed or deleted; `lynkr_store.triggers` enter it.
+
+    Until maintenance has made the quarter's roll-ups again, answers read its rows.
+    """
+
+    __tablename__ = "routing_changes"
+
+    id: Mapped[int] = mapped_column(_RowId, Identity(), primary_key=True)
+    start: Mapped[Count]
+    """The quarter's first millisecond."""
+    newest: Mapped[Count | None]
+    """The greatest instant of a row that was deleted; None where rows were only changed."""
+
+    __table_args__ = (
+        Index("ix_routing_changes_start", "start"),  # what was changed in a window
+        {"sqlite_autoincrement": True},
+    )
+
+
 class RevisionNote(Base):
     """What a release that applied a revision has to say to older ones."""
 
@@ -257,6 +277,8 @@ DIMENSIONS: Final = Base.metadata.tables[Dimension.__tablename__]
 ROLLUPS: Final = Base.metadata.tables[Rollup.__tablename__]
 
 PROGRESS: Final = Base.metadata.tables[Progress.__tablename__]
+
+CHANGES: Final = Base.metadata.tables[Change.__tablename__]
 
 NOTES: Final = Base.metadata.tables[RevisionNote.__tablename__]
 

@@ -18,6 +18,7 @@ LEVELS = {
     "exceptions": 0,
     "backend": 0,
     "domains": 0,
+    "triggers": 1,
     "version": 0,
     "upkeep": 2,
     "account": 0,

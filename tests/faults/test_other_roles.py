@@ -313,7 +313,7 @@ def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgr
     migrate.upgrade(roles.urls["owner"])
     with nothing_fails():
         use_by_every_way(roles.urls["app"])
-        assert command(roles.urls["app"], "upgrade") == "at revision 0009\n"
+        assert command(roles.urls["app"], "upgrade") == "at revision 0010\n"
         for line in (
             ("check",),
             ("health",),

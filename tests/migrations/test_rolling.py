@@ -350,17 +350,23 @@ def look_at(workers, observer):
         workers.stand(writers)
         return False
     with observer.connect() as connection:
-        locked = connection.scalar(
-            text(
-                "SELECT count(*) FROM pg_locks WHERE granted AND mode = 'AccessExclusiveLock' "
-                "AND relation = to_regclass('routing_telemetry')"
+        modes = set(
+            connection.scalars(
+                text(
+                    "SELECT mode FROM pg_locks WHERE granted "
+                    "AND relation = to_regclass('routing_telemetry')"
+                )
             )
         )
+    locked = "AccessExclusiveLock" in modes
     if locked:  # all wait, and none is refused
         workers.wait_for(lambda: waiting_for_locks(observer) == len(workers.done))
+    elif "ShareRowExclusiveLock" in modes:  # of a trigger: readers go on, writers wait
+        workers.get_on(2, [reader])
+        workers.wait_for(lambda: waiting_for_locks(observer) == len(writers))
     else:
         workers.get_on(2)
-    return bool(locked)
+    return locked
 
 
 def documented_lock(revision):

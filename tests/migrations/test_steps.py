@@ -28,7 +28,7 @@ from lynkr_store.models import Base
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010"]
 
 
 def revision_of(engine):

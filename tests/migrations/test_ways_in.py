@@ -43,7 +43,7 @@ from tests.support.snapshot import FOLDER, schema_of
 
 INI = str(ROOT / "alembic.ini")
 SCHEMA = "telemetry"
-REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009"]
+REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010"]
 
 
 @contextmanager

@@ -36,9 +36,17 @@ _CONSTRAINTS: Final = """
 SELECT conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint
 WHERE conrelid = :oid AND contype <> 'n' ORDER BY conname
 """
+_TRIGGERS: Final = """
+SELECT replace(pg_get_triggerdef(oid), current_schema() || '.', '') FROM pg_trigger
+WHERE tgrelid = :oid AND NOT tgisinternal ORDER BY tgname
+"""
 _INDEXES: Final = """
 SELECT replace(pg_get_indexdef(indexrelid), current_schema() || '.', '') FROM pg_index
 WHERE indrelid = :oid ORDER BY indexrelid::regclass::text COLLATE "C"
+"""
+_FUNCTIONS: Final = """
+SELECT replace(pg_get_functiondef(oid), current_schema() || '.', '') FROM pg_proc
+WHERE pronamespace = CAST(current_schema() AS regnamespace) ORDER BY proname
 """
 
 
@@ -50,9 +58,10 @@ def schema_of(engine: Engine) -> str:
         paragraphs = []
         for oid, name in connection.execute(text(_TABLES)):
             lines = [f"TABLE {name}"]
-            for statement in (_COLUMNS, _CONSTRAINTS, _INDEXES):
+            for statement in (_COLUMNS, _CONSTRAINTS, _INDEXES, _TRIGGERS):
                 lines += [f"  {line}" for line in connection.scalars(text(statement), {"oid": oid})]
             paragraphs.append("\n".join(lines))
+        paragraphs += [each.rstrip() for each in connection.scalars(text(_FUNCTIONS))]
         return "\n\n".join(paragraphs) + "\n"
 
 

@@ -13,10 +13,10 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
 
-from lynkr_store import Base
+from lynkr_store import Base, triggers
 from lynkr_store.backend import VERSION_TABLE
 
-OURS: Final = {*Base.metadata.tables, VERSION_TABLE, "lynkr_store_adoption"}
+OURS: Final = {*Base.metadata.tables, VERSION_TABLE, "lynkr_store_adoption", triggers.FUNCTION}
 
 _USERS: Final = "n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'"
 # Every object with its namespace and the relation it belongs to: an index and an identity's

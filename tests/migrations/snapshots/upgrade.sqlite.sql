@@ -217,5 +217,27 @@ DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0009';
 
 INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0009', 1, '0008', '0.1.0');
 
+-- Running upgrade 0009 -> 0010
+
+CREATE TABLE routing_changes (
+    id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, 
+    start INTEGER NOT NULL, 
+    newest INTEGER
+);
+
+CREATE INDEX ix_routing_changes_start ON routing_changes (start);
+
+CREATE TRIGGER lynkr_store_note_delete AFTER DELETE ON routing_telemetry WHEN OLD.timestamp >= 946684800000 AND OLD.timestamp < 4102444800000 BEGIN UPDATE routing_changes SET newest = CAST(OLD.timestamp AS INTEGER) WHERE start = CAST(OLD.timestamp AS INTEGER) - CAST(OLD.timestamp AS INTEGER) % 900000 AND (newest IS NULL OR newest < CAST(OLD.timestamp AS INTEGER)); INSERT INTO routing_changes (start, newest) SELECT CAST(OLD.timestamp AS INTEGER) - CAST(OLD.timestamp AS INTEGER) % 900000, CAST(OLD.timestamp AS INTEGER) WHERE NOT EXISTS (SELECT 1 FROM routing_changes WHERE start = CAST(OLD.timestamp AS INTEGER) - CAST(OLD.timestamp AS INTEGER) % 900000); END;
+
+CREATE TRIGGER lynkr_store_note_move AFTER UPDATE OF timestamp ON routing_telemetry WHEN NEW.timestamp >= 946684800000 AND NEW.timestamp < 4102444800000 AND NOT EXISTS (SELECT 1 FROM routing_changes WHERE start = CAST(NEW.timestamp AS INTEGER) - CAST(NEW.timestamp AS INTEGER) % 900000) BEGIN INSERT INTO routing_changes (start) VALUES (CAST(NEW.timestamp AS INTEGER) - CAST(NEW.timestamp AS INTEGER) % 900000); END;
+
+CREATE TRIGGER lynkr_store_note_update AFTER UPDATE OF id, timestamp, provider, model, tier, request_type, error_type, was_fallback, latency_ms, quality_score, input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens, tokens_per_second, cost_usd ON routing_telemetry WHEN OLD.timestamp >= 946684800000 AND OLD.timestamp < 4102444800000 AND NOT EXISTS (SELECT 1 FROM routing_changes WHERE start = CAST(OLD.timestamp AS INTEGER) - CAST(OLD.timestamp AS INTEGER) % 900000) BEGIN INSERT INTO routing_changes (start) VALUES (CAST(OLD.timestamp AS INTEGER) - CAST(OLD.timestamp AS INTEGER) % 900000); END;
+
+UPDATE lynkr_store_alembic_version SET version_num='0010' WHERE lynkr_store_alembic_version.version_num = '0009';
+
+DELETE FROM lynkr_store_revisions WHERE lynkr_store_revisions.revision = '0010';
+
+INSERT INTO lynkr_store_revisions (revision, rolling, "after", release) VALUES ('0010', 1, '0009', '0.1.0');
+
 COMMIT;
 

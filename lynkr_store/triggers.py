@@ -1,0 +1,175 @@
+"""The triggers by which a database notes the changes of rows that are in the roll-ups.
+
+Revision `0010` creates them by the statements here, so these never change: other triggers need a
+revision, and names, of their own. They enter in ``routing_changes`` which quarter of an hour an
+UPDATE or DELETE of ``routing_telemetry`` touched, whoever ran it; maintenance then makes that
+quarter's roll-ups again. An INSERT has no trigger: new rows are found by their ids.
+
+A trigger that fails would break another program's statement. So no stored value makes one fail, a
+role needs no right to ``routing_changes``, and nothing in another role's schema is called.
+"""
+
+# ruff: noqa: S608 - every name is a constant
+from collections.abc import Iterator
+from typing import Final, assert_never
+
+from lynkr_store.backend import Backend
+from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
+
+NAMES: Final = {
+    Backend.SQLITE: (
+        "lynkr_store_note_delete",
+        "lynkr_store_note_move",
+        "lynkr_store_note_update",
+    ),
+    Backend.POSTGRESQL: (
+        "lynkr_store_note_delete",
+        "lynkr_store_note_truncate",
+        "lynkr_store_note_update",
+    ),
+}
+"""The triggers' names."""
+
+FUNCTION: Final = "lynkr_store_note_change"
+"""PostgreSQL: the function that they run."""
+
+_TABLE: Final = "routing_telemetry"
+_QUARTER_MS: Final = 900_000
+_READ: Final = (  # the columns that roll-ups depend on; a change of a text costs nothing
+    "id",
+    "timestamp",
+    "provider",
+    "model",
+    "tier",
+    "request_type",
+    "error_type",
+    "was_fallback",
+    "latency_ms",
+    "quality_score",
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_creation_tokens",
+    "tokens_per_second",
+    "cost_usd",
+)
+
+
+def creating(backend: Backend) -> Iterator[str]:
+    """Statements that create the triggers."""
+    match backend:
+        case Backend.SQLITE:
+            yield from _sqlite()
+        case Backend.POSTGRESQL:
+            yield _postgresql()
+        case _:
+            assert_never(backend)
+
+
+def dropping(backend: Backend) -> Iterator[str]:
+    """Statements that drop them, where they are there."""
+    match backend:
+        case Backend.SQLITE:
+            yield from (f"DROP TRIGGER IF EXISTS {name}" for name in NAMES[backend])
+        case Backend.POSTGRESQL:
+            yield from (f"DROP TRIGGER IF EXISTS {name} ON {_TABLE}" for name in NAMES[backend])
+            yield f"DROP FUNCTION IF EXISTS {FUNCTION}()"
+        case _:
+            assert_never(backend)
+
+
+def _in_domain(instant: str) -> str:
+    """Only such instants are in roll-ups; SQLite orders a text and a blob after every number."""
+    return f"{instant} >= {INSTANT_MIN_MS} AND {instant} < {INSTANT_MAX_MS}"
+
+
+def _sqlite() -> Iterator[str]:
+    """Row triggers: SQLite has no others. A quarter is noted once, until it is made again.
+
+    What is asked in WHEN costs a third of the same asked in the body.
+    """
+    old, new = (f"CAST({row}.timestamp AS INTEGER)" for row in ("OLD", "NEW"))  # of a fraction too
+    old_start, new_start = (f"{at} - {at} % {_QUARTER_MS}" for at in (old, new))
+    noted = "EXISTS (SELECT 1 FROM routing_changes WHERE start ="
+    yield (
+        f"CREATE TRIGGER lynkr_store_note_delete AFTER DELETE ON {_TABLE} "
+        f"WHEN {_in_domain('OLD.timestamp')} BEGIN "
+        f"UPDATE routing_changes SET newest = {old} WHERE start = {old_start} "
+        f"AND (newest IS NULL OR newest < {old}); "
+        f"INSERT INTO routing_changes (start, newest) SELECT {old_start}, {old} "
+        f"WHERE NOT {noted} {old_start}); END"
+    )
+    for name, columns, row, start in (
+        ("move", ("timestamp",), "NEW", new_start),
+        ("update", _READ, "OLD", old_start),
+    ):
+        yield (
+            f"CREATE TRIGGER lynkr_store_note_{name} "
+            f"AFTER UPDATE OF {', '.join(columns)} ON {_TABLE} "
+            f"WHEN {_in_domain(f'{row}.timestamp')} AND NOT {noted} {start}) "
+            f"BEGIN INSERT INTO routing_changes (start) VALUES ({start}); END"
+        )
+
+
+def _postgresql() -> str:
+    """One block that looks which schema the table is in, so that a script can contain it too.
+
+    Statement triggers: a statement of many rows enters each quarter once. They only append, so that
+    no writer waits for another, and none for a maintenance that takes entries out. The function is
+    its owner's (SECURITY DEFINER), for a role that may change rows need not have a right to the
+    entries; nobody else may make a trigger of it. Where the entries' table was dropped it does
+    nothing. Citus takes no triggers on a distributed table (``feature_not_supported``).
+    """
+    old, new = (", ".join(f"{row}.{name}" for name in _READ) for row in ("o", "n"))
+    start = f"{_QUARTER_MS} * {_QUARTER_MS}"
+    # quote_ident and quote_literal, for a name may hold what would end a quoted body
+    body = f"""
+DECLARE
+  place text := pg_catalog.quote_ident(schema_name);
+  creates text := 'CREATE TRIGGER lynkr_store_note_';
+  runs text := ' FOR EACH STATEMENT EXECUTE FUNCTION ' || place || '.{FUNCTION}()';
+  body text := '
+BEGIN
+  IF pg_catalog.to_regclass(' || pg_catalog.quote_literal(place || '.routing_changes') || ') IS NULL
+  THEN
+    RETURN NULL;
+  END IF;
+  IF TG_OP = ''UPDATE'' THEN
+    INSERT INTO ' || place || '.routing_changes (start)
+    SELECT DISTINCT v.at / {start}
+    FROM old_rows o FULL JOIN new_rows n ON n.id = o.id
+    CROSS JOIN LATERAL (VALUES (o.timestamp), (n.timestamp)) v (at)
+    WHERE ({old})
+      IS DISTINCT FROM ({new})
+      AND {_in_domain("v.at")};
+  ELSIF TG_OP = ''DELETE'' THEN
+    INSERT INTO ' || place || '.routing_changes (start, newest)
+    SELECT o.timestamp / {start}, pg_catalog.max(o.timestamp)
+    FROM old_rows o WHERE {_in_domain("o.timestamp")}
+    GROUP BY o.timestamp / {start};
+  ELSIF pg_catalog.to_regclass(' || pg_catalog.quote_literal(place || '.routing_rollups')
+    || ') IS NOT NULL THEN
+    INSERT INTO ' || place || '.routing_changes (start, newest)
+    SELECT DISTINCT r.start, r.start + {_QUARTER_MS - 1}
+    FROM ' || place || '.routing_rollups r WHERE r.span_ms = {_QUARTER_MS};
+  END IF;
+  RETURN NULL;
+END';
+BEGIN
+  EXECUTE 'CREATE FUNCTION ' || place || '.{FUNCTION}() RETURNS trigger LANGUAGE plpgsql '
+    || 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
+    || pg_catalog.quote_literal(body);
+  EXECUTE 'REVOKE ALL ON FUNCTION ' || place || '.{FUNCTION}() FROM PUBLIC';
+  EXECUTE creates || 'update AFTER UPDATE ON ' || place || '.{_TABLE} '
+    || 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows' || runs;
+  EXECUTE creates || 'delete AFTER DELETE ON ' || place || '.{_TABLE} '
+    || 'REFERENCING OLD TABLE AS old_rows' || runs;
+  EXECUTE creates || 'truncate AFTER TRUNCATE ON ' || place || '.{_TABLE}' || runs;
+EXCEPTION WHEN feature_not_supported THEN
+  RAISE WARNING 'this database takes no triggers: changes are found by maintenance alone';
+END"""
+    schema = f"""
+  schema_name text := (SELECT n.nspname FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.oid = CAST(pg_catalog.to_regclass('{_TABLE}') AS oid));"""
+    return f"DO $lynkr_store${body.replace('DECLARE', 'DECLARE' + schema, 1)}$lynkr_store$"
