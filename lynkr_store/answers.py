@@ -6,6 +6,7 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
 from lynkr_store import questions, rollups
+from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import LONG_BACKLOG, Question, shape
 from lynkr_store.rollups import Standing
@@ -51,6 +52,7 @@ def ask(
         given: ``provider``, if the question is of one.
     """
     incomplete = None
+    changed = by_rows = False
     while True:
         stands = look(session)
         backlog = 0 if stands.newest is None else stands.newest - stands.folded
@@ -58,21 +60,39 @@ def ask(
         if _reaches(since, stands):
             connection = session.connection(bind_arguments={"clause": TELEMETRY})
             removed = removed_before(connection, stands)
-        asked = cover(since, until, now, removed)
+        # where the window does not reach so far, the quarter in which it begins may
+        kept_from = stands.raw_from if removed is None else removed
+        asked = cover(since, until, now, kept_from, ends_by_rows=by_rows)
+        kept_from = INSTANT_MIN_MS if kept_from is None else kept_from
         found = session.execute(
-            questions.answer(question, shape(asked), long_backlog=backlog > LONG_BACKLOG),
-            questions.parameters(asked, since, until, stands.folded) | given,
+            questions.answer(
+                question, shape(asked, changed=changed), long_backlog=backlog > LONG_BACKLOG
+            ),
+            questions.parameters(asked, since, until, stands.folded, kept_from, changed=changed)
+            | given,
         ).all()
         about = {row.part: row.requests for row in found if not row.sign}
         if about["folded"] != stands.folded:
             continue  # a fold came between, and its rows would count twice or not at all
-        gone = [end for number, end in enumerate(asked.ends) if about[f"missing_{number}"]]
+        if about.get("changed"):
+            changed = True
+            continue
+        missing = [  # without a change that says why
+            (end, about[f"missing_{number}"])
+            for number, end in enumerate(asked.ends)
+            if not (changed and about[f"changed_{number}"] and end[0] >= kept_from)
+        ]
+        gone = [end for end, rows in missing if rows > 0]
         if gone:
             # rows at an end of the window were removed: there it becomes one of whole quarters
             since, until = min(since, gone[0][0]), max(until, gone[-1][1])
             incomplete = gone[-1][1]
             continue
-        if removed is not None and since >= removed and _were_removed(session, stands):
+        if not by_rows and any(rows < 0 for _, rows in missing):
+            by_rows = True  # rows of ids that were passed already, which maintenance will count
+            continue
+        trusted = changed or (removed is not None and since >= removed)
+        if trusted and _were_removed(session, stands):
             continue  # meanwhile, perhaps of the window, and nothing in the answer would tell
         if removed is None or since >= removed:
             removed = incomplete
@@ -111,6 +131,8 @@ def removed_before(connection: Connection, stands: Standing) -> int | None:
     """The instant before which rows were removed that the roll-ups know; None if none were.
 
     By retention, ours or another's, which takes the oldest first: so the oldest that is left tells.
+    Rows that were changed, or deleted from among others that stay, are not removed in this sense:
+    their quarters are counted again.
     """
     found = None
     if stands.first_bucket is not None and stands.last_bucket is not None:
@@ -118,9 +140,18 @@ def removed_before(connection: Connection, stands: Standing) -> int | None:
             found = stands.last_bucket + QUARTER_MS
         else:
             start = floor_to(QUARTER_MS, stands.oldest_row)
-            known, there = connection.execute(
-                rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
-            ).one()
-            if stands.first_bucket < start or known != there:
+            earlier = stands.first_kept is not None and stands.first_kept < start
+            if earlier or _lost_its_first(connection, start, stands):
                 found = stands.oldest_row
     return max((i for i in (found, stands.raw_from) if i is not None), default=None)
+
+
+def _lost_its_first(connection: Connection, start: int, stands: Standing) -> bool:
+    """Whether the quarter of the oldest row has lost rows, and only such as were older."""
+    assert stands.oldest_row is not None  # noqa: S101 - it is what the quarter was found by
+    known, there, changed, deleted = connection.execute(
+        rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
+    ).one()
+    if known <= there:
+        return False
+    return not changed or (deleted is not None and deleted < stands.oldest_row)

@@ -168,6 +168,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         drift = [] if behind or lost else migrate.drift(connection)
         ids = [] if behind else [problem.words for problem in identities.problems(connection)]
         missing = migrate.missing_indexes(connection)
+        lacking = [] if behind or ahead else migrate.missing_triggers(connection)
         foreign = migrate.foreign_owners(connection)
     good = not behind and not lost and not drift and not ids
     if as_json:
@@ -180,6 +181,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
                 "drift": drift,
                 "ids": ids,
                 "missing_indexes": missing,
+                "missing_triggers": lacking,
                 "foreign_owners": foreign,
             }
         )
@@ -199,6 +201,12 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
             render.say(f"run {revisions.UPGRADE_COMMAND}{by}, which makes them again, empty")
         if missing:
             render.say(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
+        if lacking:
+            render.say(
+                f"triggers missing or disabled: {', '.join(lacking)}; rows changed or deleted by "
+                "SQL are found by 'lynkr-store maintain' alone, later. To make them again run "
+                "lynkr-store downgrade 0009, then lynkr-store upgrade"
+            )
         for owner in foreign:
             render.say(owner)
     if not good:
@@ -352,6 +360,11 @@ def maintain(
         if report.sequences_set:
             render.say(f"sequences set forward: {', '.join(report.sequences_set)}")
         render.say(f"rows folded: {report.rows_folded}")
+        if report.quarters_recounted or report.quarters_mended:
+            render.say(
+                f"quarters of an hour counted again: {report.quarters_recounted} that were "
+                f"changed, {report.quarters_mended} that differed from their rows"
+            )
         render.say(f"rows deleted: {report.rows_deleted:,}; remaining: {report.rows_remaining:,}")
         render.say(
             f"texts removed: {report.texts_removed:,}; remaining: {report.texts_remaining:,}"

@@ -4,7 +4,8 @@ import atexit
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -16,10 +17,11 @@ from lynkr_store import maintenance, revisions
 from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
+from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.engine import plan_for_any
-from lynkr_store.exceptions import BadArgument, StoreClosed
+from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.faults import translated
-from lynkr_store.filters import Window, checked_age, checked_seconds
+from lynkr_store.filters import Window, checked_age, checked_seconds, given
 from lynkr_store.inserts import LEDGER_DAYS
 from lynkr_store.lifecycle import SigtermHandler, on_fork
 from lynkr_store.probe import Probe
@@ -75,8 +77,15 @@ class Core:
             forget_after_ms=(LEDGER_DAYS - 1) * DAY_MS,  # a day for clocks that are set
             has_forgotten=self._database.has_forgotten,
         )
-        keep_up = partial(_keep_up, self._database, settings, self._clock)
-        self._upkeep = Upkeep(keep_up, settings.maintenance_interval_s, self._writer.note_restart)
+        interval_s = settings.maintenance_interval_s
+        checks = maintenance.Regularly(interval_s)
+        keep_up = partial(_keep_up, self._database, settings, self._clock, checks)
+        self._upkeep = Upkeep(
+            keep_up,
+            interval_s,
+            self._writer.note_restart,
+            note_fault=self._note_refused,
+        )
         self._database.on_written = self._upkeep.note_rows
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
         # interrupted in its first health(), would keep the writer from opening the database
@@ -185,14 +194,8 @@ class Core:
     def _do_cleanup(self, older_than: timedelta, *, trust_clock: bool) -> int:
         now_ms = self._clock()
         cutoff_ms = now_ms - checked_age(older_than) // timedelta(milliseconds=1)
-        self._open(to_write=True)
-        try:
-            with self._database.explained(), translated():
-                return maintenance.cleanup(
-                    self._database, cutoff_ms, now_ms, trust_clock=trust_clock
-                )
-        finally:
-            self._cache.clear()
+        with self._maintaining():
+            return maintenance.cleanup(self._database, cutoff_ms, now_ms, trust_clock=trust_clock)
 
     def _do_maintain(
         self,
@@ -203,20 +206,43 @@ class Core:
         trust_clock: bool,
     ) -> MaintenanceReport:
         budget_s = checked_seconds(budget_s, "budget_s")
+        with self._maintaining():
+            return maintenance.maintain(
+                self._database,
+                self._settings,
+                self._clock,
+                budget_s=budget_s,
+                rebuild=rebuild,
+                trust_clock=trust_clock,
+                on_step=on_step or (lambda _: None),
+            )
+
+    def _do_recount(self, window: Window | None) -> int:
+        asked = given(window, Window, "window")
+        since = max(INSTANT_MIN_MS, asked.since_ms or INSTANT_MIN_MS)
+        until = INSTANT_MAX_MS if asked.until_ms is None else min(INSTANT_MAX_MS, asked.until_ms)
+        if since >= until:
+            return 0
+        with self._maintaining():
+            return maintenance.recount(self._database, since, until)
+
+    @contextmanager
+    def _maintaining(self) -> Iterator[None]:
+        """Open to write; afterwards no cached statistic is of the time before."""
         self._open(to_write=True)
         try:
             with self._database.explained(), translated():
-                return maintenance.maintain(
-                    self._database,
-                    self._settings,
-                    self._clock,
-                    budget_s=budget_s,
-                    rebuild=rebuild,
-                    trust_clock=trust_clock,
-                    on_step=on_step or (lambda _: None),
-                )
+                yield
+        except RollupsRefused as error:
+            self._note_refused(error)
+            raise
         finally:
             self._cache.clear()
+
+    def _note_refused(self, error: Exception) -> None:
+        """Have `health` say that roll-ups were refused; of other faults the probe tells."""
+        if isinstance(error, RollupsRefused):
+            self._writer.note_fault(error)
 
     def _do_health(self) -> Health:
         if not self._closed:
@@ -282,10 +308,11 @@ def _keep_up(
     database: Database,
     settings: StoreSettings,
     clock: Callable[[], int],
+    checks: maintenance.Regularly,
     stop: Callable[[], bool],
 ) -> None:
     with database.explained(), translated():
-        maintenance.keep_up(database, settings, clock, stop)
+        maintenance.keep_up(database, settings, clock, checks, stop)
 
 
 def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> None:

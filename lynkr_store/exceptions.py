@@ -46,6 +46,21 @@ class StoreUnavailable(LynkrStoreError):
     unclear = False
 
 
+class RollupsRefused(StoreUnavailable):
+    """The tables of roll-ups did not keep what was added; statistics read the rows meanwhile.
+
+    A rule, trigger or policy of one of them discards rows without an error. Remove it, then run
+    ``lynkr-store maintain``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "routing_rollups, routing_dimensions or lynkr_store_progress did not keep what was "
+            "added: a rule, trigger or policy of theirs discards rows. Statistics read the rows "
+            "meanwhile. Remove it, then run lynkr-store maintain"
+        )
+
+
 class UpgradeTimeout(StoreUnavailable):
     """A migration could not begin in time: another one ran, or somebody kept a table locked."""
 

@@ -11,17 +11,19 @@ from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
-from lynkr_store import bulk, folds, rollups
-from lynkr_store.answers import look, removed_before
+from lynkr_store import bulk, folds, identities, rollups
+from lynkr_store.answers import look as look_at
+from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
-from lynkr_store.domains import INSTANT_MIN_MS
+from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.engine import backend_of
+from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.measures import columns_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.rollups import NOTHING
 from lynkr_store.rows import Rows
-from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, ceil_to, floor_to
+from lynkr_store.spans import QUARTER_MS, SPANS_MS, ceil_to, floor_to
 
 Begin = Callable[[], AbstractContextManager[Connection]]
 """Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""
@@ -30,8 +32,9 @@ STEP_ROWS: Final = 10_000
 """Rows that one step folds; beside a busy writer it holds SQLite's lock for about 12 ms."""
 
 _MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may lie far apart, and others between them
-_MEASURES: Final = tuple(columns_of())
-_TRIM_MS: Final = 30 * DAY_MS
+MEASURES: Final = tuple(columns_of())
+"""The columns of a roll-up that hold measures."""
+_TRIM_DAYS: Final = 30
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
 
@@ -61,6 +64,9 @@ def fold(
     Returns:
         Not done where it was stopped, or where transactions that may have written rows with lower
         ids stayed open: try again later.
+
+    Raises:
+        RollupsRefused: The roll-ups did not gain what was added; the step was rolled back.
     """
     look = look or begin
     upto, rows = settled_id(begin, look), 0
@@ -74,6 +80,46 @@ def fold(
             return Folded(rows, done=True)
         time.sleep(PAUSE_S)
     return Folded(rows, done=False)
+
+
+def _begin_again(begin: Begin) -> None:
+    """Fold all rows again, where the database gives ids at or below the watermark.
+
+    So it does after TRUNCATE … RESTART IDENTITY, or a DELETE from ``sqlite_sequence``: rows that
+    come would never be above the watermark. Answers read all rows meanwhile. What is known of the
+    time before the oldest row stays as history; roll-ups from its quarter on are those of rows
+    which are gone.
+    """
+    with begin() as connection:
+        folded = held_watermark(connection)
+        if not _began_again(connection, folded):
+            return
+        oldest: int | None = connection.scalar(folds.oldest_instant())
+        if oldest is not None:
+            start = floor_to(QUARTER_MS, oldest)
+            connection.execute(folds.drop_from(start))
+            for span in SPANS_MS[1:]:
+                connection.execute(folds.sum_of_quarters(span, floor_to(span, start)))
+            connection.execute(folds.drop_changes(since=start))
+            connection.execute(folds.forget("raw_from"))
+            if look_at(connection).first_bucket is not None:
+                note(connection, "raw_from", start)
+        note(connection, "folded", NOTHING)
+
+
+def _began_again(connection: Connection, folded: int) -> bool:
+    """Whether every id is below the watermark, and the next one will be too.
+
+    Retention alone may take the row of the greatest id: then the next one is above. Where the table
+    was empty there is no watermark any more, and roll-ups are left from its first row on.
+    """
+    stands = look_at(connection)
+    if folded == NOTHING:
+        oldest: int | None = connection.scalar(folds.oldest_instant())
+        last = stands.last_bucket
+        return oldest is not None and last is not None and last + QUARTER_MS > oldest
+    passed = stands.newest is None or stands.newest < folded
+    return passed and identities.gives_upto(connection, folded)
 
 
 def settled_id(begin: Begin, look: Begin) -> int | None:
@@ -126,19 +172,15 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
     rows = folds.rows_of_step()
     with look() as connection:
         folded: int = connection.execute(rollups.folded()).scalar_one()
-        first = connection.scalar(folds.first_above(folded))
-        if first is None or first > upto:
-            return 0, max(folded, upto)
-        last = min(first + STEP_ROWS - 1, upto)
-        given = {"after": folded, "upto": last}
-        quarters = connection.execute(rows.quarters, given).mappings().all()
-        if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # there are ids without rows
-            last = connection.scalar(folds.last_of_step(folded, upto, STEP_ROWS)) or upto
-            given = {"after": folded, "upto": last}
-            quarters = connection.execute(rows.quarters, given).mappings().all()
-        new = None
-        if last - first + 1 != _requests(quarters):  # not each id is a row's of known dimensions
-            new = connection.execute(rows.new_dimensions, given).first()
+        first: int | None = connection.scalar(folds.first_above(folded))
+        if first is not None and first <= upto:
+            given, quarters, new = _read_step(connection, folded, first, upto)
+        began_again = (first is None or folded == NOTHING) and _began_again(connection, folded)
+    if began_again:
+        _begin_again(begin)
+        return 0, NOTHING
+    if first is None or first > upto:
+        return 0, max(folded, upto)
     if new:
         with begin() as connection:
             held_watermark(connection)
@@ -150,13 +192,40 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
         now = held_watermark(connection)
         if now != folded:
             return 0, now  # another folder was quicker
-        _note_removed(connection)
-        if _number(connection, given, quarters) != _requests(quarters):  # some were deleted since
+        note_removed(connection)
+        number = _number(connection, given, quarters)
+        if number != _requests(quarters):  # some were deleted since
             quarters = connection.execute(rows.quarters, given).mappings().all()
             sums = _summed(quarters)
+            if number == connection.scalar(rows.number, given) != _requests(quarters):
+                raise RollupsRefused  # the dimensions were not entered
         _add(connection, sums)
+        last = given["upto"]
         note(connection, "folded", last)
+        if connection.execute(rollups.folded()).scalar_one() != last:
+            raise RollupsRefused
     return _requests(quarters), last
+
+
+def _read_step(
+    connection: Connection, folded: int, first: int, upto: int
+) -> tuple[dict[str, int], Sequence[RowMapping], bool]:
+    """The next rows above the watermark: which ids, their measures, and whether that is not all.
+
+    Rows of dimensions that are not known have no measures yet.
+    """
+    rows = folds.rows_of_step()
+    last = min(first + STEP_ROWS - 1, upto)
+    given = {"after": folded, "upto": last}
+    quarters = connection.execute(rows.quarters, given).mappings().all()
+    if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # there are ids without rows
+        last = connection.scalar(folds.last_of_step(folded, upto, STEP_ROWS)) or upto
+        given = {"after": folded, "upto": last}
+        quarters = connection.execute(rows.quarters, given).mappings().all()
+    if last - first + 1 == _requests(quarters):
+        return given, quarters, False
+    # not each id is a row's of known dimensions
+    return given, quarters, connection.execute(rows.new_dimensions, given).first() is not None
 
 
 def _number(connection: Connection, given: dict[str, int], quarters: Sequence[RowMapping]) -> int:
@@ -189,9 +258,9 @@ def note(connection: Connection, name: str, value: int) -> None:
     connection.execute(folds.note(backend_of(connection)), {"name": name, "value": value})
 
 
-def _note_removed(connection: Connection) -> int | None:
+def note_removed(connection: Connection) -> int | None:
     """Note from when on the rows are there, before late ones hide that older ones were removed."""
-    stands = look(connection)
+    stands = look_at(connection)
     removed = removed_before(connection, stands)
     if removed is not None and removed != stands.raw_from:
         note(connection, "raw_from", removed)
@@ -207,7 +276,7 @@ def trim(
 ) -> None:
     """Delete roll-ups before an instant: whole days whose rows are gone, a month at a time.
 
-    While rows are there, answers need the roll-ups of their time too.
+    While rows are there, answers need the roll-ups of their day too, also where they came late.
 
     Args:
         begin: Opens a transaction that may write.
@@ -218,30 +287,26 @@ def trim(
     look = look or begin
     while not stop():
         with look() as connection:
-            first = connection.scalar(folds.first_start())
-        if first is None or first + DAY_MS > before_ms:
-            return
+            if connection.scalar(folds.days_gone(before_ms)) is None:
+                return
         with begin() as connection:
             held_watermark(connection)
-            removed = _note_removed(connection)
-            first = connection.scalar(folds.first_start())
-            if removed is None or first is None:
+            days = _days_to_trim(connection, before_ms, note_removed(connection))
+            if not days:
                 return
-            until = min(before_ms, removed)
-            if first + DAY_MS > until:
-                return
-            connection.execute(folds.trim(min(until, first + _TRIM_MS)))
+            connection.execute(folds.trim(days))
 
 
 def can_trim(connection: Connection, before_ms: int) -> bool:
     """Whether `trim` would find something to delete."""
-    first, removed = (
-        connection.scalar(folds.first_start()),
-        removed_before(connection, look(connection)),
-    )
-    if first is None or removed is None:
-        return False
-    return int(first) + DAY_MS <= min(before_ms, removed)
+    removed = removed_before(connection, look_at(connection))
+    return bool(_days_to_trim(connection, before_ms, removed))
+
+
+def _days_to_trim(connection: Connection, before_ms: int, removed: int | None) -> list[int]:
+    if removed is None:
+        return []
+    return list(connection.scalars(folds.days_gone(min(before_ms, removed), _TRIM_DAYS)))
 
 
 def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
@@ -259,42 +324,75 @@ def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
 def rebuild(
     begin: Begin,
     *,
+    since: int = INSTANT_MIN_MS,
+    until: int = INSTANT_MAX_MS,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Folded:
     """Make the roll-ups of folded rows anew, a quarter of an hour at a time.
 
-    What is known of a time whose rows were removed stays. Answers are right at every moment; one
-    that was interrupted can be begun again.
+    What is known of a time whose rows were removed stays, unless more rows are there than are
+    known. Answers are right at every moment; one that was interrupted can be begun again.
+
+    Args:
+        begin: Opens a transaction that may write.
+        since: From the quarter of this instant on.
+        until: The first instant whose quarter stays as it is, unless it is that of an earlier one.
+        stop: Asked before each step whether to leave it at that.
+        on_step: Told after each step how many rows were counted so far.
+
+    Raises:
+        RollupsRefused: The roll-ups did not take what was counted; the step was rolled back.
     """
-    with begin() as connection:
-        held_watermark(connection)
-        raw_from = _note_removed(connection)
-    after, rows = INSTANT_MIN_MS if raw_from is None else ceil_to(QUARTER_MS, raw_from), 0
+    after, rows = floor_to(QUARTER_MS, max(since, INSTANT_MIN_MS)), 0
     while not stop():
         with begin() as connection:
-            found = connection.execute(folds.first_from(after)).one()
+            held_watermark(connection)
+            kept_from = ceil_to(QUARTER_MS, note_removed(connection) or INSTANT_MIN_MS)
+            found = connection.execute(folds.first_from(after, kept_from)).one()
             starts = [
                 floor_to(QUARTER_MS, int(instant)) for instant in found if instant is not None
             ]
-            if not starts:
+            if not starts or min(starts) >= until:
                 return Folded(rows, done=True)
-            rows += _recount(connection, min(starts))
+            start = min(starts)
+            if start >= kept_from or has_more(connection, start):
+                rows += recount(connection, start) or 0
         on_step(rows)
-        after = min(starts) + QUARTER_MS
+        after = start + QUARTER_MS
         time.sleep(PAUSE_S)
     return Folded(rows, done=False)
 
 
-def _recount(connection: Connection, start: int) -> int:
-    """Make the roll-ups of one quarter anew, and those of the hour and the day it is in."""
+def has_more(connection: Connection, start: int) -> bool:
+    """Whether a quarter has more rows than the roll-ups know of it."""
+    given = rollups.quarter(start, held_watermark(connection))
+    counts = connection.execute(rollups.counts_of_quarter(), given).one()
+    return bool(counts.there > counts.known)
+
+
+def recount(connection: Connection, start: int) -> int | None:
+    """Make the roll-ups of one quarter anew, and those of the hour and the day it is in.
+
+    Returns:
+        How many rows it has. None where rows of it were deleted of which maintenance has not yet
+        seen whether it was retention: then nothing was done.
+
+    Raises:
+        RollupsRefused: The roll-ups did not take what was counted.
+    """
     rows = folds.rows_of_quarter()
     given = rollups.quarter(start, held_watermark(connection))
     starts = {span: floor_to(span, start) for span in SPANS_MS}
-    connection.execute(folds.drop_buckets(starts))
     connection.execute(rows.enter_dimensions, given)
     quarters = connection.execute(rows.quarters, given).mappings().all()
-    _add(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
+    # asked after the rows were read: who deletes some meanwhile has noted it
+    if connection.scalar(folds.deleted_upto(), {"start": start}) is not None:
+        return None
+    connection.execute(folds.drop_buckets(starts))
+    _write(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
+    if _requests_of(connection, QUARTER_MS, [start]) != _requests(quarters):
+        raise RollupsRefused
     for span in SPANS_MS[1:]:
         connection.execute(folds.sum_of_quarters(span, starts[span]))
     return _requests(quarters)
@@ -308,7 +406,7 @@ def _summed(quarters: Sequence[RowMapping], sign: int = 1) -> list[_Rollup]:
     """What was measured by quarter as roll-ups of every length, to be added to what is there."""
     sums: dict[tuple[int, int, int], _Rollup] = {}
     for quarter in quarters:
-        measured = {name: sign * int(quarter[name] or 0) for name in _MEASURES}
+        measured = {name: sign * int(quarter[name] or 0) for name in MEASURES}
         for span in SPANS_MS:
             start, dimension = floor_to(span, int(quarter["start"])), int(quarter["dimension_id"])
             so_far = sums.get((span, start, dimension))
@@ -326,6 +424,28 @@ def _requests(quarters: Sequence[RowMapping]) -> int:
 
 
 def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
+    """Add to the roll-ups, and make sure that they gained it.
+
+    Raises:
+        RollupsRefused: A rule or trigger of the table, or the database itself, took less.
+    """
+    starts = {span: sorted({s["start"] for s in sums if s["span_ms"] == span}) for span in SPANS_MS}
+    before = {span: _requests_of(connection, span, starts[span]) for span in SPANS_MS}
+    _write(connection, sums)
+    for span in SPANS_MS:
+        added = sum(each["requests"] for each in sums if each["span_ms"] == span)
+        if _requests_of(connection, span, starts[span]) != before[span] + added:
+            raise RollupsRefused
+
+
+def _requests_of(connection: Connection, span_ms: int, starts: Sequence[int]) -> int:
+    if not starts:
+        return 0
+    asked = {"span_ms": span_ms, "starts": starts}
+    return connection.scalar(folds.requests_of_buckets(), asked) or 0
+
+
+def _write(connection: Connection, sums: Sequence[_Rollup]) -> None:
     if not sums:
         return
     backend = backend_of(connection)

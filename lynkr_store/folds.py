@@ -1,6 +1,6 @@
 """What a fold reads of the rows, and writes to the roll-ups. Nothing is executed here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +16,7 @@ from sqlalchemy import (
     case,
     cast,
     delete,
+    exists,
     func,
     insert,
     literal,
@@ -24,6 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.sql.dml import ReturningDelete
 
 from lynkr_store import measures
 from lynkr_store.backend import Backend
@@ -36,9 +38,9 @@ from lynkr_store.functions import (
     unindexed,
     whole_number,
 )
-from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import folded_in, in_domain
-from lynkr_store.spans import DAY_MS, QUARTER_MS, floor_to
+from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, floor_to
 
 ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
 """The columns of a roll-up."""
@@ -203,11 +205,28 @@ def note_first(backend: Backend) -> Insert:
     return statement
 
 
+def forget(name: str) -> Delete:
+    """Delete a value of the progress."""
+    return delete(PROGRESS).where(PROGRESS.c.name == name)
+
+
 def _on_conflict(into: Any, values: dict[str, Any]) -> Insert:
     statement: Insert = into.on_conflict_do_update(
         index_elements=list(into.table.primary_key), set_=values
     )
     return statement
+
+
+@cache
+def requests_of_buckets() -> Select[*tuple[Any, ...]]:
+    """How many rows roll-ups hold, those of some starts of one length.
+
+    Takes ``span_ms`` and ``starts``; where none is there, gives NULL.
+    """
+    return select(cast(func.sum(ROLLUPS.c.requests), BigInteger)).where(
+        ROLLUPS.c.span_ms == whole_number("span_ms"),
+        ROLLUPS.c.start.in_(bindparam("starts", type_=BigInteger, expanding=True)),
+    )
 
 
 def drop_empty() -> Delete:
@@ -245,22 +264,167 @@ def sum_of_quarters(span_ms: int, start: int) -> Insert:
     return insert(ROLLUPS).from_select(ROLLUP, quarters)
 
 
-def first_from(instant: int) -> Select[*tuple[Any, ...]]:
-    """The first row's instant and the first quarter known from an instant on, or NULL."""
+def first_from(instant: int, kept_from: int) -> Select[*tuple[Any, ...]]:
+    """The first row's instant from an instant on, and the first quarter known, or NULL.
+
+    Args:
+        instant: In epoch milliseconds.
+        kept_from: Quarters before it are history, and only looked for by their rows.
+    """
     rows = select(func.min(_t.timestamp)).where(
         _t.timestamp >= instant, _t.timestamp < INSTANT_MAX_MS
     )
     quarters = select(func.min(ROLLUPS.c.start)).where(
-        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start >= instant
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start >= max(instant, kept_from)
     )
     return select(cast(rows.scalar_subquery(), BigInteger), quarters.scalar_subquery())
 
 
-def first_start() -> Select[*tuple[Any, ...]]:
-    """The start of the first day that the roll-ups know, or NULL."""
-    return select(func.min(ROLLUPS.c.start)).where(ROLLUPS.c.span_ms == DAY_MS)
+def oldest_instant() -> Select[*tuple[Any, ...]]:
+    """The first instant of any row, folded or not, in its domain; or NULL."""
+    return select(cast(func.min(_t.timestamp), BigInteger)).where(in_domain)
 
 
-def trim(before: int) -> Delete:
-    """Delete the roll-ups of the days that end before an instant."""
-    return delete(ROLLUPS).where(ROLLUPS.c.start < floor_to(DAY_MS, before))
+def drop_from(start: int) -> Delete:
+    """Delete the roll-ups of every length that begin, or whose quarters do, from a quarter on."""
+    return delete(ROLLUPS).where(
+        or_(
+            *(
+                and_(ROLLUPS.c.span_ms == span, ROLLUPS.c.start >= floor_to(span, start))
+                for span in SPANS_MS
+            )
+        )
+    )
+
+
+def days_gone(before: int, most: int = 1) -> Select[*tuple[Any, ...]]:
+    """The first days that end before an instant, which the roll-ups know and that have no row."""
+    day = (
+        select(ROLLUPS.c.start)
+        .where(ROLLUPS.c.span_ms == DAY_MS, ROLLUPS.c.start <= before - DAY_MS)
+        .distinct()
+        .subquery()
+    )
+    has_row = exists().where(
+        _t.timestamp >= day.c.start,
+        _t.timestamp < day.c.start + literal(DAY_MS, BigInteger),
+    )
+    return select(day.c.start).where(~has_row).order_by(day.c.start).limit(most)
+
+
+def trim(days: Sequence[int]) -> Delete:
+    """Delete the roll-ups of whole days, one at least, that are given by their starts."""
+    start = ROLLUPS.c.start
+    return delete(ROLLUPS).where(
+        ROLLUPS.c.span_ms.in_(SPANS_MS),
+        start >= min(days),
+        start < max(days) + DAY_MS,
+        (start - start % literal(DAY_MS, BigInteger)).in_(days),
+    )
+
+
+@cache
+def deleted_upto() -> Select[*tuple[Any, ...]]:
+    """The greatest instant of a row that was deleted of the quarter ``start``; NULL for none."""
+    return select(func.max(CHANGES.c.newest)).where(CHANGES.c.start == whole_number("start"))
+
+
+def newest_change() -> Select[*tuple[Any, ...]]:
+    """The id of the last entry among the changes, or NULL."""
+    return select(func.max(CHANGES.c.id))
+
+
+@cache
+def first_changed() -> Select[*tuple[Any, ...]]:
+    """The first quarter of which changes are noted up to the entry ``upto``, or NULL."""
+    return select(func.min(CHANGES.c.start)).where(unindexed(CHANGES.c.id) <= whole_number("upto"))
+
+
+@cache
+def take_changes() -> ReturningDelete[*tuple[Any, ...]]:
+    """Take out what is noted of the quarter ``start``; gives ``newest`` of each entry."""
+    return (
+        delete(CHANGES).where(CHANGES.c.start == whole_number("start")).returning(CHANGES.c.newest)
+    )
+
+
+def drop_changes(*, before: int | None = None, since: int | None = None) -> Delete:
+    """Delete what is noted of the quarters that begin before an instant, or from one on."""
+    start = CHANGES.c.start
+    return delete(CHANGES).where(
+        *([] if before is None else [start < before]), *([] if since is None else [start >= since])
+    )
+
+
+@cache
+def instant_after() -> Select[*tuple[Any, ...]]:
+    """The instant of the row that comes ``rows`` after the first from ``since`` on, or NULL."""
+    return (
+        select(cast(_t.timestamp, BigInteger))
+        .where(_t.timestamp >= whole_number("since"), _t.timestamp < INSTANT_MAX_MS)
+        .order_by(_t.timestamp)
+        .limit(1)
+        .offset(whole_number("rows"))
+    )
+
+
+@cache
+def counts_there() -> Select[*tuple[Any, ...]]:
+    """How many rows each quarter has from ``since`` to ``until``, by the index of instants alone.
+
+    PostgreSQL would read the table for each row's id: those above the watermark are told apart by
+    `counts_above`.
+    """
+    instant = cast(_t.timestamp, BigInteger)
+    start = (instant - instant % QUARTER_MS).label("start")
+    return (
+        select(start, func.count().label("requests"))
+        .where(_t.timestamp >= whole_number("since"), _t.timestamp < whole_number("until"))
+        .group_by(start)
+    )
+
+
+@cache
+def counts_above() -> Select[*tuple[Any, ...]]:
+    """As `counts_there`, of the rows above the watermark ``folded``: they are few after a fold."""
+    instant = cast(_t.timestamp, BigInteger)
+    start = (instant - instant % QUARTER_MS).label("start")
+    return (
+        select(start, func.count().label("requests"))
+        .where(
+            _t.id > whole_number("folded"),
+            unindexed(_t.timestamp) >= whole_number("since"),
+            unindexed(_t.timestamp) < whole_number("until"),
+        )
+        .group_by(start)
+    )
+
+
+@cache
+def counts_known() -> Select[*tuple[Any, ...]]:
+    """How many rows the roll-ups know of each quarter from ``since`` to ``until``."""
+    return (
+        select(ROLLUPS.c.start, cast(func.sum(ROLLUPS.c.requests), BigInteger).label("requests"))
+        .where(*_quarters_between())
+        .group_by(ROLLUPS.c.start)
+    )
+
+
+@cache
+def known_quarters() -> Select[*tuple[Any, ...]]:
+    """The roll-ups of the quarters from ``since`` to ``until``: keys and measures."""
+    return select(*(ROLLUPS.c[name] for name in ROLLUP[1:])).where(*_quarters_between())
+
+
+@cache
+def rows_between() -> Rows:
+    """The rows up to the watermark from ``between_since`` to ``between_until``."""
+    return rows_where(*folded_in("between"))
+
+
+def _quarters_between() -> tuple[ColumnElement[bool], ...]:
+    return (
+        ROLLUPS.c.span_ms == QUARTER_MS,
+        ROLLUPS.c.start >= whole_number("since"),
+        ROLLUPS.c.start < whole_number("until"),
+    )

@@ -171,6 +171,28 @@ def set_forward(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> t
     )
 
 
+def gives_upto(connection: Connection, row_id: int, table: Table = TELEMETRY) -> bool:
+    """Whether the next id that the database gives is this one or lower.
+
+    Of a sequence that this role may not read it says that it is not.
+    """
+    backend = backend_of(connection)
+    match backend:
+        case Backend.SQLITE:
+            given = connection.exec_driver_sql(
+                "SELECT seq FROM main.sqlite_sequence WHERE name = ?", (table.name,)
+            ).scalar()
+            return max(given or 0, connection.scalar(select(func.max(table.c.id))) or 0) < row_id
+        case Backend.POSTGRESQL:
+            return any(
+                _numbers(connection, found).next <= row_id
+                for found in _found(connection, [table])
+                if found.sequence is not None and found.readable and _ascends(found)
+            )
+        case _:
+            assert_never(backend)
+
+
 def _found(connection: Connection, tables: Sequence[Table]) -> Sequence[Any]:
     return connection.execute(_CATALOGUE, {"names": [table.name for table in tables]}).all()
 

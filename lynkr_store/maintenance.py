@@ -3,11 +3,11 @@
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy import select
 
-from lynkr_store import clock_check, folding, identities, retention, rollups
+from lynkr_store import clock_check, folding, identities, mending, retention, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
@@ -27,6 +27,12 @@ by default."""
 
 OnStep = Callable[[int], None]
 """Told after each step of a fold how many rows were folded so far."""
+
+COUNTING: Final = 0.1
+"""The share of the budget in which counts of rows are compared: a second is 10,000,000 rows."""
+
+SCRUBBING: Final = 0.01
+"""The share in which old quarters are computed again from their rows: a second is 250,000 rows."""
 
 _LEDGER_STEPS: Final = 10  # of 1,000 batches: as many as may be written from one time to the next
 
@@ -49,11 +55,11 @@ def maintain(
     forward = set_sequences_forward(database)
     built = build_missing_indexes(database.engine, budget_s)
     folded = fold(database, on_step=on_step)
+    rows = folded.rows
     if rebuild:
         with translated():
-            folded += folding.rebuild(
-                database.begun, on_step=lambda rows: on_step(folded + rows)
-            ).rows
+            rows += folding.rebuild(database.begun, on_step=lambda more: on_step(rows + more)).rows
+    mended = mend(database, budget_s) if folded.done else 0
     retained = retain(database, settings, clock, budget_s, trust_clock=trust_clock)
     if retained.retention_waits:
         say(logging.WARNING, "retention waits: %s", retained.retention_waits)
@@ -64,19 +70,63 @@ def maintain(
         indexes_left=built.left,
         waited_for=built.waited_for,
         sequences_set=forward,
-        rows_folded=folded,
+        rows_folded=rows,
+        quarters_recounted=folded.recounted,
+        quarters_mended=mended,
         rollup_lag=lag,
         **retained._asdict(),
     )
+
+
+class Regularly:
+    """Tells when something is due that is asked about more often; it is due at first.
+
+    Args:
+        interval_s: Seconds from one time to the next.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._last: float | None = None
+
+    def due(self) -> bool:
+        """Whether it is due, and then not again before the interval is over."""
+        now = time.monotonic()
+        if self._last is not None and now - self._last < self._interval_s:
+            return False
+        self._last = now
+        return True
+
+
+class FoldReport(NamedTuple):
+    """What a fold did.
+
+    Attributes:
+        rows: Rows that were added to the roll-ups.
+        recounted: Quarters whose roll-ups were made again, for rows were changed or deleted.
+        done: It came to the newest row.
+    """
+
+    rows: int
+    recounted: int
+    done: bool
 
 
 def keep_up(
     database: Database,
     settings: StoreSettings,
     clock: Callable[[], int],
+    checks: Regularly,
     stop: Callable[[], bool],
 ) -> None:
     """What a store does by itself from time to time: fold, and retain where that is configured.
+
+    Args:
+        database: Opened on first use.
+        settings: What is to be retained.
+        clock: The present in epoch milliseconds.
+        checks: When roll-ups are compared with their rows: less often than rows are folded.
+        stop: Asked often whether to leave the rest to the next time.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
@@ -84,7 +134,9 @@ def keep_up(
     """
     database.open()
     set_sequences_forward(database)
-    fold(database, stop=stop)
+    folded = fold(database, stop=stop)
+    if folded.done and not stop() and checks.due():
+        mend(database, BUDGET_S, stop)
     if not stop():
         budget_s = BUDGET_S if _retains(settings) else 0
         if waits := retain(database, settings, clock, budget_s, stop).retention_waits:
@@ -110,10 +162,11 @@ def fold(
     *,
     stop: Callable[[], bool] = lambda: False,
     on_step: OnStep = lambda _: None,
-) -> int:
-    """Fold new rows into the roll-ups, and return how many; see `lynkr_store.folding.fold`.
+) -> FoldReport:
+    """Bring the roll-ups up to the rows: what was changed, then what is new.
 
     Raises:
+        RollupsRefused: The roll-ups did not keep what was added.
         StoreUnavailable: The database cannot be reached; what was folded stays folded.
     """
 
@@ -122,9 +175,50 @@ def fold(
         on_step(rows)
 
     with translated():
-        return folding.fold(
+        changed = mending.apply_changes(database.begun, look=database.looked, stop=stop)
+        folded = folding.fold(
             database.begun_step, look=database.looked, stop=stop, on_step=after_step
-        ).rows
+        )
+    return FoldReport(folded.rows, changed.quarters, folded.done and changed.done)
+
+
+def mend(database: Database, budget_s: float, stop: Callable[[], bool] = lambda: False) -> int:
+    """Make roll-ups again that are not those of their rows; return of how many quarters.
+
+    Within a share of the budget; the next call goes on where this one was stopped.
+
+    Raises:
+        RollupsRefused: The roll-ups did not take what was counted.
+        StoreUnavailable: The database cannot be reached; what was mended stays mended.
+    """
+    quarters = 0
+    for check, share in ((mending.compare_counts, COUNTING), (mending.scrub, SCRUBBING)):
+        deadline = time.monotonic() + share * budget_s
+
+        def over(deadline: float = deadline) -> bool:
+            return stop() or time.monotonic() >= deadline
+
+        with translated():
+            quarters += check(database.begun, look=database.looked, stop=over).quarters
+    if quarters:
+        say(
+            logging.WARNING,
+            "roll-ups of %d quarters of an hour differed from their rows and were made again",
+            quarters,
+        )
+    return quarters
+
+
+def recount(database: Database, since_ms: int, until_ms: int) -> int:
+    """Make the roll-ups of a window's quarters again; see `lynkr_store.Store.recount`.
+
+    Raises:
+        RollupsRefused: The roll-ups did not take what was counted.
+        StoreUnavailable: The database cannot be reached; what was counted stays counted.
+    """
+    fold(database)
+    with translated():
+        return folding.rebuild(database.begun, since=since_ms, until=until_ms).rows
 
 
 def retain(

@@ -14,6 +14,7 @@ from sqlalchemy import (
     CompoundSelect,
     Integer,
     Select,
+    Subquery,
     Text,
     bindparam,
     cast,
@@ -25,10 +26,11 @@ from sqlalchemy import (
 )
 
 from lynkr_store import measures
+from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.functions import each_row, unindexed, whole_number, written_out
-from lynkr_store.models import DIMENSIONS, ROLLUPS, TELEMETRY
+from lynkr_store.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import GREATEST_ID, counts_in, folded, folded_in
-from lynkr_store.spans import Cover
+from lynkr_store.spans import QUARTER_MS, Cover
 
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""
@@ -50,9 +52,32 @@ class Question(NamedTuple):
     one_provider: bool = False
 
 
-def parameters(asked: Cover, since: int, until: int, folded: int) -> dict[str, Any]:
-    """What `answer` takes for one window."""
+def parameters(
+    asked: Cover,
+    since: int,
+    until: int,
+    folded: int,
+    kept_from: int = INSTANT_MIN_MS,
+    *,
+    changed: bool = False,
+) -> dict[str, Any]:
+    """What `answer` takes for one window.
+
+    Args:
+        asked: What makes up the window.
+        since: The window's first millisecond.
+        until: The first one after it.
+        folded: The watermark.
+        kept_from: Before this instant rows were removed: of a quarter that begins earlier the
+            roll-ups are what is known, whatever was changed in it.
+        changed: Whether the statement's shape is that of changed rows.
+    """
     given: dict[str, Any] = {"since": since, "until": until, "folded": folded}
+    ranges = [(bucket.since, bucket.until) for bucket in asked.buckets]
+    name = "summed" if changed else "quarters"  # in which changes count
+    ranges += [] if changed else asked.ends
+    given[f"{name}_since"] = max(min((start for start, _ in ranges), default=0), kept_from)
+    given[f"{name}_until"] = max((end for _, end in ranges), default=0)
     for number, bucket in enumerate(asked.buckets):
         given |= {f"bucket_{number}_{name}": v for name, v in bucket._asdict().items()}
     for number, some in enumerate(asked.rows):
@@ -65,6 +90,8 @@ def parameters(asked: Cover, since: int, until: int, folded: int) -> dict[str, A
 class Shape(NamedTuple):
     """How many parts of each kind a cover has: what sets the statement of an answer.
 
+    ``changed`` is whether rows of its quarters were changed or deleted since they were folded.
+
     Nothing is asked for the sake of a part that is not there: PostgreSQL takes longer to plan one
     than to find nothing in it.
     """
@@ -72,11 +99,12 @@ class Shape(NamedTuple):
     buckets: int
     rows: int
     ends: int
+    changed: bool = False
 
 
-def shape(asked: Cover) -> Shape:
+def shape(asked: Cover, *, changed: bool = False) -> Shape:
     """A cover's shape."""
-    return Shape(*map(len, asked))
+    return Shape(len(asked.buckets), len(asked.rows), len(asked.ends), changed)
 
 
 @cache
@@ -85,6 +113,9 @@ def answer(
 ) -> CompoundSelect[*tuple[Any, ...]]:
     """The parts of an answer, to be added up, in one statement and so of one snapshot.
 
+    Where rows of a quarter were changed since they were folded, its roll-ups are taken away and its
+    rows added: a longer roll-up is the sum of its quarters'.
+
     Takes `parameters`, and ``provider`` if the question is of one.
 
     Returns:
@@ -92,14 +123,22 @@ def answer(
         The sign is 1 or -1 in a part of the answer. It is 0 in rows about the answer, which
         ``part`` tells apart: ``folded``, with the watermark as ``requests``; and for each ragged
         end, by its number, ``missing_0`` and ``missing_1``, with how many rows that the roll-ups
-        know of the quarter there are gone.
+        know of the quarter there are gone (below 0: with how many they do not know). A shape that
+        is ``changed`` has ``changed_0`` and ``changed_1``, one that is not ``changed``: how many
+        changes are noted of the end's quarter, or of all.
     """
     names = list(measures.columns_of(question.names))
-    parts = [_from_rows(question, shape.rows, long_backlog=long_backlog)]
+    parts = [_from_rows(question, shape, long_backlog=long_backlog)]
     facts: dict[str, ColumnElement[int]] = {"folded": folded().scalar_subquery()}
     if shape.buckets:
         parts.append(_from_rollups(question, shape.buckets))
+    if shape.buckets and shape.changed:
+        parts.append(_from_changed_rollups(question))
     facts |= {f"missing_{number}": _missing(f"end_{number}") for number in range(shape.ends)}
+    if shape.changed:
+        facts |= {f"changed_{number}": _changes(f"end_{number}") for number in range(shape.ends)}
+    else:
+        facts["changed"] = _changes("quarters")
     parts += (_about(question, names, part, n) for part, n in facts.items())
     return written_out(union_all(*parts))
 
@@ -116,12 +155,26 @@ def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
             for number in range(spans)
         )
     ).subquery()
+    return _by_dimension(question, "buckets", 1, buckets)
+
+
+def _from_changed_rollups(question: Question) -> Select[*tuple[Any, ...]]:
+    columns = [ROLLUPS.c[name] for name in measures.columns_of(question.names)]
+    buckets = select(ROLLUPS.c.dimension_id, *columns).where(
+        ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start.in_(_changed_starts())
+    )
+    return _by_dimension(question, "changed", -1, buckets.subquery())
+
+
+def _by_dimension(
+    question: Question, part: str, sign: int, buckets: Subquery
+) -> Select[*tuple[Any, ...]]:
     key = buckets.c.dimension_id
     # by number first: SQLite groups by sorting, and by text that takes half as long again
     each = select(key, *measures.of_rollups(question.names, buckets.c)).group_by(key).subquery()
     by = [DIMENSIONS.c[name] for name in question.by]
     sums = measures.of_rollups(question.names, each.c)
-    statement = select(_part("buckets"), literal(1, Integer).label("sign"), *by, *sums).select_from(
+    statement = select(_part(part), literal(sign, Integer).label("sign"), *by, *sums).select_from(
         each.join(DIMENSIONS, DIMENSIONS.c.id == each.c.dimension_id)
     )
     if question.one_provider:
@@ -129,12 +182,14 @@ def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
     return statement.group_by(*by)
 
 
-def _from_rows(question: Question, ranges: int, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
+def _from_rows(question: Question, shape: Shape, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
+    changed = [_changed_rows(question)] if shape.buckets and shape.changed else []
     read = union_all(
         _rows(question, literal(1, Integer), *_above_watermark(long_backlog=long_backlog)),
+        *changed,
         *(
             _rows(question, whole_number(f"rows_{number}_sign"), *folded_in(f"rows_{number}"))
-            for number in range(ranges)
+            for number in range(shape.rows)
         ),
     ).subquery()
     keys = ("sign", *question.by)
@@ -150,6 +205,29 @@ def _rows(
     needed = dict.fromkeys((*question.by, *measures.NEEDED))
     return select(sign.label("sign"), *(_t[name] for name in needed)).where(
         *conditions, *_of_provider(question)
+    )
+
+
+def _changed_rows(question: Question) -> Select[*tuple[Any, ...]]:
+    starts = _changed_starts().subquery()
+    return _rows(
+        question,
+        literal(1, Integer),
+        _t.timestamp >= starts.c.start,
+        _t.timestamp < starts.c.start + literal(QUARTER_MS, BigInteger),
+        unindexed(_t.id) <= whole_number("folded"),
+    )
+
+
+def _changed_starts() -> Select[int]:
+    """The quarters of the roll-ups that are added up of which rows were changed."""
+    return (
+        select(CHANGES.c.start)
+        .where(
+            CHANGES.c.start >= whole_number("summed_since"),
+            CHANGES.c.start < whole_number("summed_until"),
+        )
+        .distinct()
     )
 
 
@@ -175,6 +253,15 @@ def _of_provider(question: Question) -> list[ColumnElement[bool]]:
 
 def _provider() -> BindParameter[str]:
     return bindparam("provider", type_=_t.provider.type)
+
+
+def _changes(name: str) -> ColumnElement[int]:
+    """How many changes are noted of the quarters from ``{name}_since`` to ``{name}_until``."""
+    noted = select(func.count()).where(
+        CHANGES.c.start >= whole_number(f"{name}_since"),
+        CHANGES.c.start < whole_number(f"{name}_until"),
+    )
+    return noted.scalar_subquery()
 
 
 def _missing(end: str) -> ColumnElement[int]:

@@ -15,14 +15,16 @@ from sqlalchemy import (
     and_,
     case,
     cast,
+    exists,
     func,
     literal,
+    or_,
     select,
 )
 
 from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.functions import unindexed, whole_number, written_out
-from lynkr_store.models import PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.models import CHANGES, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.spans import QUARTER_MS
 
 NOTHING: Final = -(2**63)
@@ -44,6 +46,8 @@ class Standing(NamedTuple):
         newest: The greatest id, or None.
         raw_from: What was noted: before this instant rows were removed.
         first_bucket: The first quarter that the roll-ups know.
+        first_kept: The first one whose rows were not merely changed since: where it has no row,
+            they were removed.
         last_bucket: The last one.
         oldest_row: The first instant of a folded row that is there, if there are roll-ups.
     """
@@ -52,6 +56,7 @@ class Standing(NamedTuple):
     newest: int | None
     raw_from: int | None
     first_bucket: int | None
+    first_kept: int | None
     last_bucket: int | None
     oldest_row: int | None
 
@@ -61,6 +66,8 @@ def standing() -> Select[*tuple[Any, ...]]:
     """One row with the values of a `Standing`."""
     quarters = select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
     first = quarters.order_by(ROLLUPS.c.start).scalar_subquery()
+    changed = exists().where(CHANGES.c.start == ROLLUPS.c.start).correlate(ROLLUPS)
+    kept = quarters.where(or_(~changed, changed.where(CHANGES.c.newest.is_not(None))))
     oldest = (
         select(_t.timestamp)
         .where(in_domain, unindexed(_t.id) <= folded().scalar_subquery())
@@ -73,6 +80,7 @@ def standing() -> Select[*tuple[Any, ...]]:
             select(func.max(_t.id)).scalar_subquery().label("newest"),
             noted("raw_from").label("raw_from"),
             first.label("first_bucket"),
+            kept.order_by(ROLLUPS.c.start).scalar_subquery().label("first_kept"),
             quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
             # without roll-ups no row is folded, and each would be looked at
             case((first.is_not(None), cast(oldest.scalar_subquery(), BigInteger))).label(
@@ -83,10 +91,14 @@ def standing() -> Select[*tuple[Any, ...]]:
 
 
 def lag() -> Select[*tuple[Any, ...]]:
-    """How many ids lie above the watermark; NULL where there is no row."""
+    """How many ids lie above the watermark; NULL where there is no row.
+
+    Never below 0: retention may have taken the row of the greatest id.
+    """
     newest, oldest = (select(which(_t.id)).scalar_subquery() for which in (func.max, func.min))
     watermark = noted("folded")
-    return select(newest - case((watermark >= oldest, watermark), else_=oldest - 1))
+    above = newest - case((watermark >= oldest, watermark), else_=oldest - 1)
+    return select(case((watermark > newest, literal(0, BigInteger)), else_=above))
 
 
 @cache
@@ -109,10 +121,19 @@ def quarter(start: int, folded: int) -> dict[str, int]:
 def counts_of_quarter() -> Select[*tuple[Any, ...]]:
     """How many rows of one `quarter` the roll-ups know, and how many of these are there.
 
-    Equal, unless rows were removed.
+    Equal, unless rows were changed or removed. ``changed`` is how many entries say so, and
+    ``deleted`` the greatest instant of a row that was deleted.
     """
     known, there = counts_in("quarter")
-    return select(known.label("known"), there.label("there"))
+    entries = CHANGES.c.start == whole_number("quarter_since")
+    changed = select(func.count()).select_from(CHANGES).where(entries).scalar_subquery()
+    deleted = select(func.max(CHANGES.c.newest)).where(entries).scalar_subquery()
+    return select(
+        known.label("known"),
+        there.label("there"),
+        changed.label("changed"),
+        deleted.label("deleted"),
+    )
 
 
 def counts_in(name: str) -> tuple[ScalarSelect[int], ScalarSelect[int]]:

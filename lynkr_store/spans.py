@@ -60,7 +60,9 @@ def ceil_to(span_ms: int, ms: int) -> int:
     return ms + -ms % span_ms
 
 
-def cover(since: int, until: int, now: int, raw_from: int | None = None) -> Cover:
+def cover(
+    since: int, until: int, now: int, raw_from: int | None = None, *, ends_by_rows: bool = False
+) -> Cover:
     """Make up the window ``[since, until)`` of roll-ups and as few rows as can be.
 
     A ragged end is the rows from its quarter's boundary to the window's, or the whole quarter
@@ -72,6 +74,8 @@ def cover(since: int, until: int, now: int, raw_from: int | None = None) -> Cove
         now: The present.
         raw_from: Before this instant rows were removed. A window that begins later in the same
             quarter is made up of the rows that are left.
+        ends_by_rows: Make up the ragged ends of their own rows, however many there are: their
+            quarters' roll-ups are not those of the rows.
     """
     rows = [
         Rows(1, since, min(until, INSTANT_MIN_MS)),
@@ -91,14 +95,14 @@ def cover(since: int, until: int, now: int, raw_from: int | None = None) -> Cove
             left = Rows(1, since, first)
             if not only_rows:
                 ends.append((first - QUARTER_MS, first))
-                if before_since < first - since:
+                if before_since < first - since and not ends_by_rows:
                     left, first = Rows(-1, since - before_since, since), since - before_since
             rows.append(left)
         if until > last:
             end = last + QUARTER_MS
             ends.append((last, end))
             right = Rows(1, last, until)
-            if end - until < until - last or until > now:
+            if (end - until < until - last or until > now) and not ends_by_rows:
                 right, last = Rows(-1, until, end), end
             rows.append(right)
     there = (some for some in rows if some.since < some.until)

@@ -25,6 +25,7 @@ class Upkeep(Forkable):
         work: What there is to do. It asks the function it is given, often, whether to stop.
         interval_s: Seconds from one time to the next.
         note_restart: Told what ended the thread, which goes on.
+        note_fault: Told what ended the work, which is tried again.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Upkeep(Forkable):
         work: Callable[[Callable[[], bool]], None],
         interval_s: float,
         note_restart: Callable[[BaseException], None] = lambda _: None,
+        note_fault: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         self._work = work
         self._interval_s = min(interval_s, threading.TIMEOUT_MAX)
         self._note_restart = note_restart
+        self._note_fault = note_fault
         self._stopped = False
         self._begin()
 
@@ -104,6 +107,7 @@ class Upkeep(Forkable):
                 self._work(lambda: self._stopped)
             except Exception as error:  # noqa: BLE001 - it is tried again
                 said = words_of(error)
+                self._note_fault(error)
             before, self._said = self._said, said
             if said and said != before and not self._stopped:
                 say(logging.WARNING, "upkeep will be tried again: %s", said)

@@ -265,6 +265,12 @@ class Writer(Forkable):
             self._account.faults_by[RESTARTED] += 1
         say(logging.ERROR, "a thread of the store's own was ended and goes on: %s", words)
 
+    def note_fault(self, error: BaseException) -> None:
+        """Note what failed that is no batch; whoever noticed it logs it."""
+        with self._lock:
+            self._note_last(words_of(error))
+            self._account.faults_by[type(error).__name__] += 1
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything submitted before is written, rejected, dropped or spooled.
 

@@ -66,6 +66,7 @@ LEVELS = {
     "folds": 5,
     "answers": 6,
     "folding": 7,
+    "mending": 7.5,
     "indexes": 6,
     "bulk": 4,
     "identities": 4,

@@ -28,7 +28,7 @@ from lynkr_store import (
 from lynkr_store.answers import Part
 from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import writing
-from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
+from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.questions import Question, Shape
 from lynkr_store.rollups import NOTHING, Standing
 from lynkr_store.spans import DAY_MS, QUARTER_MS, ceil_to, cover, floor_to
@@ -590,7 +590,7 @@ class History:
         self.engine = engine
         self.begin = opener(engine)
         with self.begin() as connection:
-            for table in (TELEMETRY, ROLLUPS, DIMENSIONS, PROGRESS):
+            for table in (TELEMETRY, ROLLUPS, DIMENSIONS, PROGRESS, CHANGES):
                 connection.execute(delete(table))
         self.known = []  # id and instant of each row that is there or in the roll-ups
 

@@ -35,7 +35,8 @@ class Health(FrozenOutput):
     mended_by: FrozenMap[int]
     """Cause to number of values changed on the way in, or unreadable on the way out."""
     faults_by: FrozenMap[int]
-    """Kind of fault to number of tries to write a batch, or to use the spool, that it ended."""
+    """Kind of fault to number of tries to write a batch, to use the spool or to keep roll-ups, that
+    it ended."""
     backend: Backend
     revision: str | None
     """The schema's revision at the last probe; None before one, or when there is none."""
@@ -72,6 +73,12 @@ class MaintenanceReport(FrozenOutput):
     and were set forward to the greatest."""
     rows_folded: int
     """Rows that were added to the roll-ups, or counted anew by a rebuild."""
+    quarters_recounted: Annotated[int, Field(exclude_if=lambda number: not number)] = 0
+    """Quarters of an hour whose roll-ups were made again, for rows in them had been changed or
+    deleted. 0 is left out of the JSON."""
+    quarters_mended: Annotated[int, Field(exclude_if=lambda number: not number)] = 0
+    """Quarters whose roll-ups differed from their rows though no change had been noted, and were
+    made again. 0 is left out of the JSON."""
     rollup_lag: int
     """Rows, at most, that are not in the roll-ups: they came meanwhile, or, on PostgreSQL,
     transactions that may have written rows before them were still open."""
