@@ -97,7 +97,7 @@ def _by_store(place: Place, records: list[Record]) -> float:
                 for record in records:
                     store.record(record)
                 store.flush(_LONG_S)
-                lags.append(store.maintain().rollup_lag)
+                lags.append(store.maintain(budget_s=0).rollup_lag)  # folds, and checks nothing
 
             lags: list[int] = []
             milliseconds = timed(drain)

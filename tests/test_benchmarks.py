@@ -215,6 +215,14 @@ LINES = {
         "retention: memory growth",
         "retention: whole",
     ],
+    "changes": [
+        "changes: INSERT",
+        "changes: UPDATE of a cost",
+        "changes: UPDATE of a text",
+        "changes: DELETE",
+        "maintenance: counts",
+        "maintenance: scrub",
+    ],
     "cache": [
         "get_stats, cached",
         "get_stats of a window, cached",
