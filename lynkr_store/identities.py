@@ -30,13 +30,13 @@ from sqlalchemy.dialects.postgresql import OID, REGCLASS
 from lynkr_store.adopt import is_autoincrement
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of
-from lynkr_store.models import DIMENSIONS, SAVINGS, TELEMETRY
+from lynkr_store.models import CHANGES, DIMENSIONS, SAVINGS, TELEMETRY
 
-WITH_IDS: Final = (TELEMETRY, SAVINGS, DIMENSIONS)
+WITH_IDS: Final = (TELEMETRY, SAVINGS, DIMENSIONS, CHANGES)
 """The store's tables whose ids the database gives out."""
 
 _GREATEST: Final = 2**63 - 1
-_OF_SQLITE: Final = (TELEMETRY, SAVINGS)  # in which an id is never given again
+_OF_SQLITE: Final = (TELEMETRY, SAVINGS, CHANGES)  # in which an id is never given again
 _MAINTAIN: Final = "lynkr-store maintain"
 
 # Every operand has exactly the type that an operator of PostgreSQL's own takes: one that another

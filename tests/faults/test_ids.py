@@ -657,4 +657,4 @@ def test_a_sequence_of_an_odd_name_in_an_odd_schema_is_set(request, new_url):
         assert column(engine, "id") == [1, 2, 3, 4, 5, 6]
     with closing(psycopg.connect(url)) as connection:
         found = connection.execute("SELECT count(*) FROM pg_sequences").fetchone()
-    assert found == (3,)
+    assert found == (4,)
