@@ -29,10 +29,10 @@ OnStep = Callable[[int], None]
 """Told after each step of a fold how many rows were folded so far."""
 
 COUNTING: Final = 0.1
-"""The share of the budget in which counts of rows are compared: a second is 10,000,000 rows."""
+"""The share of the budget in which counts of rows are compared: a second is 1,000,000 rows."""
 
 SCRUBBING: Final = 0.01
-"""The share in which old quarters are computed again from their rows: a second is 250,000 rows."""
+"""The share in which old quarters are computed again from their rows: a second is 50,000 rows."""
 
 _LEDGER_STEPS: Final = 10  # of 1,000 batches: as many as may be written from one time to the next
 

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from lynkr_store import (
     RollupsRefused,
+    Store,
+    StoreSettings,
     Window,
     create_store_engine,
     folding,
@@ -582,7 +584,8 @@ def test_a_role_that_may_only_change_rows_needs_no_right_to_the_entries(name, ne
             # whatever the session has of the same names
             connection.exec_driver_sql("CREATE TEMPORARY TABLE routing_changes (start text)")
             connection.exec_driver_sql("UPDATE routing_telemetry SET cost_usd = 1")
-            connection.exec_driver_sql("DELETE FROM routing_telemetry WHERE id = 17")
+            connection.exec_driver_sql("SET LOCAL search_path = ''")  # as pg_restore has it
+            connection.exec_driver_sql("DELETE FROM public.routing_telemetry WHERE id = 17")
         with begin() as connection:
             assert connection.scalar(
                 select(func.count()).select_from(CHANGES).where(CHANGES.c.newest.is_not(None))
@@ -602,6 +605,17 @@ def test_a_role_that_may_only_change_rows_needs_no_right_to_the_entries(name, ne
     mending.apply_changes(begin)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
     engine.dispose()
+
+
+@pytest.mark.parametrize("name", POSTGRES[-1:])
+def test_a_sequence_of_the_entries_that_is_behind_is_set_forward(name, new_url):
+    with Store(new_url(name, at_head=True)) as store:
+        store.add_many(minutes(2))
+        by_sql(store, "UPDATE routing_telemetry SET cost_usd = 1")
+        by_sql(store, "ALTER TABLE routing_changes ALTER COLUMN id RESTART")
+        assert store.maintain().sequences_set == ("routing_changes_id_seq",)
+        by_sql(store, "UPDATE routing_telemetry SET cost_usd = 2")
+        assert said(store) == (2, 4.0, "rows")
 
 
 @pytest.mark.parametrize("name", POSTGRES[-1:])
@@ -635,6 +649,39 @@ def test_the_entries_are_in_the_tables_schema(name, new_url, schema):
         connection.exec_driver_sql("UPDATE routing_telemetry SET cost_usd = 1")
         left = f"SELECT count(*) FROM pg_proc WHERE proname = '{triggers.FUNCTION}'"
         assert connection.exec_driver_sql(left).scalar() == 0
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", POSTGRES[-1:])
+def test_where_the_database_takes_no_triggers_maintenance_finds_what_was_changed(name, new_url):
+    """As on Citus, whose distributed tables take none: it says `feature_not_supported`."""
+    url = new_url(name)
+    engine = create_store_engine(url)
+    begin = opener(engine)
+    with begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION refuses() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "RAISE 'triggers are not supported' USING ERRCODE = 'feature_not_supported'; END $$"
+        )
+        connection.exec_driver_sql(
+            "CREATE EVENT TRIGGER refuses ON ddl_command_start WHEN TAG IN ('CREATE TRIGGER') "
+            "EXECUTE FUNCTION refuses()"
+        )
+    migrate.upgrade(engine)
+    with engine.connect() as connection:
+        assert migrate.drift(connection) == []
+        assert migrate.missing_triggers(connection) == list(triggers.NAMES[Backend.POSTGRESQL])
+    with Store(settings=StoreSettings(url=url, cache_ttl_s=0), clock=lambda: NOW) as store:
+        store.add_many(minutes(100))
+        store.maintain()
+        by_sql(
+            store,
+            "UPDATE routing_telemetry SET cost_usd = 1 WHERE id = 50",
+            "DELETE FROM routing_telemetry WHERE id = 70",
+        )
+        assert store.maintain().quarters_mended == 2
+        assert said(store) == (99, 50.0, "rows")
+    migrate.downgrade(engine, "0009")
     engine.dispose()
 
 
