@@ -298,6 +298,7 @@ KEYS = {
     "ingest_batches": "batch_id",
     "routing_dimensions": "provider",
     "routing_rollups": "start",
+    "routing_changes": "start",
     "lynkr_store_progress": "name",
 }
 
