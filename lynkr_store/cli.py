@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from enum import IntEnum
@@ -171,46 +172,46 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         lacking = [] if behind or ahead else migrate.missing_triggers(connection)
         foreign = migrate.foreign_owners(connection)
     good = not behind and not lost and not drift and not ids
+    found = {
+        "ok": good,
+        "revision": revision,
+        "head": revisions.head(),
+        "missing_tables": lost,
+        "drift": drift,
+        "ids": ids,
+        "missing_indexes": missing,
+        "missing_triggers": lacking,
+        "foreign_owners": foreign,
+    }
     if as_json:
-        render.say_json(
-            {
-                "ok": good,
-                "revision": revision,
-                "head": revisions.head(),
-                "missing_tables": lost,
-                "drift": drift,
-                "ids": ids,
-                "missing_indexes": missing,
-                "missing_triggers": lacking,
-                "foreign_owners": foreign,
-            }
-        )
+        render.say_json(found)
     else:
-        newer = " (a newer release's, which this one can work with)" if ahead else ""
-        render.say(f"revision {revision}{newer}, this release's is {revisions.head()}")
-        for table in lost:
-            render.say(f"missing: the table {table}")
-        for difference in drift:
-            render.say(f"differs: {difference}")
-        for problem in ids:
-            render.say(f"ids: {problem}")
-        if behind:
-            render.say(f"run {revisions.UPGRADE_COMMAND}")
-        if lost:
-            by = " of the release that made the schema" if ahead else ""
-            render.say(f"run {revisions.UPGRADE_COMMAND}{by}, which makes them again, empty")
-        if missing:
-            render.say(f"indexes left to 'lynkr-store maintain': {', '.join(missing)}")
-        if lacking:
-            render.say(
-                f"triggers missing or disabled: {', '.join(lacking)}; rows changed or deleted by "
-                "SQL are found by 'lynkr-store maintain' alone, later. To make them again run "
-                "lynkr-store downgrade 0009, then lynkr-store upgrade"
-            )
-        for owner in foreign:
-            render.say(owner)
+        for line in _words_of_check(found, behind=behind, ahead=ahead):
+            render.say(line)
     if not good:
         sys.exit(Exit.NO)
+
+
+def _words_of_check(found: dict[str, Any], *, behind: bool, ahead: bool) -> Iterator[str]:
+    newer = " (a newer release's, which this one can work with)" if ahead else ""
+    yield f"revision {found['revision']}{newer}, this release's is {found['head']}"
+    yield from (f"missing: the table {table}" for table in found["missing_tables"])
+    yield from (f"differs: {difference}" for difference in found["drift"])
+    yield from (f"ids: {problem}" for problem in found["ids"])
+    if behind:
+        yield f"run {revisions.UPGRADE_COMMAND}"
+    if found["missing_tables"]:
+        by = " of the release that made the schema" if ahead else ""
+        yield f"run {revisions.UPGRADE_COMMAND}{by}, which makes them again, empty"
+    if found["missing_indexes"]:
+        yield f"indexes left to 'lynkr-store maintain': {', '.join(found['missing_indexes'])}"
+    if found["missing_triggers"]:
+        yield (
+            f"triggers missing or disabled: {', '.join(found['missing_triggers'])}; rows changed "
+            "or deleted by SQL are found by 'lynkr-store maintain' alone, later. To make them "
+            "again run lynkr-store downgrade 0009, then lynkr-store upgrade"
+        )
+    yield from found["foreign_owners"]
 
 
 @app.command()

@@ -469,7 +469,7 @@ class AsyncStore(Core):
 
     async def recount(self, window: Window | None = None) -> int:
         """See `Store.recount`."""
-        return await asyncio.to_thread(self._do_recount, window)
+        return await in_thread("recount", self._do_recount, window)
 
     async def health(self) -> Health:
         """See `Store.health`."""
