@@ -398,7 +398,7 @@ def _load_schema(connection: sqlite3.Connection, timeout_s: float) -> None:
     """Have SQLite read what a file's tables are, in a bounded time.
 
     It does so before the first statement, and takes a time that grows with their number's square:
-    measured, 5 s for 100,000.
+    measured with one query, 6 s for 30,000 views and 42 s for 100,000, on a busy machine.
     """
     _Deadline(connection, timeout_s, _STEPS_OF_SCHEMA)
     try:

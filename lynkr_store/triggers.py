@@ -56,7 +56,7 @@ _READ: Final = (  # the columns that roll-ups depend on; a change of a text cost
 
 
 def creating(backend: Backend) -> Iterator[str]:
-    """Statements that create the triggers."""
+    """Statements that create the triggers, where they are not there."""
     match backend:
         case Backend.SQLITE:
             yield from _sqlite()
@@ -92,7 +92,7 @@ def _sqlite() -> Iterator[str]:
     old_start, new_start = (f"{at} - {at} % {_QUARTER_MS}" for at in (old, new))
     noted = "EXISTS (SELECT 1 FROM routing_changes WHERE start ="
     yield (
-        f"CREATE TRIGGER lynkr_store_note_delete AFTER DELETE ON {_TABLE} "
+        f"CREATE TRIGGER IF NOT EXISTS lynkr_store_note_delete AFTER DELETE ON {_TABLE} "
         f"WHEN {_in_domain('OLD.timestamp')} BEGIN "
         f"UPDATE routing_changes SET newest = {old} WHERE start = {old_start} "
         f"AND (newest IS NULL OR newest < {old}); "
@@ -104,7 +104,7 @@ def _sqlite() -> Iterator[str]:
         ("update", _READ, "OLD", old_start),
     ):
         yield (
-            f"CREATE TRIGGER lynkr_store_note_{name} "
+            f"CREATE TRIGGER IF NOT EXISTS lynkr_store_note_{name} "
             f"AFTER UPDATE OF {', '.join(columns)} ON {_TABLE} "
             f"WHEN {_in_domain(f'{row}.timestamp')} AND NOT {noted} {start}) "
             f"BEGIN INSERT INTO routing_changes (start) VALUES ({start}); END"
@@ -126,7 +126,7 @@ def _postgresql() -> str:
     body = f"""
 DECLARE
   place text := pg_catalog.quote_ident(schema_name);
-  creates text := 'CREATE TRIGGER lynkr_store_note_';
+  creates text := 'CREATE OR REPLACE TRIGGER lynkr_store_note_';
   runs text := ' FOR EACH STATEMENT EXECUTE FUNCTION ' || place || '.{FUNCTION}()';
   body text := '
 BEGIN
@@ -156,8 +156,8 @@ BEGIN
   RETURN NULL;
 END';
 BEGIN
-  EXECUTE 'CREATE FUNCTION ' || place || '.{FUNCTION}() RETURNS trigger LANGUAGE plpgsql '
-    || 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
+  EXECUTE 'CREATE OR REPLACE FUNCTION ' || place || '.{FUNCTION}() '
+    || 'RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
     || pg_catalog.quote_literal(body);
   EXECUTE 'REVOKE ALL ON FUNCTION ' || place || '.{FUNCTION}() FROM PUBLIC';
   EXECUTE creates || 'update AFTER UPDATE ON ' || place || '.{_TABLE} '

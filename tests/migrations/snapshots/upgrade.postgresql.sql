@@ -232,7 +232,7 @@ DECLARE
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE c.oid = CAST(pg_catalog.to_regclass('routing_telemetry') AS oid));
   place text := pg_catalog.quote_ident(schema_name);
-  creates text := 'CREATE TRIGGER lynkr_store_note_';
+  creates text := 'CREATE OR REPLACE TRIGGER lynkr_store_note_';
   runs text := ' FOR EACH STATEMENT EXECUTE FUNCTION ' || place || '.lynkr_store_note_change()';
   body text := '
 BEGIN
@@ -262,8 +262,8 @@ BEGIN
   RETURN NULL;
 END';
 BEGIN
-  EXECUTE 'CREATE FUNCTION ' || place || '.lynkr_store_note_change() RETURNS trigger LANGUAGE plpgsql '
-    || 'SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
+  EXECUTE 'CREATE OR REPLACE FUNCTION ' || place || '.lynkr_store_note_change() '
+    || 'RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
     || pg_catalog.quote_literal(body);
   EXECUTE 'REVOKE ALL ON FUNCTION ' || place || '.lynkr_store_note_change() FROM PUBLIC';
   EXECUTE creates || 'update AFTER UPDATE ON ' || place || '.routing_telemetry '
