@@ -52,7 +52,9 @@ class Event:
         timer = None if timeout_s is None else loop.call_later(timeout_s, _wake, future)
         self._futures[future] = None
         try:
-            if not self._set:  # asked with the future in its place, so that no `set` is missed
+            if self._set:  # asked with the future in its place, so that no `set` is missed
+                await asyncio.sleep(0)  # who asks again and again must not hold up its loop
+            else:
                 await future
         finally:
             del self._futures[future]

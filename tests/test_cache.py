@@ -382,10 +382,13 @@ def test_a_hundred_tasks_ask_a_store_and_it_asks_the_database_once(url):
     async def main():
         async with AsyncStore(url) as store:
             await store.add_many([{"provider": "ollama"}])
-            with slow_queries(store._engine.sync_engine) as alone:
+            engine = store._database.engine
+            if store._engines:
+                engine = (await store._engines.engine()).sync_engine
+            with slow_queries(engine) as alone:
                 await store.get_stats()
             store._cache.clear()
-            with slow_queries(store._engine.sync_engine) as ran:
+            with slow_queries(engine) as ran:
                 answers = await asyncio.gather(*(store.get_stats() for _ in range(100)))
         return alone, ran, answers
 

@@ -683,19 +683,21 @@ def test_a_hosts_own_async_engine_is_used_and_left_open(backend, new_url):
     asyncio.run(main())
 
 
-def test_the_connections_of_an_async_store_end_before_a_fork(tmp_path):
+def test_the_connections_of_a_hosts_aiosqlite_engine_end_before_a_fork(tmp_path):
     """Which the lowest version of aiosqlite must be able to do outside of an event loop."""
 
     async def main():
-        async with AsyncStore(f"sqlite:///{tmp_path}/t.db") as store:
+        host = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/t.db")
+        async with AsyncStore(engine=host) as store:
             assert await store.query() == []
-            guard = forking._guards[store._engine.dialect]
+            guard = forking._guards[host.dialect]
             drivers = [record.driver_connection for record in guard._known]
             guard.before_fork()
             guard.after_fork_in_parent()
             assert drivers
             assert not [driver for driver in drivers if driver._thread.is_alive()]
             assert await store.query() == []
+        await host.dispose()
 
     asyncio.run(main())
 

@@ -60,6 +60,22 @@ def test_an_event_that_is_not_set_in_time_says_so():
     assert event._futures == {}
 
 
+def test_an_event_that_is_set_lets_the_loop_go_on():
+    event, turns = Event(), []
+    event.set()
+
+    async def other():
+        turns.append(1)
+
+    async def main():
+        task = asyncio.create_task(other())
+        await event.wait()
+        assert turns == [1]
+        await task
+
+    run(main())
+
+
 def test_a_cancelled_wait_leaves_nothing_behind():
     event = Event()
 

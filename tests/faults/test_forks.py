@@ -91,19 +91,6 @@ PROGRAM = """
                 await other.get_stats(Window(since=0))
         asyncio.run(ask())
 
-    def read_on_a_hosts_engine(store):
-        from sqlalchemy.ext.asyncio import create_async_engine
-        from lynkr_store.engine import create_store_async_engine
-
-        async def ask():
-            host = create_async_engine(create_store_async_engine(store.settings.url).url)
-            statements.watch(host.sync_engine, of_loop=True)
-            async with AsyncStore(engine=host, settings=store.settings) as other:
-                await other.query(limit=10)
-                await other.get_stats(Window(since=0))
-            await host.dispose()
-        asyncio.run(ask())
-
     def scenario(path, work, fatal, busy, report, go):
         '''The parent of the story; returns the number of statements, if it came to none.'''
         global statements
@@ -259,16 +246,7 @@ PROGRAM = """
         say(cases, seen)
 """
 
-WORKS = [
-    "maintain",
-    "checkpoint",
-    "probe",
-    "read",
-    "add_many",
-    "batch",
-    "read_async",
-    "read_on_a_hosts_engine",
-]
+WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_async"]
 
 
 @pytest.mark.parametrize("busy", ["rests", "busy"])

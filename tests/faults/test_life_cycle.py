@@ -1200,7 +1200,7 @@ FROZEN = """
         elif what == "close":
             await store.close(1)
         elif what == "health":
-            for _ in range(20):
+            for _ in range(200):  # each takes less than a tick
                 checked_(await store.health())
         elif what == "record":
             for n in range(100, 5_000):
