@@ -170,6 +170,8 @@ class _SqliteGuard(_Guard):
         self._in_memory = is_memory(engine.url)
         super().__init__(engine)
         event.listen(engine, "checkout", self._on_checkout)
+        if engine.dialect.is_async:
+            event.listen(engine, "close", self._on_close_async)
         event.listen(engine, "detach", self._on_detach)
         event.listen(engine, "close_detached", self._on_close_detached)
 
@@ -182,6 +184,8 @@ class _SqliteGuard(_Guard):
             weakref.WeakKeyDictionary()
         )
         """Connections in use, each with the thread that asked for it."""
+        self._ending: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        """Threads of asynchronous connections that an event loop is closing."""
 
     def _identity(self) -> Identity | None:
         return identity_of(self._path) if self._path else None
@@ -218,6 +222,12 @@ class _SqliteGuard(_Guard):
         super()._on_checkin(connection, record)
         with self._changed:
             self._using.pop(record, None)
+
+    def _on_close_async(self, connection: Any, _: ConnectionPoolEntry) -> None:
+        """Let one side close a connection: the other would wait for a thread that has ended."""
+        with self._changed:
+            self._wait_for_forks()  # they are short: nothing was in use when this one began
+            self._ending.add(connection.driver_connection._thread)  # noqa: SLF001 - as below
 
     def _on_detach(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         self._detached[id(connection)] = connection
@@ -278,7 +288,8 @@ class _SqliteGuard(_Guard):
 
         def is_idle() -> bool:
             with self._changed:
-                if self._making or self._using:
+                closing = any(thread.is_alive() for thread in self._ending)
+                if self._making or self._using or closing:
                     return False
                 self._hold_up()
                 return True

@@ -45,10 +45,12 @@ def _keep_history(connection: Connection) -> None:
     if first is None:
         return
     start = floor_to(QUARTER_MS, first)
-    known, there = connection.execute(
+    counts = connection.execute(
         rollups.counts_of_quarter(), rollups.quarter(start, GREATEST_ID)
     ).one()
-    if known > there:  # some rows of the oldest quarter were removed, and nothing would tell
+    if (
+        counts.known > counts.there
+    ):  # some rows of the oldest quarter were removed, and nothing would tell
         note = {"name": _RAW_FROM, "value": first}
         connection.execute(folds.note_first(backend_of(connection)), note)
     upto = ROLLUPS.c.start + ROLLUPS.c.span_ms

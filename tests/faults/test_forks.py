@@ -17,6 +17,7 @@ PROGRAM = """
 
     from sqlalchemy import event
     from lynkr_store import Window, forking
+    from lynkr_store.engine import create_store_async_engine
     from lynkr_store.lifecycle import Forkable, on_fork
     from tests.support.stores import eventually
 
@@ -89,6 +90,17 @@ PROGRAM = """
                 statements.watch(other._database.engine)
                 await other.query(limit=10)
                 await other.get_stats(Window(since=0))
+        asyncio.run(ask())
+
+    def read_host(store):
+        quiet = StoreSettings(maintenance_interval_s=3600)
+        async def ask():
+            host = create_store_async_engine(store.settings.url)
+            statements.watch(host.sync_engine, of_loop=True)
+            async with AsyncStore(engine=host, settings=quiet) as other:
+                await other.query(limit=10)
+                await other.get_stats(Window(since=0))
+            await host.dispose()
         asyncio.run(ask())
 
     def scenario(path, work, fatal, busy, report, go):
@@ -246,7 +258,7 @@ PROGRAM = """
         say(cases, seen)
 """
 
-WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_async"]
+WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_async", "read_host"]
 
 
 @pytest.mark.parametrize("busy", ["rests", "busy"])
