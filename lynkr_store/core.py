@@ -84,7 +84,7 @@ class Core:
             keep_up,
             interval_s,
             self._writer.note_restart,
-            note_fault=self._note_refused,
+            note_fault=partial(_note_refused, self._writer),
         )
         self._database.on_written = self._upkeep.note_rows
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
@@ -234,15 +234,10 @@ class Core:
             with self._database.explained(), translated():
                 yield
         except RollupsRefused as error:
-            self._note_refused(error)
+            _note_refused(self._writer, error)
             raise
         finally:
             self._cache.clear()
-
-    def _note_refused(self, error: Exception) -> None:
-        """Have `health` say that roll-ups were refused; of other faults the probe tells."""
-        if isinstance(error, RollupsRefused):
-            self._writer.note_fault(error)
 
     def _do_health(self) -> Health:
         if not self._closed:
@@ -302,6 +297,15 @@ class _OwnRepository(RoutingRepository):
     def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
         plan_for_any(self._session.connection())
         return super()._ask(question, window, **of)
+
+
+def _note_refused(writer: Writer, error: Exception) -> None:
+    """Have `health` say that roll-ups were refused; of other faults the probe tells.
+
+    A function of the module: by a method, the thread of the upkeep would hold the store.
+    """
+    if isinstance(error, RollupsRefused):
+        writer.note_fault(error)
 
 
 def _keep_up(
