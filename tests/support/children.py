@@ -302,6 +302,7 @@ class _Away:
 
     def _link(self, target: str) -> None:
         fresh = Path(f"{self._options['link']}.fresh")
+        fresh.unlink(missing_ok=True)  # a child that was killed right here left one
         fresh.symlink_to(target)
         fresh.replace(self._options["link"])
 
