@@ -20,14 +20,10 @@ from lynkr_store.adopt import (
 )
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, overwriting
-from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
+from lynkr_store.exceptions import DowngradeRefused
 
 _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
 """Tables that are not dropped with rows in them, and the revisions that made them."""
-
-
-RESTORING: Final = "restoring"
-"""The attribute of Alembic's configuration by which `is_restoring` knows."""
 
 
 def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
@@ -76,24 +72,6 @@ def drop_columns(table: str, columns: Sequence[str]) -> None:
 def has_table(table: str) -> bool:
     """Whether the table is there already; never in a script."""
     return not context.is_offline_mode() and bool(catalogue.tables(op.get_bind(), [table]))
-
-
-def is_restoring() -> bool:
-    """Whether revisions that were applied are applied again, to make tables that were dropped."""
-    return bool(context.config.attributes.get(RESTORING))
-
-
-def is_to_be_made(table: str) -> bool:
-    """Whether a table of the store's own is to be made; not where it is there and was made by us.
-
-    Raises:
-        AdoptionRefused: It is there before the revision that makes it was applied.
-    """
-    if not has_table(table):
-        return True
-    if not is_restoring():
-        raise AdoptionRefused(f"the table {table} is there, and it is not the store's")
-    return False
 
 
 def drop_table(table: str) -> None:

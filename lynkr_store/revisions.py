@@ -29,7 +29,7 @@ from lynkr_store import catalogue
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.engine import backend_of, require_supported
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind, SchemaError
-from lynkr_store.models import NOTES
+from lynkr_store.models import NOTES, Base
 from lynkr_store.version import __version__
 
 UPGRADE_COMMAND: Final = "lynkr-store upgrade"
@@ -74,16 +74,6 @@ def config(**attributes: object) -> Config:
 @cache
 def _script() -> ScriptDirectory:
     return ScriptDirectory.from_config(config())
-
-
-@cache
-def _makers() -> dict[str, str]:
-    """Each of the store's tables, and the revision that makes it; the first revision's first."""
-    return {
-        table: script.revision
-        for script in reversed(list(_script().walk_revisions()))
-        for table in getattr(script.module, "tables", ())
-    }
 
 
 @cache
@@ -187,8 +177,8 @@ def standing(connection: Connection) -> Standing:
 
 def missing_tables(connection: Connection) -> list[str]:
     """The tables that a schema at this release's revision, or a newer one, has and this has not."""
-    there = catalogue.tables(connection, _makers())
-    return [table for table in _makers() if table not in there]
+    there = catalogue.tables(connection, Base.metadata.tables)
+    return [table for table in Base.metadata.tables if table not in there]
 
 
 def lacks_tables(missing: Collection[str]) -> SchemaBehind:
@@ -197,15 +187,6 @@ def lacks_tables(missing: Collection[str]) -> SchemaBehind:
         f"the schema lacks tables that it had, {', '.join(missing)}: run {UPGRADE_COMMAND}, which "
         "makes them again, empty"
     )
-
-
-def step_back(connection: Connection, missing: Collection[str]) -> None:
-    """Set the version below the revisions that make these tables, to have them applied again."""
-    first = min(_makers()[table] for table in missing)
-    below = _script().get_revision(first).down_revision
-    connection.execute(delete(_VERSION))
-    if below is not None:
-        connection.execute(insert(_VERSION).values(version_num=below))
 
 
 def refuse_to_downgrade(stands: Standing) -> None:
@@ -263,6 +244,19 @@ def note_applied(*, ctx: MigrationContext, step: MigrationInfo, **_: object) -> 
         return  # the table may not be there, and nothing was applied
     ctx.execute(delete(NOTES).where(NOTES.c.revision == script.revision))
     if step.is_upgrade:
-        rolling = int(script.module.rolling)
-        note = {"revision": script.revision, "rolling": rolling, "after": script.down_revision}
-        ctx.execute(insert(NOTES).values(note | {"release": __version__}))
+        ctx.execute(insert(NOTES).values(_note(script)))
+
+
+def note_all_applied(connection: Connection) -> None:
+    """Write down every revision up to the head, after the notes were lost."""
+    noted = [each for each in _script().walk_revisions() if each.revision >= _NOTES_SINCE]
+    connection.execute(insert(NOTES), [_note(script) for script in noted])
+
+
+def _note(script: Script) -> dict[str, object]:
+    return {
+        "revision": script.revision,
+        "rolling": int(script.module.rolling),
+        "after": script.down_revision,
+        "release": __version__,
+    }

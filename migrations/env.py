@@ -25,14 +25,13 @@ from lynkr_store.engine import (
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.exclusive import exclusively
 from lynkr_store.log import say
-from lynkr_store.recount import count_again
+from lynkr_store.restoring import make_again
 from lynkr_store.revisions import (
     Standing,
     head,
     missing_tables,
     refuse_to_downgrade,
     standing,
-    step_back,
 )
 from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
 
@@ -118,12 +117,8 @@ def _migrate(connection: Connection) -> None:
         with migrate.comparing(), context.begin_transaction():
             context.run_migrations()
         return
-    lost: list[str] = []
-    if _wants_head() and stands.revision == head():
-        lost = missing_tables(connection)
-    if lost:
-        config.attributes[ddl.RESTORING] = True
-        step_back(connection, lost)
+    is_at_head = _wants_head() and stands.revision == head()
+    lost = missing_tables(connection) if is_at_head else []
     with catalogue.sealed(connection, VERSION_TABLE) as (version_table_schema, in_path):
         # Alembic's own statements need no path, and the revisions do
         for module, up, down in revisions:
@@ -135,7 +130,8 @@ def _migrate(connection: Connection) -> None:
         )
         with migrate.comparing(), context.begin_transaction():
             context.run_migrations()
-            in_path(count_again)(connection, lost)
+            if lost:
+                in_path(make_again)(connection, lost)
 
 
 if context.is_offline_mode():

@@ -13,7 +13,6 @@ down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 rolling = True
-tables: tuple[str, ...] = ()  # that it makes; where they were dropped, an upgrade does so again
 
 
 def upgrade() -> None:

@@ -19,7 +19,6 @@ down_revision = None
 branch_labels = None
 depends_on = None
 rolling = True
-tables = ("routing_telemetry",)
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _real: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
@@ -28,7 +27,7 @@ _latency = sa.Integer().with_variant(sa.Double(), "postgresql")
 
 
 def upgrade() -> None:
-    if not (context.is_offline_mode() or ddl.is_restoring()):
+    if not context.is_offline_mode():
         found = adopt.examine(op.get_bind())
         if found:
             adopt.note_adoption(op.get_bind(), found, now_ms=time.time_ns() // 1_000_000)

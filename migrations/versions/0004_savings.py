@@ -16,7 +16,6 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 rolling = True
-tables = ("savings_events",)
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")

@@ -11,28 +11,29 @@ import sqlalchemy as sa
 from alembic import op
 
 from lynkr_store import ddl
+from lynkr_store.exceptions import AdoptionRefused
 
 revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
 rolling = True
-tables = ("ingest_batches",)
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if ddl.is_to_be_made("ingest_batches"):
-        op.create_table(
-            "ingest_batches",
-            sa.Column("batch_id", _text, nullable=False),
-            sa.Column("row_count", _whole, nullable=False),
-            sa.Column("committed_at", _whole, nullable=False),
-            sa.PrimaryKeyConstraint("batch_id", name="pk_ingest_batches"),
-            sqlite_with_rowid=False,
-        )
+    if ddl.has_table("ingest_batches"):
+        raise AdoptionRefused("the table ingest_batches is there, and it is not the store's")
+    op.create_table(
+        "ingest_batches",
+        sa.Column("batch_id", _text, nullable=False),
+        sa.Column("row_count", _whole, nullable=False),
+        sa.Column("committed_at", _whole, nullable=False),
+        sa.PrimaryKeyConstraint("batch_id", name="pk_ingest_batches"),
+        sqlite_with_rowid=False,
+    )
     ddl.create_indexes("ingest_batches", {"ix_ingest_batches_committed_at": ["committed_at"]})
 
 

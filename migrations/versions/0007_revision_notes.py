@@ -11,29 +11,30 @@ import sqlalchemy as sa
 from alembic import op
 
 from lynkr_store import ddl
+from lynkr_store.exceptions import AdoptionRefused
 
 revision = "0007"
 down_revision = "0006"
 branch_labels = None
 depends_on = None
 rolling = True
-tables = ("lynkr_store_revisions",)
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if ddl.is_to_be_made("lynkr_store_revisions"):
-        op.create_table(
-            "lynkr_store_revisions",
-            sa.Column("revision", _text, nullable=False),
-            sa.Column("rolling", _whole, nullable=False),
-            sa.Column("after", _text, nullable=False),
-            sa.Column("release", _text, nullable=False),
-            sa.PrimaryKeyConstraint("revision", name="pk_lynkr_store_revisions"),
-            sqlite_with_rowid=False,
-        )
+    if ddl.has_table("lynkr_store_revisions"):
+        raise AdoptionRefused("the table lynkr_store_revisions is there, and it is not the store's")
+    op.create_table(
+        "lynkr_store_revisions",
+        sa.Column("revision", _text, nullable=False),
+        sa.Column("rolling", _whole, nullable=False),
+        sa.Column("after", _text, nullable=False),
+        sa.Column("release", _text, nullable=False),
+        sa.PrimaryKeyConstraint("revision", name="pk_lynkr_store_revisions"),
+        sqlite_with_rowid=False,
+    )
 
 
 def downgrade() -> None:

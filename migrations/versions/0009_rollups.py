@@ -16,17 +16,18 @@ import sqlalchemy as sa
 from alembic import op
 
 from lynkr_store import ddl
+from lynkr_store.exceptions import AdoptionRefused
 
 revision = "0009"
 down_revision = "0008"
 branch_labels = None
 depends_on = None
 rolling = True
-tables = ("routing_dimensions", "routing_rollups", "lynkr_store_progress")
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
+_TABLES = ("routing_dimensions", "routing_rollups", "lynkr_store_progress")
 _COUNTS = (
     "requests",
     "errors",
@@ -61,37 +62,36 @@ _COUNTS = (
 
 
 def upgrade() -> None:
-    made = [table for table in tables if ddl.is_to_be_made(table)]  # refuse before the first
-    if "routing_dimensions" in made:
-        op.create_table(
-            "routing_dimensions",
-            sa.Column("id", _whole, sa.Identity(), nullable=False),
-            sa.Column("provider", _text, nullable=False),
-            sa.Column("model", _text),
-            sa.Column("tier", _text),
-            sa.Column("request_type", _text),
-            sa.PrimaryKeyConstraint("id", name="pk_routing_dimensions"),
-        )
-    if "routing_rollups" in made:
-        op.create_table(
-            "routing_rollups",
-            sa.Column("span_ms", _whole, nullable=False),
-            sa.Column("start", _whole, nullable=False),
-            sa.Column("dimension_id", _whole, nullable=False),
-            *(sa.Column(name, _whole, nullable=False) for name in _COUNTS),
-            sa.PrimaryKeyConstraint("span_ms", "start", "dimension_id", name="pk_routing_rollups"),
-            sqlite_with_rowid=False,
-        )
-    if "lynkr_store_progress" in made:
-        op.create_table(
-            "lynkr_store_progress",
-            sa.Column("name", _text, nullable=False),
-            sa.Column("value", _whole, nullable=False),
-            sa.PrimaryKeyConstraint("name", name="pk_lynkr_store_progress"),
-            sqlite_with_rowid=False,
-        )
+    for table in _TABLES:
+        if ddl.has_table(table):
+            raise AdoptionRefused(f"the table {table} is there, and it is not the store's")
+    op.create_table(
+        "routing_dimensions",
+        sa.Column("id", _whole, sa.Identity(), nullable=False),
+        sa.Column("provider", _text, nullable=False),
+        sa.Column("model", _text),
+        sa.Column("tier", _text),
+        sa.Column("request_type", _text),
+        sa.PrimaryKeyConstraint("id", name="pk_routing_dimensions"),
+    )
+    op.create_table(
+        "routing_rollups",
+        sa.Column("span_ms", _whole, nullable=False),
+        sa.Column("start", _whole, nullable=False),
+        sa.Column("dimension_id", _whole, nullable=False),
+        *(sa.Column(name, _whole, nullable=False) for name in _COUNTS),
+        sa.PrimaryKeyConstraint("span_ms", "start", "dimension_id", name="pk_routing_rollups"),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "lynkr_store_progress",
+        sa.Column("name", _text, nullable=False),
+        sa.Column("value", _whole, nullable=False),
+        sa.PrimaryKeyConstraint("name", name="pk_lynkr_store_progress"),
+        sqlite_with_rowid=False,
+    )
 
 
 def downgrade() -> None:
-    for table in reversed(tables):
+    for table in reversed(_TABLES):
         op.drop_table(table)

@@ -16,28 +16,29 @@ from alembic import op
 
 from lynkr_store import ddl, triggers
 from lynkr_store.backend import Backend
+from lynkr_store.exceptions import AdoptionRefused
 
 revision = "0010"
 down_revision = "0009"
 branch_labels = None
 depends_on = None
 rolling = True
-tables = ("routing_changes",)
 
 _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    if ddl.is_to_be_made("routing_changes"):
-        op.create_table(
-            "routing_changes",
-            sa.Column("id", _whole, sa.Identity(), nullable=False),
-            sa.Column("start", _whole, nullable=False),
-            sa.Column("newest", _whole),
-            sa.PrimaryKeyConstraint("id", name="pk_routing_changes"),
-            sqlite_autoincrement=True,
-        )
-        op.create_index("ix_routing_changes_start", "routing_changes", ["start"])
+    if ddl.has_table("routing_changes"):
+        raise AdoptionRefused("the table routing_changes is there, and it is not the store's")
+    op.create_table(
+        "routing_changes",
+        sa.Column("id", _whole, sa.Identity(), nullable=False),
+        sa.Column("start", _whole, nullable=False),
+        sa.Column("newest", _whole),
+        sa.PrimaryKeyConstraint("id", name="pk_routing_changes"),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("ix_routing_changes_start", "routing_changes", ["start"])
     for statement in triggers.creating(Backend(op.get_context().dialect.name)):
         op.execute(statement)
 

@@ -1,15 +1,19 @@
-"""Begins the roll-ups again after tables were lost that they are made of."""
+"""Makes tables of the store's again that somebody dropped, and begins again what was made of them.
+
+Of a schema at this release's revision alone: what is there is what the models say. Tables come back
+empty, with their indexes, triggers and, of the revisions, notes.
+"""
 
 from collections.abc import Collection
 from typing import Final
 
 from sqlalchemy import BigInteger, Connection, cast, delete, func, literal, select
 
-from lynkr_store import folds, rollups
+from lynkr_store import folds, revisions, rollups, triggers
 from lynkr_store.clock_check import TRUSTED
 from lynkr_store.engine import backend_of
 from lynkr_store.inserts import FORGOTTEN
-from lynkr_store.models import DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.rollups import GREATEST_ID
 from lynkr_store.spans import QUARTER_MS, SPANS_MS, floor_to
 
@@ -18,19 +22,32 @@ _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)
 """What the table of progress says of times and not of ids."""
 
 
-def count_again(connection: Connection, made: Collection[str]) -> None:
-    """Have the next fold count all rows that are there, after tables were made again, empty.
+def make_again(connection: Connection, lost: Collection[str]) -> None:
+    """Make the lost tables, in the transaction that the caller commits.
+
+    Args:
+        connection: To a database at the head, whose other tables are there.
+        lost: The tables' names.
+    """
+    Base.metadata.create_all(
+        connection, tables=[Base.metadata.tables[name] for name in lost], checkfirst=False
+    )
+    if TELEMETRY.name in lost:
+        for statement in triggers.creating(backend_of(connection)):
+            connection.exec_driver_sql(statement)
+    if NOTES.name in lost:
+        revisions.note_all_applied(connection)
+    if {TELEMETRY.name, DIMENSIONS.name, ROLLUPS.name, PROGRESS.name} & {*lost}:
+        _count_again(connection, lost)
+
+
+def _count_again(connection: Connection, made: Collection[str]) -> None:
+    """Have the next fold count all rows that are there.
 
     Roll-ups are kept as history where no row can be counted twice: of times before the oldest row.
     What was counted cannot be told from what was not, where the watermark is lost; and where the
     rows are, ids begin at 1 again.
-
-    Args:
-        connection: In the transaction in which the tables were made.
-        made: Their names.
     """
-    if not {TELEMETRY.name, DIMENSIONS.name, ROLLUPS.name, PROGRESS.name} & {*made}:
-        return
     if DIMENSIONS.name in made:  # the roll-ups name what is not there any more
         connection.execute(delete(ROLLUPS))
     else:
