@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Dialect, Float, Insert, Integer, insert
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
+from lynkr_store import catalogue, triggers
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, driver_of, overwriting
 from lynkr_store.models import TELEMETRY
@@ -34,6 +35,8 @@ _SQLITE: Final[Dialect] = sqlite.dialect()
 _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 _VERB: Final = "lynkr_store_verb"
+
+_OWN_TRIGGERS: Final = frozenset(triggers.NAMES[Backend.SQLITE])
 
 _ENDS_SESSION: Final = ("FATAL", "PANIC")
 """Severities of PostgreSQL: https://www.postgresql.org/docs/current/runtime-config-logging.html,
@@ -145,15 +148,12 @@ def _verb(connection: Connection) -> str:
     """How SQLite inserts several rows without a copy of every page that they alter.
 
     It keeps one to undo a statement that fails half-way, which OR FAIL leaves half done. Not where
-    the table has triggers, for whose statements the verb would hold too.
+    the table has triggers of others, for whose statements the verb would hold too.
     """
     verb: str | None = connection.info.get(_VERB)
     if verb is None:
-        triggers = connection.exec_driver_sql(
-            "SELECT count(*) FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = ?",
-            (TELEMETRY.name,),
-        ).scalar()
-        verb = connection.info[_VERB] = _INSERT if triggers else f"{_INSERT} OR FAIL"
+        others = catalogue.trigger_names(connection, TELEMETRY.name) - _OWN_TRIGGERS
+        verb = connection.info[_VERB] = _INSERT if others else f"{_INSERT} OR FAIL"
     return verb
 
 

@@ -90,6 +90,10 @@ _LISTED: Final = {
     ).bindparams(bindparam("names", expanding=True))
     for schema in ("main.sqlite_schema", "temp.sqlite_schema")
 }
+_NAMED: Final = text(
+    "SELECT name, tbl_name FROM main.sqlite_schema "
+    "WHERE type IN ('index', 'trigger') AND name IN :names"
+).bindparams(bindparam("names", expanding=True))
 _SET_PATH: Final = text("SELECT pg_catalog.set_config('search_path', CAST(:path AS TEXT), true)")
 _PATH: Final = text("SELECT pg_catalog.current_setting('search_path')")
 
@@ -175,8 +179,12 @@ def trigger_names(connection: Connection, table: str) -> frozenset[str]:
 
 
 def indexed_tables(connection: Connection, names: Collection[str]) -> dict[str, str]:
-    """To each of these indexes that is there the table it is of; PostgreSQL."""
-    found = connection.execute(_INDEXED_TABLES, {"names": list(names)})
+    """To each of these indexes that is there the table it is of.
+
+    On SQLite of triggers too: their names, like those of indexes, are the file's.
+    """
+    given = {"names": list(names)}
+    found = connection.execute(_NAMED if _is_sqlite(connection) else _INDEXED_TABLES, given)
     return {row[0]: row[1] for row in found}
 
 

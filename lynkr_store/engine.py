@@ -73,11 +73,13 @@ _CONNECTION_PRAGMAS: Final = (
     ("temp_store", "MEMORY"),  # sorting never writes prompt texts to another file
     # what is removed is overwritten with zeros; measured: less than 1 % of the ingest's time
     (_SECURE_DELETE, "ON"),
-    # what somebody else put into the file's schema may call no function that does more than compute
-    ("trusted_schema", "OFF"),
 )
 _OF_OTHERS_PRAGMAS: Final = (
     ("cell_size_check", "ON"),  # a damaged page is told when it is read, not while it is used
+    # What somebody put into the file's schema may call no function that does more than compute.
+    # Not where the store writes: with it, SQLite before 3.42 refuses a host's trigger that calls
+    # json().
+    ("trusted_schema", "OFF"),
 )
 _OF_OTHERS_LIMITS: Final = {
     # rows hold two texts of some ten thousand characters; SQLite's own limit is 1 GB a value

@@ -53,12 +53,13 @@ class RollupsRefused(StoreUnavailable):
     ``lynkr-store maintain``.
     """
 
-    def __init__(self) -> None:
-        super().__init__(
-            "routing_rollups, routing_dimensions or lynkr_store_progress did not keep what was "
-            "added: a rule, trigger or policy of theirs discards rows. Statistics read the rows "
-            "meanwhile. Remove it, then run lynkr-store maintain"
-        )
+    def __init__(
+        self,
+        message: str = "routing_rollups, routing_dimensions or lynkr_store_progress did not keep "
+        "what was added: a rule, trigger or policy of theirs discards rows. Statistics read the "
+        "rows meanwhile. Remove it, then run lynkr-store maintain",
+    ) -> None:
+        super().__init__(message)
 
 
 class UpgradeTimeout(StoreUnavailable):

@@ -7,11 +7,12 @@ empty, with their indexes, triggers and, of the revisions, notes.
 from collections.abc import Collection
 from typing import Final
 
-from sqlalchemy import BigInteger, Connection, cast, delete, func, literal, select
+from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, literal, select
 
-from lynkr_store import folds, revisions, rollups, triggers
+from lynkr_store import catalogue, folds, revisions, rollups, triggers
 from lynkr_store.clock_check import TRUSTED
 from lynkr_store.engine import backend_of
+from lynkr_store.exceptions import SchemaError
 from lynkr_store.inserts import FORGOTTEN
 from lynkr_store.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.rollups import GREATEST_ID
@@ -28,10 +29,13 @@ def make_again(connection: Connection, lost: Collection[str]) -> None:
     Args:
         connection: To a database at the head, whose other tables are there.
         lost: The tables' names.
+
+    Raises:
+        SchemaError: A lost table was renamed, and its indexes have the names that are needed.
     """
-    Base.metadata.create_all(
-        connection, tables=[Base.metadata.tables[name] for name in lost], checkfirst=False
-    )
+    tables = [Base.metadata.tables[name] for name in lost]
+    _require_free_names(connection, tables)
+    Base.metadata.create_all(connection, tables=tables, checkfirst=False)
     if TELEMETRY.name in lost:
         for statement in triggers.creating(backend_of(connection)):
             connection.exec_driver_sql(statement)
@@ -39,6 +43,19 @@ def make_again(connection: Connection, lost: Collection[str]) -> None:
         revisions.note_all_applied(connection)
     if {TELEMETRY.name, DIMENSIONS.name, ROLLUPS.name, PROGRESS.name} & {*lost}:
         _count_again(connection, lost)
+
+
+def _require_free_names(connection: Connection, tables: Collection[Table]) -> None:
+    names = [str(index.name) for table in tables for index in table.indexes]
+    names += [str(table.primary_key.name) for table in tables]
+    if TELEMETRY in tables:
+        names += triggers.NAMES[backend_of(connection)]
+    for name, holder in catalogue.indexed_tables(connection, names).items():
+        raise SchemaError(
+            f"{', '.join(table.name for table in tables)}: not there, and cannot be made again, "
+            f"for {name} is there, of the table {holder}. If that is the store's under another "
+            "name, name it back; else drop its indexes and triggers that have the store's names"
+        )
 
 
 def _count_again(connection: Connection, made: Collection[str]) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import select, text
 from lynkr_store import (
     AsyncStore,
     SchemaBehind,
+    SchemaError,
     Store,
     StoreSettings,
     StoreUnavailable,
@@ -28,7 +29,7 @@ from lynkr_store import (
     upgrade,
     writing,
 )
-from lynkr_store.models import NOTES, Base
+from lynkr_store.models import NOTES, TELEMETRY, Base
 from tests.conftest import ON_DISK, POSTGRES
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
@@ -299,6 +300,33 @@ def test_an_upgrade_that_fails_makes_none_of_them(url, engine, monkeypatch):
     upgrade(url)
     with engine.connect() as connection:
         assert revisions.missing_tables(connection) == []
+
+
+@pytest.mark.parametrize("renamed", ["routing_telemetry", "routing_changes"])
+def test_a_table_that_was_renamed_is_named_and_a_name_that_is_taken(url, engine, renamed):
+    with writing(engine).begin() as connection:
+        connection.execute(text(f"ALTER TABLE {renamed} RENAME TO elsewhere"))
+    before = schema_of(engine)
+    with pytest.raises(SchemaError, match=f"{renamed}: not there, .*of the table elsewhere"):
+        upgrade(url)
+    assert schema_of(engine) == before
+    with writing(engine).begin() as connection:
+        connection.execute(text(f"ALTER TABLE elsewhere RENAME TO {renamed}"))
+    upgrade(url)
+    assert statistics(url)[0].total_requests == ROWS
+
+
+def test_triggers_of_a_renamed_table_are_named_too(new_url):
+    url = new_url("sqlite-file", at_head=True)
+    engine = create_store_engine(url)
+    names = [str(index.name) for index in TELEMETRY.indexes]
+    with writing(engine).begin() as connection:
+        connection.execute(text("ALTER TABLE routing_telemetry RENAME TO elsewhere"))
+        for name in names:
+            connection.execute(text(f"DROP INDEX IF EXISTS {name}"))
+    with pytest.raises(SchemaError, match=r"lynkr_store_note_.*of the table elsewhere"):
+        upgrade(url)
+    engine.dispose()
 
 
 def test_an_upgrade_to_an_older_revision_makes_nothing(url, engine):

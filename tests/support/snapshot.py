@@ -45,8 +45,8 @@ SELECT replace(pg_get_indexdef(indexrelid), current_schema() || '.', '') FROM pg
 WHERE indrelid = :oid ORDER BY indexrelid::regclass::text COLLATE "C"
 """
 _FUNCTIONS: Final = """
-SELECT replace(pg_get_functiondef(oid), current_schema() || '.', '') FROM pg_proc
-WHERE pronamespace = CAST(current_schema() AS regnamespace) ORDER BY proname
+SELECT replace(pg_get_functiondef(p.oid), current_schema() || '.', '') FROM pg_proc p
+JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = current_schema() ORDER BY proname
 """
 
 
