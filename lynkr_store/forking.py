@@ -159,6 +159,13 @@ class _Guard(Forkable):
             engine.dispose(close=False)
 
 
+class _Closing:
+    """A closing of a connection that is under way; without a record if it was detached."""
+
+    def __init__(self, record: ConnectionPoolEntry | None) -> None:
+        self.record = record
+
+
 class _SqliteGuard(_Guard):
     """Closes an engine's SQLite connections before a fork.
 
@@ -168,10 +175,11 @@ class _SqliteGuard(_Guard):
     def __init__(self, engine: Engine) -> None:
         self._path = file_of(engine.url)
         self._in_memory = is_memory(engine.url)
+        self._is_async = engine.dialect.is_async
         super().__init__(engine)
         event.listen(engine, "checkout", self._on_checkout)
-        if engine.dialect.is_async:
-            event.listen(engine, "close", self._on_close_async)
+        on_close = self._on_close_async if self._is_async else self._on_close
+        event.listen(engine, "close", on_close)
         event.listen(engine, "detach", self._on_detach)
         event.listen(engine, "close_detached", self._on_close_detached)
 
@@ -184,6 +192,8 @@ class _SqliteGuard(_Guard):
             weakref.WeakKeyDictionary()
         )
         """Connections in use, each with the thread that asked for it."""
+        self._closing: dict[_Closing, int] = {}
+        """Closings under way, each with its thread."""
         self._ending: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         """Threads of asynchronous connections that an event loop is closing."""
 
@@ -223,6 +233,25 @@ class _SqliteGuard(_Guard):
         with self._changed:
             self._using.pop(record, None)
 
+    def _on_close(
+        self, connection: DBAPIConnection, record: ConnectionPoolEntry | None = None
+    ) -> None:
+        """Close a connection where a fork sees it, for the pool does not tell when it is closed.
+
+        That can take long, and the pool's own call, or that of a fork meanwhile, finds nothing to
+        do at once.
+        """
+        closing = _Closing(record)
+        with self._changed:
+            self._closing[closing] = threading.get_ident()
+        try:
+            connection.close()
+        except Exception:  # noqa: BLE001, S110 - the pool's own call meets it again, and says so
+            pass
+        finally:
+            with self._changed:
+                del self._closing[closing]
+
     def _on_close_async(self, connection: Any, _: ConnectionPoolEntry) -> None:
         """Let one side close a connection: the other would wait for a thread that has ended."""
         with self._changed:
@@ -234,6 +263,8 @@ class _SqliteGuard(_Guard):
         self._on_checkin(None, record)
 
     def _on_close_detached(self, connection: DBAPIConnection) -> None:
+        if not self._is_async:
+            self._on_close(connection)
         self._detached.pop(id(connection), None)
 
     # -- the fork ------------------------------------------------------------------------------
@@ -243,7 +274,7 @@ class _SqliteGuard(_Guard):
         self._at_rest = False
         if engine := self._engine():
             deadline = time.monotonic() + FORK_WAIT_S
-            if engine.dialect.is_async:
+            if self._is_async:
                 self._at_rest = self._close_async(engine, deadline)
             elif self._in_memory:
                 self._hold_up()
@@ -267,7 +298,7 @@ class _SqliteGuard(_Guard):
         def is_closed_or_stuck() -> bool:
             known.update(self._known_now())
             for record in known:
-                if record not in self._using and record not in self._making:
+                if self._user(record) is None:
                     record.close()
             with self._changed:  # what was given back meanwhile is closed the next time
                 return all(self._user(one) in self._forking for one in self._open())
@@ -275,9 +306,15 @@ class _SqliteGuard(_Guard):
         return _comes(is_closed_or_stuck, deadline) and not self._open()
 
     def _user(self, connection: Any) -> int | None:
-        """The thread that uses or makes a connection; None where none does, or it is not known."""
+        """The thread that uses, makes or closes a connection; None where none does or is known."""
         if isinstance(connection, int):  # detached
             return None
+        if isinstance(connection, _Closing):
+            return self._closing.get(connection)
+        with self._changed:
+            for closing, thread in self._closing.items():
+                if closing.record is connection:
+                    return thread
         return self._using.get(connection) or self._making.get(connection)
 
     def _close_async(self, engine: Engine, deadline: float) -> bool:
@@ -308,10 +345,10 @@ class _SqliteGuard(_Guard):
         return not any(driver._thread.is_alive() for driver in drivers)  # noqa: SLF001
 
     def _open(self) -> Collection[Any]:
-        """Connections that are open or being made."""
+        """Connections that are open, or being made or closed."""
         with self._changed:
             made = [one for one in self._known_now() if one.dbapi_connection is not None]
-            return [*made, *self._making, *self._detached]
+            return [*made, *self._making, *self._detached, *self._closing]
 
     def _known_now(self) -> list[ConnectionPoolEntry]:
         with self._changed:

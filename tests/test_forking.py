@@ -95,6 +95,45 @@ def test_no_connection_is_open_in_the_child_nor_in_the_parent_at_a_fork(file, en
     assert forked(lambda: counted(engine)) == "0"
 
 
+class _SlowToClose(sqlite3.Connection):
+    """Its close begins, as that of a big file which is moved out of its WAL, and goes on."""
+
+    began, told = threading.Event(), threading.Event()
+
+    def close(self):
+        if threading.current_thread() is not threading.main_thread() and not self.began.is_set():
+            self.began.set()
+            self.told.wait(WAIT_S)
+        super().close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files")
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_fork_waits_for_a_connection_that_is_being_closed(file, detached, monkeypatch):
+    """By another thread: of a store that is closed, a pool that is disposed."""
+    monkeypatch.setattr(_SlowToClose, "began", threading.Event())
+    monkeypatch.setattr(_SlowToClose, "told", threading.Event())
+    engine = create_engine(file, connect_args={"factory": _SlowToClose, "cached_statements": 0})
+    keep_out_of_children(engine)
+    path = engine.url.database
+    connection = engine.connect()
+    assert connection.scalar(text("SELECT count(*) FROM routing_telemetry")) == 0
+    if detached:
+        connection.detach()
+        closer = threading.Thread(target=connection.close)
+    else:
+        connection.close()
+        closer = threading.Thread(target=engine.dispose)
+    closer.start()
+    _SlowToClose.began.wait(WAIT_S)
+    threading.Timer(0.3, _SlowToClose.told.set).start()
+    assert forked(lambda: open_files(path)) == "0"
+    closer.join(WAIT_S)
+    engine.dispose()
+    assert counted(engine) == 0
+    engine.dispose()
+
+
 def test_a_fork_waits_for_a_connection_in_use(file, engine_of):
     engine = engine_of(file)
     taken, told = threading.Event(), threading.Event()
