@@ -2,15 +2,20 @@
 
 import os
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from sqlalchemy import Engine
+from sqlalchemy import URL, Engine, NullPool, create_engine
+from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
+from lynkr_store.forking import keep_out_of_children
 
 
 def opened_file(engine: Engine) -> Path:
@@ -27,6 +32,20 @@ def opened_file(engine: Engine) -> Path:
     if not path:
         raise BadArgument("backup: for an SQLite file only; on PostgreSQL use pg_dump")
     return Path(path)
+
+
+@contextmanager
+def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection of which a fork by another thread knows."""
+    name, only = f"file:{quote(str(path))}", {"mode": "ro", "uri": "true"}
+    engine = create_engine(URL.create("sqlite", database=name, query=only), poolclass=NullPool)
+    keep_out_of_children(engine)
+    try:
+        with engine.connect() as connection:
+            source: Any = connection.connection.driver_connection
+            yield source
+    except DBAPIError as error:
+        raise error.driver_exception from None
 
 
 def back_up(engine: Engine, name: str) -> Path:
@@ -51,11 +70,7 @@ def back_up(engine: Engine, name: str) -> Path:
     partial = copy.with_name(copy.name + ".partial")
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        read_only = f"{path.as_uri()}?mode=ro"
-        with (
-            closing(sqlite3.connect(read_only, uri=True)) as source,
-            closing(sqlite3.connect(partial)) as target,
-        ):
+        with _read_only(path) as source, closing(sqlite3.connect(partial)) as target:
             source.backup(target)
         with partial.open("rb+") as written:
             os.fsync(written.fileno())

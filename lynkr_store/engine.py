@@ -4,11 +4,11 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, Final, Protocol, Self, TypeVar, assert_never
+from typing import Any, Final, Protocol, Self, TypeVar, assert_never, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, StaticPool, create_engine, event
@@ -317,19 +317,35 @@ def create_reading_engine(
     _require_regular_file(path)
     if identity_of(path) is None:
         raise StoreUnavailable(f"{path}: there is no such file, or this user may not look for it")
-    uri = _reading_uri(path, statement_timeout_s)
+    said = ""
+    for uri in _reading_uris(path):
+        engine = _reading_engine(path, uri, views, statement_timeout_s)
+        try:
+            with engine.connect():
+                return engine
+        except DBAPIError as error:
+            said = said_of_file(cast("sqlite3.Error", error.orig))
+    raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database: {said}")
+
+
+def _reading_engine(path: Path, uri: str, views: Sequence[str], timeout_s: float) -> Engine:
     engine = create_engine(URL.create("sqlite", database=str(path)), hide_parameters=True)
     keep_out_of_children(engine)
 
     def do_connect(*_: object) -> sqlite3.Connection:
-        return sqlite3.connect(uri, uri=True, check_same_thread=False)
+        connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        try:
+            for category, limit in _OF_OTHERS_LIMITS.items():
+                connection.setlimit(category, limit)
+            _load_schema(connection, timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
         _set_up(connection)
-        for category, limit in _OF_OTHERS_LIMITS.items():
-            connection.setlimit(category, limit)
-        _load_schema(connection, statement_timeout_s)
-        record.info[_DEADLINE] = _Deadline(connection, statement_timeout_s, _STEPS)
+        record.info[_DEADLINE] = _Deadline(connection, timeout_s, _STEPS)
         cursor = connection.cursor()
         for name, value in (*_CONNECTION_PRAGMAS, *_OF_OTHERS_PRAGMAS):
             cursor.execute(f"PRAGMA {name} = {value}")
@@ -360,24 +376,6 @@ def _reading_uris(path: Path) -> Iterator[str]:
     yield f"{uri}?mode=rw"
     yield f"{uri}?mode=ro"
     yield f"{uri}?mode=ro&immutable=1"  # in a folder where nothing may be made
-
-
-def _reading_uri(path: Path, timeout_s: float) -> str:
-    """The first way to open the file that works.
-
-    Raises:
-        StoreUnavailable: None does.
-    """
-    said = ""
-    for uri in _reading_uris(path):
-        try:
-            with closing(sqlite3.connect(uri, uri=True)) as connection:
-                _load_schema(connection, timeout_s)
-        except sqlite3.DatabaseError as error:
-            said = said_of_file(error)
-        else:
-            return uri
-    raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database: {said}")
 
 
 class _Deadline:

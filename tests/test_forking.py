@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import Pool, create_engine, event, text
 from sqlalchemy.orm import Session
 
 from lynkr_store import (
@@ -16,11 +16,14 @@ from lynkr_store import (
     RoutingRepository,
     Store,
     StoreSettings,
+    backup,
     create_store_engine,
     database,
     forking,
     writing,
 )
+from lynkr_store.backup import back_up
+from lynkr_store.engine import create_reading_engine
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.forking import keep_out_of_children
 from tests.support.stores import Asynchronous, eventually
@@ -131,6 +134,39 @@ def test_a_fork_waits_for_a_connection_that_is_being_closed(file, detached, monk
     closer.join(WAIT_S)
     engine.dispose()
     assert counted(engine) == 0
+    engine.dispose()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists open files")
+@pytest.mark.parametrize("how", ["copy", "read-only"])
+def test_a_fork_waits_for_what_opens_a_file_for_itself(file, how):
+    engine = create_store_engine(file)
+    path = Path(engine.url.database)
+    began, told = threading.Event(), threading.Event()
+
+    def on_connect(connection, _):
+        file_opened = connection.execute("PRAGMA database_list").fetchone()[2] == str(path)
+        if file_opened and not began.is_set():
+            began.set()
+            told.wait(WAIT_S)
+
+    def work():
+        if how == "copy":
+            back_up(engine, "test")
+        else:
+            create_reading_engine(path).dispose()
+
+    backup.opened_file(engine)
+    event.listen(Pool, "connect", on_connect)
+    try:
+        worker = threading.Thread(target=work)
+        worker.start()
+        assert began.wait(WAIT_S)
+        threading.Timer(0.3, told.set).start()
+        assert forked(lambda: open_files(path)) == "0"
+        worker.join(WAIT_S)
+    finally:
+        event.remove(Pool, "connect", on_connect)
     engine.dispose()
 
 

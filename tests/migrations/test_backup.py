@@ -451,15 +451,16 @@ def test_whichever_step_fails_nothing_is_left_and_nothing_was_changed(old, monke
             super().backup(target, **options)
             raise sqlite3.OperationalError("database or disk is full")
 
+    @contextmanager
+    def failing(path):
+        with closing(sqlite3.connect(path, factory=Failing)) as source:
+            yield source
+
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
     if step == "backup":
-        connect = sqlite3.connect
-        monkeypatch.setattr(
-            "lynkr_store.backup.sqlite3.connect",
-            lambda path, **options: connect(path, factory=Failing, **options),
-        )
+        monkeypatch.setattr("lynkr_store.backup._read_only", failing)
     elif step == "fsync":
         monkeypatch.setattr("lynkr_store.backup.os.fsync", fail)
     else:
