@@ -518,7 +518,8 @@ class Database(Forkable):
         return identity_of(self._path) if self._path else None
 
     def _is_other_file(self) -> bool:
-        return self._file is not None and self._identity() != self._file
+        file = self._file  # read once: another thread that opens it forgets it meanwhile
+        return file is not None and self._identity() != file
 
     def _lose_file(self) -> None:
         """The file is gone from its path, and with it what is written there: start anew."""

@@ -215,6 +215,22 @@ def test_records_wait_while_the_schema_is_another(store, changing, caplog, what)
     assert adds_up(store.health())
 
 
+def test_a_file_that_another_thread_opens_again_is_not_taken_for_another_file(url, monkeypatch):
+    """A store that took it for one began anew, and made a table again that was dropped."""
+    with Store(url) as store:
+        store.query()
+        database = store._database
+        look = database._identity
+
+        def meanwhile():
+            database._file = None  # as `open` does in the other thread
+            return look()
+
+        monkeypatch.setattr(database, "_identity", meanwhile)
+        assert not database._is_other_file()
+        database.require_file()
+
+
 def test_a_column_that_no_record_uses_holds_none_up(store, changing):
     """Statements name the columns that have values."""
     expected = record(store, "before")
