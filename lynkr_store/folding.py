@@ -97,14 +97,19 @@ def _begin_again(begin: Begin) -> None:
         oldest: int | None = connection.scalar(folds.oldest_instant())
         if oldest is not None:
             start = floor_to(QUARTER_MS, oldest)
-            connection.execute(folds.drop_from(start))
-            for span in SPANS_MS[1:]:
-                connection.execute(folds.sum_of_quarters(span, floor_to(span, start)))
+            drop_from(connection, start)
             connection.execute(folds.drop_changes(since=start))
             connection.execute(folds.forget("raw_from"))
             if look_at(connection).first_bucket is not None:
                 note(connection, "raw_from", start)
         note(connection, "folded", NOTHING)
+
+
+def drop_from(connection: Connection, start: int) -> None:
+    """Delete the roll-ups from a quarter on; of its hour and day stays what was before it."""
+    connection.execute(folds.drop_from(start))
+    for span in SPANS_MS[1:]:
+        connection.execute(folds.sum_of_quarters(span, floor_to(span, start)))
 
 
 def _began_again(connection: Connection, folded: int) -> bool:

@@ -7,16 +7,16 @@ empty, with their indexes, triggers and, of the revisions, notes.
 from collections.abc import Collection
 from typing import Final
 
-from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, literal, select
+from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, select
 
-from lynkr_store import catalogue, folds, revisions, rollups, triggers
+from lynkr_store import catalogue, folding, folds, revisions, rollups, triggers
 from lynkr_store.clock_check import TRUSTED
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import SchemaError
 from lynkr_store.inserts import FORGOTTEN
 from lynkr_store.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.rollups import GREATEST_ID
-from lynkr_store.spans import QUARTER_MS, SPANS_MS, floor_to
+from lynkr_store.spans import QUARTER_MS, floor_to
 
 _RAW_FROM: Final = "raw_from"
 _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)
@@ -87,7 +87,4 @@ def _keep_history(connection: Connection) -> None:
     ):  # some rows of the oldest quarter were removed, and nothing would tell
         note = {"name": _RAW_FROM, "value": first}
         connection.execute(folds.note_first(backend_of(connection)), note)
-    upto = ROLLUPS.c.start + ROLLUPS.c.span_ms
-    connection.execute(delete(ROLLUPS).where(upto > literal(start, BigInteger)))
-    for span in SPANS_MS[1:]:  # the hour and the day that it lies in, as far as they are history
-        connection.execute(folds.sum_of_quarters(span, floor_to(span, start)))
+    folding.drop_from(connection, start)

@@ -73,7 +73,7 @@ LEVELS = {
     "diagnosis": 5,
     "inserts": 6,
     "repository": 7,
-    "restoring": 7,
+    "restoring": 7.5,
     "database": 8,
     "maintenance": 10,
     "retention": 9,
