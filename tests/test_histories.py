@@ -36,6 +36,7 @@ from tests.test_rollups import (
     RELAXED,
     Killed,
     added_up,
+    kill_after,
     opener,
     place,  # noqa: F401 - a fixture
     put,
@@ -259,17 +260,7 @@ class World:
         @contextmanager
         def begin():
             with self.begin() as connection:
-
-                def counted(execute):
-                    def one_more(*args, **kwargs):
-                        if next(left, None) is None:
-                            raise Killed
-                        return execute(*args, **kwargs)
-
-                    return one_more
-
-                for way in ("execute", "exec_driver_sql"):
-                    setattr(connection, way, counted(getattr(connection, way)))
+                kill_after(connection, left)
                 yield connection
 
         with suppress(Killed):

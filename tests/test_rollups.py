@@ -583,6 +583,21 @@ class Killed(Exception):
     pass
 
 
+def kill_after(connection, left):
+    """Have a connection raise `Killed` at each statement after as many as are left."""
+
+    def counted(execute):
+        def one_more(*args, **kwargs):
+            if next(left, None) is None:
+                raise Killed
+            return execute(*args, **kwargs)
+
+        return one_more
+
+    for way in ("execute", "exec_driver_sql"):
+        setattr(connection, way, counted(getattr(connection, way)))
+
+
 class History:
     """What happens to a database."""
 
@@ -615,18 +630,7 @@ class History:
         @contextmanager
         def begin():
             with self.begin() as connection:
-                left = iter(range(statements))
-
-                def counted(execute):
-                    def one_more(*args, **kwargs):
-                        if next(left, None) is None:
-                            raise Killed
-                        return execute(*args, **kwargs)
-
-                    return one_more
-
-                for way in ("execute", "exec_driver_sql"):
-                    setattr(connection, way, counted(getattr(connection, way)))
+                kill_after(connection, iter(range(statements)))
                 yield connection
 
         with suppress(Killed):
