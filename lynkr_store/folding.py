@@ -199,7 +199,8 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
             return 0, now  # another folder was quicker
         note_removed(connection)
         number = _number(connection, given, quarters)
-        if number != _requests(quarters):  # some were deleted since
+        if number != _requests(quarters):  # some were deleted since, or have other dimensions
+            connection.execute(rows.enter_dimensions, given)
             quarters = connection.execute(rows.quarters, given).mappings().all()
             sums = _summed(quarters)
             if number == connection.scalar(rows.number, given) != _requests(quarters):
