@@ -4,7 +4,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from operator import methodcaller
 from pathlib import Path
@@ -346,13 +346,12 @@ def _reading_engine(path: Path, uri: str, views: Sequence[str], timeout_s: float
     def on_connect(connection: Any, record: ConnectionPoolEntry) -> None:
         _set_up(connection)
         record.info[_DEADLINE] = _Deadline(connection, timeout_s, _STEPS)
-        cursor = connection.cursor()
-        for name, value in (*_CONNECTION_PRAGMAS, *_OF_OTHERS_PRAGMAS):
-            cursor.execute(f"PRAGMA {name} = {value}")
-        for view in views:
-            cursor.execute(view)
-        cursor.execute("PRAGMA query_only = 1")
-        cursor.close()
+        with closing(connection.cursor()) as cursor:
+            for name, value in (*_CONNECTION_PRAGMAS, *_OF_OTHERS_PRAGMAS):
+                cursor.execute(f"PRAGMA {name} = {value}")
+            for view in views:
+                cursor.execute(view)
+            cursor.execute("PRAGMA query_only = 1")
 
     def before_statement(connection: Connection, *_: object) -> None:
         connection.info[_DEADLINE].begin()

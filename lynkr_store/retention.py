@@ -9,6 +9,7 @@ PostgreSQL's autovacuum can follow, and a process that is killed loses nothing.
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Table
@@ -264,12 +265,11 @@ def give_back(database: Database, *, stop: _Stop = _never) -> int:
         if _pragma(connection, "auto_vacuum") != _INCREMENTAL:
             return 0, False
         before = _pragma(connection, "freelist_count")
-        cursor = connection.connection.cursor()
-        for _ in range(min(limit, before)):
-            # Given a number it frees a page for each row that is read of it; rows without columns,
-            # which Python's driver does not read.
-            cursor.execute("PRAGMA incremental_vacuum(1)")
-        cursor.close()
+        with closing(connection.connection.cursor()) as cursor:  # else a failed one holds the lock
+            for _ in range(min(limit, before)):
+                # Given a number it frees a page for each row that is read of it; rows without
+                # columns, which Python's driver does not read.
+                cursor.execute("PRAGMA incremental_vacuum(1)")
         after = _pragma(connection, "freelist_count")
         return (before - after) * _pragma(connection, "page_size"), 0 < after < before
 

@@ -1,11 +1,13 @@
 """Databases that somebody else made: each read ends soon with an answer or an error of ours."""
 
+import gc
 import os
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +40,7 @@ HUGE = (
     "WITH RECURSIVE n (i) AS (SELECT zeroblob(500000000) UNION ALL SELECT i FROM n) SELECT i FROM n"
 )
 VERSION = "lynkr_store_alembic_version"
+DESCRIPTORS = Path("/proc/self/fd")
 
 
 @pytest.fixture(autouse=True)
@@ -433,13 +436,18 @@ def whole(tmp_path_factory):
     return path.read_bytes()
 
 
+def with_damage(whole, page, damage):
+    damaged = bytearray(whole)
+    start = page * PAGE + (100 if page == 0 else 0)  # the header is left: else it is no database
+    damaged[start : (page + 1) * PAGE] = DAMAGES[damage][: (page + 1) * PAGE - start]
+    return damaged
+
+
 def check_damaged(tmp_path, whole, page, damage):
     """Each method answers, or raises an error of ours that says something."""
     path = tmp_path / f"{page}-{damage}.db"
     url = f"sqlite:///{path}"
-    damaged = bytearray(whole)
-    start = page * PAGE + (100 if page == 0 else 0)  # the header is left: else it is no database
-    damaged[start : (page + 1) * PAGE] = DAMAGES[damage][: (page + 1) * PAGE - start]
+    damaged = with_damage(whole, page, damage)
     settings = StoreSettings(url=url, retention_days=1, text_retention_days=0.5)
     raised = 0
     calls = CALLS | {
@@ -482,6 +490,34 @@ def test_every_method_on_every_damaged_page_raises_an_error_of_ours(
 ):
     pages = len(whole) // PAGE
     assert sum(check_damaged(tmp_path, whole, page, damage) for page in range(pages)) > pages
+
+
+def opened(path):
+    """The names by which this process has the file, its WAL or its index open."""
+    links = []
+    for descriptor in DESCRIPTORS.iterdir():
+        with suppress(OSError):  # the one that lists the directory
+            links.append(str(descriptor.readlink()))
+    return [link for link in links if link.startswith(str(path))]
+
+
+@pytest.mark.skipif(not DESCRIPTORS.exists(), reason="only Linux lists them there")
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_failed_leaves_no_connection_and_no_lock(tmp_path, whole, call, read_only):
+    path = tmp_path / "a.db"
+    path.write_bytes(with_damage(whole, 1, "zeros"))
+    settings = StoreSettings(url=f"sqlite:///{path}", retention_days=1, text_retention_days=0.5)
+    gc.disable()  # it closes sooner or later what an error's traceback keeps
+    try:
+        with (
+            suppress(LynkrStoreError),
+            Store(settings=settings, clock=lambda: NOW, read_only=read_only) as store,
+        ):
+            CALLS[call](store)
+        assert not opened(path)
+    finally:
+        gc.enable()
 
 
 def test_damage_is_named_with_a_remedy(tmp_path, whole):
