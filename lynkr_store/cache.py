@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import cachetools
 
-from lynkr_store.lifecycle import Forkable
+from lynkr_store.process.lifecycle import Forkable
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

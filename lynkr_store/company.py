@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Final
 
-from lynkr_store.files import Identity, identity_of
+from lynkr_store.process.files import Identity, identity_of
 
 if sys.platform == "linux":
     import fcntl

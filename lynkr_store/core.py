@@ -23,8 +23,8 @@ from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.faults import translated
 from lynkr_store.filters import Window, checked_age, checked_seconds, given
 from lynkr_store.inserts import LEDGER_DAYS
-from lynkr_store.lifecycle import SigtermHandler, on_fork
 from lynkr_store.probe import Probe
+from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.questions import Question
 from lynkr_store.repository import RoutingRepository, epoch_ms_now, policy_of
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent

@@ -44,12 +44,12 @@ from lynkr_store.exceptions import (
     raise_alone,
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, is_no_database, translated
-from lynkr_store.files import Identity, identity_of
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
-from lynkr_store.lifecycle import Forkable, without_sigterm
-from lynkr_store.log import say
 from lynkr_store.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.process.files import Identity, identity_of
+from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.log import say
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS

@@ -28,8 +28,8 @@ from lynkr_store.exceptions import (
     UnsupportedDatabase,
 )
 from lynkr_store.faults import said_of_file
-from lynkr_store.files import identity_of, make_private
 from lynkr_store.forking import keep_out_of_children
+from lynkr_store.process.files import identity_of, make_private
 from lynkr_store.search_path import (
     TEMPORARY,
     as_text,

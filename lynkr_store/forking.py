@@ -27,8 +27,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from lynkr_store.backend import Backend
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.files import Identity, identity_of
-from lynkr_store.lifecycle import FORK_WAIT_S, Forkable, on_fork
+from lynkr_store.process.files import Identity, identity_of
+from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_fork
 from lynkr_store.urls import file_of, is_memory
 
 _POLL_S: Final = 0.002  # a pool does not tell when it drops a connection

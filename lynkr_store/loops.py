@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import NullPool, Pool
 
 from lynkr_store.exceptions import BadArgument
-from lynkr_store.lifecycle import Forkable
-from lynkr_store.waiting import Event
+from lynkr_store.process.lifecycle import Forkable
+from lynkr_store.process.waiting import Event
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop

@@ -15,7 +15,7 @@ from lynkr_store.exceptions import ClockAhead
 from lynkr_store.faults import translated
 from lynkr_store.indexes import build_missing_indexes
 from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
-from lynkr_store.log import say
+from lynkr_store.process.log import say
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.settings import StoreSettings

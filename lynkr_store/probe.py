@@ -16,12 +16,12 @@ from lynkr_store.database import Database
 from lynkr_store.engine import backend_of
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.faults import translated
-from lynkr_store.files import identity_of
-from lynkr_store.lifecycle import Forkable, without_sigterm
-from lynkr_store.log import words_of
 from lynkr_store.models import PROGRESS, TELEMETRY, Base
+from lynkr_store.process.files import identity_of
+from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.log import words_of
+from lynkr_store.process.waiting import Event
 from lynkr_store.schemas import Reading
-from lynkr_store.waiting import Event
 
 _FINISH_S: Final = 0.2
 _LATE_S: Final = 2.0  # a look that takes longer counts as a database away

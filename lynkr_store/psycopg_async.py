@@ -12,7 +12,7 @@ from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any
 
-from lynkr_store.waiting import in_thread
+from lynkr_store.process.waiting import in_thread
 
 
 async def connect(*arguments: Any, **parameters: Any) -> Any:

@@ -5,9 +5,10 @@ system releases it when the process dies. A second process with the same path us
 ``spool.db.2``; a file that nobody holds belongs to whoever opens it next, with what is in it. So
 no batch is ever replayed by two processes, and none waits for a process that is gone.
 
-What is in a spool are prompts, and what is found in one is stored as a record of ours. So each file
-is this user's, for this user alone, and no link (`lynkr_store.files`); the same holds for the
-journals beside it, which SQLite would play back into it. Another user's file is never opened.
+A spool holds prompts, and what is found in one is stored as a record of ours. So each file belongs
+to this user, is readable by this user alone, and is no link (`lynkr_store.process.files`). The same
+holds for the journals next to it, which SQLite would play back into it. Another user's file is
+never opened.
 """
 
 import errno
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lynkr_store.exceptions import SpoolError
-from lynkr_store.files import (
+from lynkr_store.process.files import (
     Identity,
     identity_of,
     make_directory,

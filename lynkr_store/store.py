@@ -30,9 +30,10 @@ from lynkr_store.filters import (
     given,
 )
 from lynkr_store.forking import keep_out_of_children
-from lynkr_store.lifecycle import on_fork
 from lynkr_store.loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.maintenance import BUDGET_S
+from lynkr_store.process.lifecycle import on_fork
+from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread
 from lynkr_store.repository import RoutingRepository, policy_of, set_policy
 from lynkr_store.schemas import (
     Cursor,
@@ -46,7 +47,6 @@ from lynkr_store.schemas import (
     RoutingStats,
 )
 from lynkr_store.settings import StoreSettings
-from lynkr_store.waiting import Event, SharedCall, Workers, in_thread
 from lynkr_store.writer import CLOSE_S, checked_timeout
 
 if TYPE_CHECKING:

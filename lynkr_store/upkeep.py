@@ -8,8 +8,8 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from lynkr_store.lifecycle import Forkable, without_sigterm
-from lynkr_store.log import say, words_of
+from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.log import say, words_of
 
 WAKE_ROWS: Final = 10_000
 """Rows written after which the work is due, whatever the time: a statistic reads each of them."""

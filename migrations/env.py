@@ -24,7 +24,7 @@ from lynkr_store.engine import (
 )
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.exclusive import exclusively
-from lynkr_store.log import say
+from lynkr_store.process.log import say
 from lynkr_store.restoring import make_again
 from lynkr_store.revisions import (
     Standing,

@@ -14,7 +14,7 @@ from contextlib import closing
 import pytest
 
 from lynkr_store import BadArgument
-from lynkr_store.lifecycle import SigtermHandler, on_exit_of_worker
+from lynkr_store.process.lifecycle import SigtermHandler, on_exit_of_worker
 
 
 def run(code, *, expect=0, folder=None):
@@ -51,7 +51,7 @@ def sigterm():
 FORKS = """
     import gc
     import os
-    from lynkr_store.lifecycle import Forkable, on_fork
+    from lynkr_store.process.lifecycle import Forkable, on_fork
 
     class Part(Forkable):
         def __init__(self, name):
@@ -251,7 +251,7 @@ WORKERS = """
     import os
     import sys
     import weakref
-    from lynkr_store.lifecycle import on_exit_of_worker
+    from lynkr_store.process.lifecycle import on_exit_of_worker
 
     class Owner:
         pass
@@ -303,7 +303,7 @@ def test_it_comes_before_multiprocessing_closes_what_it_has(tmp_path):
         import multiprocessing
         import multiprocessing.util
         import os
-        from lynkr_store.lifecycle import on_exit_of_worker
+        from lynkr_store.process.lifecycle import on_exit_of_worker
 
         class Owner:
             pass
@@ -325,7 +325,7 @@ def test_it_comes_before_multiprocessing_closes_what_it_has(tmp_path):
 def test_another_process_is_left_to_atexit():
     assert run("""
         import os, sys
-        from lynkr_store.lifecycle import on_exit_of_worker
+        from lynkr_store.process.lifecycle import on_exit_of_worker
 
         on_exit_of_worker(on_exit_of_worker, lambda: os.write(1, b"ended "))
         print("multiprocessing.util" in sys.modules)
@@ -374,7 +374,7 @@ def test_without_one_before_the_process_dies_of_the_signal():
     assert run(
         """
         import os, signal
-        from lynkr_store.lifecycle import SigtermHandler
+        from lynkr_store.process.lifecycle import SigtermHandler
 
         SigtermHandler(lambda: os.write(1, b"ended"))
         signal.raise_signal(signal.SIGTERM)
@@ -498,7 +498,7 @@ def run_as_process_1(code):
 def test_process_1_ends_with_143_where_nothing_was_to_run(how, count):
     assert run_as_process_1(f"""
         import os, subprocess, time
-        from lynkr_store.lifecycle import SigtermHandler
+        from lynkr_store.process.lifecycle import SigtermHandler
 
         assert os.getpid() == 1
         handlers = [SigtermHandler(lambda: os.write(1, b"ended ")) for _ in range({count})]
@@ -513,7 +513,7 @@ def test_process_1_ends_with_143_where_nothing_was_to_run(how, count):
 def test_process_1_goes_on_where_its_own_handler_lets_it(before):
     status, words = run_as_process_1(f"""
         import os, signal
-        from lynkr_store.lifecycle import SigtermHandler
+        from lynkr_store.process.lifecycle import SigtermHandler
 
         signal.signal(signal.SIGTERM, {before})
         handler = SigtermHandler(lambda: os.write(1, b"ended "))
@@ -589,7 +589,7 @@ def test_a_handler_that_is_not_pythons_is_not_overwritten(tmp_path):
 def test_a_child_ends_for_itself():
     words = run("""
         import os, signal
-        from lynkr_store.lifecycle import SigtermHandler
+        from lynkr_store.process.lifecycle import SigtermHandler
 
         SigtermHandler(lambda: os.write(1, f"ended:{os.getpid()} ".encode()))
         pid = os.fork()

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.waiting import Call, Event, SharedCall, Workers, in_thread
+from lynkr_store.process.waiting import Call, Event, SharedCall, Workers, in_thread
 from tests.support.stores import eventually
 
 WAIT_S = 60
@@ -249,7 +249,7 @@ def test_one_call_after_the_other_takes_a_thread_that_is_there():
 
 
 def test_a_thread_that_waits_long_enough_in_vain_ends(monkeypatch):
-    monkeypatch.setattr("lynkr_store.waiting._LINGER_S", 0.05)
+    monkeypatch.setattr("lynkr_store.process.waiting._LINGER_S", 0.05)
     workers = Workers(2, "brief")
     for _ in range(3):
         assert run(workers.run(lambda: 1)) == 1

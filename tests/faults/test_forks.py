@@ -18,7 +18,7 @@ PROGRAM = """
     from sqlalchemy import event
     from lynkr_store import Window, forking
     from lynkr_store.engine import create_store_async_engine
-    from lynkr_store.lifecycle import Forkable, on_fork
+    from lynkr_store.process.lifecycle import Forkable, on_fork
     from tests.support.stores import eventually
 
     WAIT_S = 60

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from lynkr_store import AsyncStore, BadArgument, Store, StoreSettings, create_store_engine
-from lynkr_store import files as files_module
 from lynkr_store import spool as spool_module
 from lynkr_store.exceptions import SpoolError
+from lynkr_store.process import files as files_module
 from lynkr_store.spool import Spool, SpoolForeign
 from tests.support.stores import adds_up, eventually
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.lifecycle import Forkable, without_sigterm
 
 _LINGER_S: Final = 10.0
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Final
 
 from lynkr_store.exceptions import BadArgument
-from lynkr_store.log import say
+from lynkr_store.process.log import say
 
 FORK_WAIT_S: Final = 5.0
 """Seconds that a fork waits for a part that is at work: longer than SQLite's busy timeout of 3."""
