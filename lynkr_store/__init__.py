@@ -22,7 +22,6 @@ from lynkr_store.exceptions import (
     UnsupportedDatabase,
     UpgradeTimeout,
 )
-from lynkr_store.filters import RoutingFilter, Window
 from lynkr_store.ingest import TextPolicy
 from lynkr_store.migrate import not_ours, upgrade
 from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
@@ -38,6 +37,7 @@ from lynkr_store.schemas import (
     RoutingRowBrief,
     RoutingStats,
 )
+from lynkr_store.schemas.filters import RoutingFilter, Window
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store import AsyncStore, Store
 from lynkr_store.version import __version__

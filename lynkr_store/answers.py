@@ -6,11 +6,11 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
 from lynkr_store import questions, rollups
-from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import LONG_BACKLOG, Question, shape
 from lynkr_store.rollups import Standing
-from lynkr_store.spans import QUARTER_MS, cover, floor_to
+from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS
+from lynkr_store.spans import cover, floor_to
 
 
 class Part(NamedTuple):

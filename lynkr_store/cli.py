@@ -25,9 +25,9 @@ from lynkr_store.database import looking_engine
 from lynkr_store.engine import create_store_engine, disposing
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.faults import translated
-from lynkr_store.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.repository import LOOK_BACK, epoch_ms_now
 from lynkr_store.schemas import Cursor, Health, epoch_ms
+from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store import Store
 

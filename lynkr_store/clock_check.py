@@ -10,9 +10,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import BigInteger, ColumnElement, Select, select, type_coerce
 
-from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.models import LEDGER, TELEMETRY
-from lynkr_store.spans import DAY_MS, HOUR_MS
+from lynkr_store.schemas.units import DAY_MS, HOUR_MS, INSTANT_MIN_MS
 
 TRUSTED: Final = "trusted_clock_ms"
 """The name, among the values of the progress, of the present that retention trusted last."""

@@ -53,8 +53,8 @@ from lynkr_store.process.log import say
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
+from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.spans import DAY_MS
 from lynkr_store.turns import Away
 from lynkr_store.urls import file_of, is_memory
 

@@ -29,7 +29,6 @@ from sqlalchemy.sql.dml import ReturningDelete
 
 from lynkr_store import measures
 from lynkr_store.backend import Backend
-from lynkr_store.domains import INSTANT_MAX_MS
 from lynkr_store.functions import (
     count_of,
     each_row,
@@ -40,7 +39,8 @@ from lynkr_store.functions import (
 )
 from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import folded_in, in_domain
-from lynkr_store.spans import DAY_MS, QUARTER_MS, SPANS_MS, floor_to
+from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, QUARTER_MS
+from lynkr_store.spans import SPANS_MS, floor_to
 
 ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
 """The columns of a roll-up."""

@@ -18,8 +18,8 @@ from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_
 from lynkr_store.process.log import say
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
+from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.spans import DAY_MS
 
 BUDGET_S: Final = 30.0
 """Seconds for retention, and to wait for others: a tenth of the time between two of a store's own,

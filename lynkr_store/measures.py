@@ -11,9 +11,9 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, ColumnElement, Label, and_, case, func, literal, or_
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
-from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
 from lynkr_store.functions import count_of, exact_sum, measured, scaled
 from lynkr_store.models import ROLLUPS, TELEMETRY
+from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE
 
 _HIGH_TIERS: Final = ("REASONING", "COMPLEX")
 _HIGH_QUALITY: Final = 80  # the gateway's thresholds

@@ -16,7 +16,6 @@ import msgspec
 import ormsgpack
 from pydantic.fields import FieldInfo
 
-from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.rows import Columns
 from lynkr_store.schemas import (
     FLAG_FIELDS,
@@ -29,6 +28,7 @@ from lynkr_store.schemas import (
     instant_in_domain,
     mend_text,
 )
+from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
 STAMP: Final = "at the call"
 """Where a record that names no instant has that of the call, in epoch milliseconds: no field's."""

@@ -32,11 +32,11 @@ from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from lynkr_store.backend import Backend
 from lynkr_store.columns import Real
-from lynkr_store.domains import COUNT, DOLLARS, MILLISECONDS, SCORE
-from lynkr_store.filters import RoutingFilter
 from lynkr_store.functions import as_real, each_id, inserting, measured, one_of, unindexed
 from lynkr_store.models import FAILED, LEDGER, PROGRESS, TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
+from lynkr_store.schemas.filters import RoutingFilter
+from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE
 
 _t: Final = TELEMETRY.c
 

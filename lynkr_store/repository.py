@@ -12,17 +12,9 @@ from sqlalchemy.orm import Session
 from lynkr_store import answers, queries
 from lynkr_store.answers import Answer, Part
 from lynkr_store.backend import Backend
-from lynkr_store.domains import half_up
 from lynkr_store.engine import backend_of, require_utf8
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.faults import translated
-from lynkr_store.filters import (
-    RoutingFilter,
-    Window,
-    checked_limit,
-    checked_provider,
-    given,
-)
 from lynkr_store.functions import joined
 from lynkr_store.ingest import TextPolicy, rows_of
 from lynkr_store.inserts import insert_or_reject
@@ -41,6 +33,14 @@ from lynkr_store.schemas import (
     RoutingStats,
     utc,
 )
+from lynkr_store.schemas.filters import (
+    RoutingFilter,
+    Window,
+    checked_limit,
+    checked_provider,
+    given,
+)
+from lynkr_store.schemas.units import half_up
 from lynkr_store.settings import TextSettings
 
 LOOK_BACK: Final = timedelta(hours=24)

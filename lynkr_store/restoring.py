@@ -16,7 +16,8 @@ from lynkr_store.exceptions import SchemaError
 from lynkr_store.inserts import FORGOTTEN
 from lynkr_store.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.rollups import GREATEST_ID
-from lynkr_store.spans import QUARTER_MS, floor_to
+from lynkr_store.schemas.units import QUARTER_MS
+from lynkr_store.spans import floor_to
 
 _RAW_FROM: Final = "raw_from"
 _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)

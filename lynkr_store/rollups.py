@@ -22,10 +22,9 @@ from sqlalchemy import (
     select,
 )
 
-from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.functions import unindexed, whole_number, written_out
 from lynkr_store.models import CHANGES, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.spans import QUARTER_MS
+from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 
 NOTHING: Final = -(2**63)
 """The watermark before the first fold."""

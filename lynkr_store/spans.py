@@ -8,11 +8,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
+from lynkr_store.schemas.units import DAY_MS, HOUR_MS, INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 
-QUARTER_MS: Final = 900_000
-HOUR_MS: Final = 3_600_000
-DAY_MS: Final = 86_400_000
 SPANS_MS: Final = (QUARTER_MS, HOUR_MS, DAY_MS)
 """Each a multiple of the one before; instants in their domain begin and end on whole ones."""
 

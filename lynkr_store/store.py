@@ -22,13 +22,6 @@ from lynkr_store.engine import (
 )
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
 from lynkr_store.faults import translated
-from lynkr_store.filters import (
-    RoutingFilter,
-    Window,
-    checked_limit,
-    checked_provider,
-    given,
-)
 from lynkr_store.forking import keep_out_of_children
 from lynkr_store.loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.maintenance import BUDGET_S
@@ -45,6 +38,13 @@ from lynkr_store.schemas import (
     RoutingRow,
     RoutingRowBrief,
     RoutingStats,
+)
+from lynkr_store.schemas.filters import (
+    RoutingFilter,
+    Window,
+    checked_limit,
+    checked_provider,
+    given,
 )
 from lynkr_store.settings import StoreSettings
 from lynkr_store.writer import CLOSE_S, checked_timeout

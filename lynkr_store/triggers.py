@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Final, assert_never
 
 from lynkr_store.backend import Backend
-from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
+from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
 NAMES: Final = {
     Backend.SQLITE: (

@@ -25,13 +25,13 @@ from typing import Final, Protocol
 
 from lynkr_store.account import Account
 from lynkr_store.exceptions import OutcomeUnknown, SpoolError
-from lynkr_store.filters import checked_seconds
 from lynkr_store.ingest import TextPolicy, new_ids, taken_over
 from lynkr_store.intake import Intake, Queued
 from lynkr_store.preparing import prepare
 from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.process.log import say, words_of
 from lynkr_store.rows import Gathering, Row
+from lynkr_store.schemas.filters import checked_seconds
 from lynkr_store.spool import Entry, Spool, SpoolDamaged
 from lynkr_store.turns import Away, Turns
 

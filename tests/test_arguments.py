@@ -8,7 +8,12 @@ import pendulum
 import pytest
 
 from lynkr_store.exceptions import BadArgument
-from lynkr_store.filters import checked_age, checked_limit, checked_provider, checked_seconds
+from lynkr_store.schemas.filters import (
+    checked_age,
+    checked_limit,
+    checked_provider,
+    checked_seconds,
+)
 from tests.support.values import HOSTILE, Number, OwnDuration, Tier, noon
 
 

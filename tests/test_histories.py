@@ -27,7 +27,7 @@ from lynkr_store import (
 from lynkr_store.backend import Backend
 from lynkr_store.measures import SUMMED
 from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.spans import DAY_MS
+from lynkr_store.schemas.units import DAY_MS
 from tests.test_rollups import (
     EVERYTHING,
     INSTANTS,

@@ -25,10 +25,10 @@ from lynkr_store import (
 )
 from lynkr_store.backend import Backend
 from lynkr_store.cli import app
-from lynkr_store.domains import INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.engine import writing
 from lynkr_store.models import CHANGES, TELEMETRY
-from lynkr_store.spans import DAY_MS, floor_to
+from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
+from lynkr_store.spans import floor_to
 from tests.conftest import POSTGRES
 from tests.support.stores import eventually
 from tests.test_rollups import answered, from_rows, opener, put

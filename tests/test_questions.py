@@ -8,7 +8,8 @@ from sqlalchemy.dialects.postgresql import psycopg
 
 from lynkr_store import Store, StoreSettings, Window, questions, repository
 from lynkr_store.rollups import NOTHING
-from lynkr_store.spans import DAY_MS, HOUR_MS, cover
+from lynkr_store.schemas.units import DAY_MS, HOUR_MS
+from lynkr_store.spans import cover
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000

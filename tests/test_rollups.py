@@ -26,12 +26,12 @@ from lynkr_store import (
     rollups,
 )
 from lynkr_store.answers import Part
-from lynkr_store.domains import INSTANT_MIN_MS
 from lynkr_store.engine import writing
 from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.questions import Question, Shape
 from lynkr_store.rollups import NOTHING, Standing
-from lynkr_store.spans import DAY_MS, QUARTER_MS, ceil_to, cover, floor_to
+from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS, QUARTER_MS
+from lynkr_store.spans import ceil_to, cover, floor_to
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000

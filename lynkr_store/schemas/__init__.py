@@ -1,6 +1,7 @@
-"""What goes in and what comes out: records, rows, statistics, reports.
+"""The values that go in and come out: records, filters, rows, statistics, health.
 
-Inputs forbid unknown names; outputs ignore them. Everything is frozen all the way down.
+Inputs forbid unknown names; outputs ignore them. Everything is frozen all the way down. What a
+stored number can mean stands in `units`. No database, thread or file may come in here.
 """
 
 from lynkr_store.schemas.base import utc
@@ -16,9 +17,9 @@ from lynkr_store.schemas.events import (
     instant_in_domain,
     mend_text,
 )
-from lynkr_store.schemas.reports import Health, MaintenanceReport
+from lynkr_store.schemas.health import Health, MaintenanceReport
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
-from lynkr_store.schemas.stats import ProviderStats, RoutingAccuracy, RoutingStats
+from lynkr_store.schemas.statistics import ProviderStats, RoutingAccuracy, RoutingStats
 from lynkr_store.schemas.values import datetime_of, epoch_ms, plain
 
 __all__ = [

@@ -19,9 +19,16 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lynkr_store.domains import COUNT, DOLLARS, INSTANT_MAX_MS, INSTANT_MIN_MS, MILLISECONDS, SCORE
 from lynkr_store.schemas import values
 from lynkr_store.schemas.base import FrozenInput
+from lynkr_store.schemas.units import (
+    COUNT,
+    DOLLARS,
+    INSTANT_MAX_MS,
+    INSTANT_MIN_MS,
+    MILLISECONDS,
+    SCORE,
+)
 
 REPLACEMENT: Final = "\ufffd"
 TEXT_FIELDS: Final = ("request_text", "response_text")
@@ -197,7 +204,7 @@ class RoutingEvent(FrozenInput):
 
     None means not measured, which is never 0. Values of other libraries are taken as the plain
     values that say the same (see `lynkr_store.schemas.values`). Numbers outside the limits of
-    `lynkr_store.domains`, other types, unknown names and naive datetimes are errors.
+    `lynkr_store.schemas.units`, other types, unknown names and naive datetimes are errors.
     What a database cannot hold is mended and named in `mended`: NUL and lone surrogates in text
     become U+FFFD, NaN and infinities None, and names are cut at 512 characters.
 

@@ -34,6 +34,10 @@ INSTANT_MIN_MS: Final = 946_684_800_000
 INSTANT_MAX_MS: Final = 4_102_444_800_000
 """2100-01-01T00:00Z in epoch milliseconds: the latest instant a record may carry."""
 
+QUARTER_MS: Final = 900_000
+HOUR_MS: Final = 3_600_000
+DAY_MS: Final = 86_400_000
+
 
 def half_up(numerator: int, denominator: int, digits: int) -> float:
     """Round the exact fraction to ``digits`` decimals, ties toward +infinity.
