@@ -22,7 +22,7 @@ from lynkr_store.exceptions import (
     UnsupportedDatabase,
     UpgradeTimeout,
 )
-from lynkr_store.ingest import TextPolicy
+from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.migrate import not_ours, upgrade
 from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.repository import RoutingRepository

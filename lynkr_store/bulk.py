@@ -17,15 +17,15 @@ from sqlalchemy.exc import DBAPIError
 from lynkr_store import catalogue, triggers
 from lynkr_store.backend import Backend
 from lynkr_store.engine import backend_of, driver_of, overwriting
+from lynkr_store.ingest.batch import Row, Rows
+from lynkr_store.ingest.handoff import Away
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rows import Row, Rows
-from lynkr_store.turns import Away
 
 _MOST_ROWS: Final = 1_000  # of a statement, or half of it
 _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
 
 AWAY: Final = "lynkr_store_away"
-"""The execution option of a `lynkr_store.turns.Away`, to be entered around each long call."""
+"""The execution option that holds an `Away`, which is entered around each long call."""
 
 _COUNTING: Final = {"preserve_rowcount": True}  # psycopg forgets it with the cursor
 

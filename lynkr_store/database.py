@@ -45,17 +45,17 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.faults import Fault, fault_of, is_busy, is_no_database, translated
 from lynkr_store.forking import keep_out_of_children
+from lynkr_store.ingest.batch import Row
+from lynkr_store.ingest.handoff import Away
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
-from lynkr_store.rows import Row
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.turns import Away
 from lynkr_store.urls import file_of, is_memory
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
@@ -278,7 +278,7 @@ class Database(Forkable):
             raise
 
     def write(self, batch_id: str, rows: Sequence[Row], away: Away) -> Mapping[str, int]:
-        """Store a batch once; see `lynkr_store.writer.Sink`.
+        """Store a batch once; see `lynkr_store.ingest.writer.Sink`.
 
         In one transaction, or, where a row of many is refused, in one for each part.
         """

@@ -14,8 +14,8 @@ from lynkr_store.diagnosis import hindrance, whose, without_ids
 from lynkr_store.engine import backend_of, driver_of, ensure_begun
 from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
 from lynkr_store.faults import Fault, fault_of, refusal
+from lynkr_store.ingest.batch import Row
 from lynkr_store.models import TELEMETRY
-from lynkr_store.rows import Row
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS
 
 LEDGER_DAYS: Final = 30

@@ -16,12 +16,12 @@ from lynkr_store.engine import backend_of, require_utf8
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.faults import translated
 from lynkr_store.functions import joined
-from lynkr_store.ingest import TextPolicy, rows_of
+from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.validation import TextPolicy, rows_of
 from lynkr_store.inserts import insert_or_reject
 from lynkr_store.measures import SUMMED, columns_of
 from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
-from lynkr_store.rows import Gathering
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,

@@ -23,6 +23,7 @@ from lynkr_store.engine import (
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
 from lynkr_store.faults import translated
 from lynkr_store.forking import keep_out_of_children
+from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
 from lynkr_store.loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.maintenance import BUDGET_S
 from lynkr_store.process.lifecycle import on_fork
@@ -47,7 +48,6 @@ from lynkr_store.schemas.filters import (
     given,
 )
 from lynkr_store.settings import StoreSettings
-from lynkr_store.writer import CLOSE_S, checked_timeout
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lynkr_store import create_store_engine, migrate, writing
 from lynkr_store.engine import parse_url
-from lynkr_store.ingest import TextPolicy, row_of
+from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.inserts import (
     LEDGER_DAYS,
     expire_ledger,

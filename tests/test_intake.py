@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynkr_store import RoutingEvent
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.intake import Intake, as_submitted
-from lynkr_store.preparing import prepare
-from lynkr_store.rows import Gathering
+from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.queue import Intake, as_submitted
+from lynkr_store.ingest.validation import TextPolicy
 
 UNIT = 2_048
 """Bytes that one place of a small queue stands for."""

@@ -12,11 +12,11 @@ from ormsgpack import packb
 from pydantic import ValidationError
 
 from lynkr_store import RoutingEvent
-from lynkr_store.ingest import TextPolicy, cause_of, row_of
-from lynkr_store.intake import Intake
-from lynkr_store.packing import AS_IT_IS, STAMP, packable, plain_columns
-from lynkr_store.preparing import columns_of
-from lynkr_store.rows import Gathering
+from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.codec import AS_IT_IS, STAMP, packable, plain_columns
+from lynkr_store.ingest.preparer import columns_of
+from lynkr_store.ingest.queue import Intake
+from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
 from lynkr_store.schemas import FLAG_FIELDS, TEXT_FIELDS
 from tests.factories import EventFactory, RecordFactory
 

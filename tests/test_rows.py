@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynkr_store.rows import Gathering, Rows, by_column
+from lynkr_store.ingest.batch import Gathering, Rows, by_column
 
 _rows = st.lists(
     st.dictionaries(st.sampled_from("abcd"), st.none() | st.integers(0, 9), max_size=4)

@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynkr_store.exceptions import SpoolError
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.spool import Spool, SpoolDamaged, _decoded, _encoded
-from lynkr_store.writer import Writer
+from lynkr_store.ingest.spool import Spool, SpoolDamaged, _decoded, _encoded
+from lynkr_store.ingest.validation import TextPolicy
+from lynkr_store.ingest.writer import Writer
 
 MIB = 2**20
 NOBODY = 65_534
@@ -85,7 +85,7 @@ def run(code, *arguments, expect=0):
 HOLDER = """
     import sys
     from pathlib import Path
-    from lynkr_store.spool import Spool
+    from lynkr_store.ingest.spool import Spool
 
     spool = Spool(Path(sys.argv[1]), 2**26)
     spool.open()
@@ -392,7 +392,7 @@ def test_a_process_killed_at_any_statement_leaves_a_sound_file(make, path):
     code = """
         import os, signal, sqlite3, sys
         from pathlib import Path
-        from lynkr_store import spool as module
+        from lynkr_store.ingest import spool as module
 
         at = int(sys.argv[2])
         made, statements = sqlite3.connect, 0
@@ -703,7 +703,7 @@ def test_a_batch_for_which_memory_is_short_waits_until_it_is_there(make, path, m
         return loads(payload)
 
     monkeypatch.setattr(json, "loads", loads_with_little_memory)
-    monkeypatch.setattr("lynkr_store.writer._SPOOL_AGAIN_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.writer._SPOOL_AGAIN_S", 0.01)
     sink = Sink()
     writer = replaying(path, sink, 11_000)
     eventually(lambda: writer.account().written == 15)
@@ -801,7 +801,7 @@ def test_a_directory_where_an_unprivileged_user_may_not_write_is_named():
         import os, sys
         from pathlib import Path
         from lynkr_store.exceptions import SpoolError
-        from lynkr_store.spool import Spool
+        from lynkr_store.ingest.spool import Spool
 
         os.setgroups([])
         os.setgid(int(sys.argv[2]))

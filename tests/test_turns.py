@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from lynkr_store import turns as module
-from lynkr_store.turns import Turns
+from lynkr_store.ingest import handoff as module
+from lynkr_store.ingest.handoff import Turns
 
 
 @pytest.fixture

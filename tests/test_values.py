@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from lynkr_store import Cursor, RoutingEvent, RoutingFilter, Window
-from lynkr_store.ingest import TextPolicy, cause_of, row_of
-from lynkr_store.intake import Intake, as_submitted
-from lynkr_store.preparing import prepare
-from lynkr_store.rows import Gathering
+from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.queue import Intake, as_submitted
+from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
 from lynkr_store.schemas import datetime_of
 from tests.support.values import (
     AT,

@@ -9,8 +9,8 @@ import pytest
 
 from lynkr_store import BadArgument, RoutingEvent
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.writer import Writer
+from lynkr_store.ingest.validation import TextPolicy
+from lynkr_store.ingest.writer import Writer
 
 
 class Sink:
@@ -138,7 +138,7 @@ def eventually(holds, timeout_s=20):
 
 
 def test_what_does_not_fit_is_dropped_and_counted(make, sink, monkeypatch):
-    monkeypatch.setattr("lynkr_store.writer._READY", 1)
+    monkeypatch.setattr("lynkr_store.ingest.writer._READY", 1)
     sink.open.clear()
     writer = make(max_rows=5, batch_rows=1)
     for name in ("in the sink", "prepared"):
@@ -226,7 +226,7 @@ def test_rows_that_the_sink_refuses_are_counted_by_its_cause(make, sink):
 
 
 def test_a_batch_stays_in_hand_until_the_sink_takes_it(make, sink, monkeypatch, caplog):
-    monkeypatch.setattr("lynkr_store.writer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
     sink.failures = [StoreUnavailable("gone"), StoreUnavailable("gone"), OSError("a row's text")]
     writer = make()
     for n in range(7):

@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from lynkr_store.exceptions import OutcomeUnknown, StoreUnavailable
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.spool import Spool
-from lynkr_store.writer import Writer
+from lynkr_store.ingest.spool import Spool
+from lynkr_store.ingest.validation import TextPolicy
+from lynkr_store.ingest.writer import Writer
 from tests.test_writer import adds_up, eventually, has_ended
 
 
@@ -247,7 +247,7 @@ def test_a_child_sets_out_anew_with_a_file_of_its_own(make, ledger, tmp_path):
 
 
 def test_a_child_of_a_fork_while_the_spool_is_written_has_none(make, ledger, monkeypatch):
-    monkeypatch.setattr("lynkr_store.writer.FORK_WAIT_S", 0.05)
+    monkeypatch.setattr("lynkr_store.ingest.writer.FORK_WAIT_S", 0.05)
     writer = make()
     spool, held, over = writer._spool, threading.Event(), threading.Event()
 

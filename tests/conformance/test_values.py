@@ -14,7 +14,7 @@ from lynkr_store import (
     Window,
     writing,
 )
-from lynkr_store.ingest import cause_of
+from lynkr_store.ingest.validation import cause_of
 from tests.support.stores import adds_up
 from tests.support.values import AT, NOON, TABLE, Tier, is_refused
 

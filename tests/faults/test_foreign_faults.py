@@ -10,11 +10,11 @@ import pytest
 
 from lynkr_store import Store, StoreSettings
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.preparing import prepare
-from lynkr_store.spool import Spool
+from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.spool import Spool
+from lynkr_store.ingest.validation import TextPolicy
+from lynkr_store.ingest.writer import RESTARTED, Writer
 from lynkr_store.upkeep import Upkeep
-from lynkr_store.writer import RESTARTED, Writer
 from tests.support.stores import adds_up, eventually
 from tests.test_writer import adds_up as account_adds_up
 
@@ -210,16 +210,16 @@ def test_a_fault_at_any_foreign_call_costs_no_record(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_that_cannot_be_checked_costs_itself(kind, monkeypatch, tmp_path, logger):
-    from lynkr_store import preparing  # noqa: PLC0415 - what is patched
+    from lynkr_store.ingest import preparer  # noqa: PLC0415 - what is patched
 
-    checked = preparing.plain_columns
+    checked = preparer.plain_columns
 
     def plain_columns(records):
         if any(b"3" in record[0] for record in records):
             raise kind(SECRET)
         return checked(records)
 
-    monkeypatch.setattr(preparing, "plain_columns", plain_columns)
+    monkeypatch.setattr(preparer, "plain_columns", plain_columns)
     faults = Faults("none", 0, kind)
     account = one_case(faults, tmp_path, monkeypatch, logger, spool=False)
     assert account.rejected_by == {"wrong_type": 1, "failed": 1}
@@ -229,7 +229,7 @@ def test_a_record_that_cannot_be_checked_costs_itself(kind, monkeypatch, tmp_pat
 def test_what_ends_the_thread_again_and_again_is_dropped_and_it_goes_on(
     monkeypatch, tmp_path, logger
 ):
-    from lynkr_store import writer as module  # noqa: PLC0415 - what is patched
+    from lynkr_store.ingest import writer as module  # noqa: PLC0415 - what is patched
 
     fails = iter([SystemExit] * 3)
 

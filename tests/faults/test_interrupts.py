@@ -18,8 +18,8 @@ import pytest
 import lynkr_store
 from lynkr_store import RoutingEvent, Store, StoreSettings
 from lynkr_store.cache import TTLCache
-from lynkr_store.ingest import TextPolicy
-from lynkr_store.writer import Writer
+from lynkr_store.ingest.validation import TextPolicy
+from lynkr_store.ingest.writer import Writer
 from tests.support.interrupts import Interruption, interrupted, moments
 from tests.support.stores import adds_up, eventually
 from tests.test_cache import waits

@@ -47,8 +47,8 @@ def proxy(server):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr("lynkr_store.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.writer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
 
 
 @pytest.fixture

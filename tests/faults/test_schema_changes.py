@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("_quick_retries")
 
 @pytest.fixture
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr("lynkr_store.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.writer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import text
 
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate
-from lynkr_store.spool import Spool
+from lynkr_store.ingest.spool import Spool
 from tests.conftest import POSTGRES
 
 NOBODY = 65_534
@@ -137,7 +137,7 @@ def left_in(path, tmp_path):
 
 def filled(path, batches=5, rows=3):
     """What a process that is gone left: batches as the writer makes them."""
-    from lynkr_store.ingest import TextPolicy, row_of  # noqa: PLC0415
+    from lynkr_store.ingest.validation import TextPolicy, row_of  # noqa: PLC0415
 
     spool = Spool(path, 2**30)
     spool.open()

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from lynkr_store import AsyncStore, BadArgument, Store, StoreSettings, create_store_engine
-from lynkr_store import spool as spool_module
 from lynkr_store.exceptions import SpoolError
+from lynkr_store.ingest import spool as spool_module
+from lynkr_store.ingest.spool import Spool, SpoolForeign
 from lynkr_store.process import files as files_module
-from lynkr_store.spool import Spool, SpoolForeign
 from tests.support.stores import adds_up, eventually
 
 NOBODY = 65_534
@@ -459,7 +459,7 @@ UNPRIVILEGED = """
     import os, sys
     from pathlib import Path
     from lynkr_store.exceptions import SpoolError
-    from lynkr_store.spool import Spool
+    from lynkr_store.ingest.spool import Spool
 
     os.setgroups([])
     os.setgid(int(sys.argv[2]))

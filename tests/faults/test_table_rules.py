@@ -15,7 +15,7 @@ from lynkr_store import (
     create_store_engine,
     writing,
 )
-from lynkr_store.ingest import TextPolicy, row_of
+from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.inserts import insert_once
 from tests.conftest import BACKENDS, EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
@@ -25,8 +25,8 @@ NOW = 1_750_000_000_000
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr("lynkr_store.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.writer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
 
 
 def execute(engine, *statements):

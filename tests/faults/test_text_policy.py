@@ -21,10 +21,10 @@ from lynkr_store import (
     writing,
 )
 from lynkr_store.engine import create_store_async_engine, parse_url
-from lynkr_store.ingest import row_of
+from lynkr_store.ingest.spool import Spool
+from lynkr_store.ingest.validation import row_of
 from lynkr_store.models import RoutingTelemetry
 from lynkr_store.schemas import JSON_FIELDS, LONG_FIELDS, TEXT_FIELDS
-from lynkr_store.spool import Spool
 from tests.support.recorded import ROOT
 from tests.support.stores import Asynchronous, adds_up, eventually
 

@@ -16,7 +16,7 @@ import msgspec
 import ormsgpack
 from pydantic.fields import FieldInfo
 
-from lynkr_store.rows import Columns
+from lynkr_store.ingest.batch import Columns
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     JSON_FIELDS,

@@ -6,10 +6,10 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
-from lynkr_store.ingest import TextPolicy, cause_of, checked, complete
-from lynkr_store.intake import Queued, as_packed, as_submitted
-from lynkr_store.packing import plain_columns
-from lynkr_store.rows import Columns, Gathering, Row
+from lynkr_store.ingest.batch import Columns, Gathering, Row
+from lynkr_store.ingest.codec import plain_columns
+from lynkr_store.ingest.queue import Queued, as_packed, as_submitted
+from lynkr_store.ingest.validation import TextPolicy, cause_of, checked, complete
 from lynkr_store.schemas import RoutingEvent
 
 FAILED: Final = "failed"

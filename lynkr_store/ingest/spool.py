@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lynkr_store.exceptions import SpoolError
+from lynkr_store.ingest.batch import Row, Rows
 from lynkr_store.process.files import (
     Identity,
     identity_of,
@@ -36,7 +37,6 @@ from lynkr_store.process.files import (
     private,
     refuse_open_directory,
 )
-from lynkr_store.rows import Row, Rows
 
 _APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
 _PAGE_BYTES: Final = 4_096

@@ -23,17 +23,17 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Final, Protocol
 
-from lynkr_store.account import Account
 from lynkr_store.exceptions import OutcomeUnknown, SpoolError
-from lynkr_store.ingest import TextPolicy, new_ids, taken_over
-from lynkr_store.intake import Intake, Queued
-from lynkr_store.preparing import prepare
+from lynkr_store.ingest.account import Account
+from lynkr_store.ingest.batch import Gathering, Row
+from lynkr_store.ingest.handoff import Away, Turns
+from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.queue import Intake, Queued
+from lynkr_store.ingest.spool import Entry, Spool, SpoolDamaged
+from lynkr_store.ingest.validation import TextPolicy, new_ids, taken_over
 from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker, without_sigterm
 from lynkr_store.process.log import say, words_of
-from lynkr_store.rows import Gathering, Row
 from lynkr_store.schemas.filters import checked_seconds
-from lynkr_store.spool import Entry, Spool, SpoolDamaged
-from lynkr_store.turns import Away, Turns
 
 _BATCH_BYTES: Final = 8 * 2**20
 """Bytes of records in one batch at most: a transaction of about 0.1 s on SQLite, where a gateway
@@ -139,7 +139,7 @@ class Writer(Forkable):
             wrong.
 
     Attributes:
-        submit: See `lynkr_store.intake.Intake.submit`.
+        submit: See `lynkr_store.ingest.queue.Intake.submit`.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the composition

@@ -29,7 +29,7 @@ from uuid import UUID
 import msgspec
 from ormsgpack import packb
 
-from lynkr_store.packing import AS_IT_IS, STAMP, Packed, packable, unpacked
+from lynkr_store.ingest.codec import AS_IT_IS, STAMP, Packed, packable, unpacked
 from lynkr_store.schemas import RoutingEvent, datetime_of, plain
 
 _RECORD_BYTES: Final = 256  # what a queued record costs, about, beside its fields

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lynkr_store.rows import Columns, Gathering, Row, Rows, by_column
+from lynkr_store.ingest.batch import Columns, Gathering, Row, Rows, by_column
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     LONG_FIELDS,
