@@ -15,7 +15,8 @@ from benchmarks.databases import Place, connect, every_place, insert, settle
 from benchmarks.filled import filled_store
 from benchmarks.harness import Ratio, Result, Spread, timed
 from benchmarks.sample import END_MS, SESSIONS, Sample
-from lynkr_store import Store, mending, triggers, upgrade
+from lynkr_store import Store, mending, upgrade
+from lynkr_store.db import triggers
 
 ROUNDS: Final = 3
 DAY: Final = timedelta(days=1)

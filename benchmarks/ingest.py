@@ -18,8 +18,8 @@ from benchmarks.original import Original
 from benchmarks.sample import COLUMNS, SESSIONS, Record, Sample
 from lynkr_store import Store, StoreSettings, upgrade
 from lynkr_store.backend import Backend
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
-from lynkr_store.models import TELEMETRY
 
 BATCH: Final = 1_000
 ROUNDS: Final = 3

@@ -4,7 +4,8 @@ One row for each routed request: which tier and provider was chosen and why, how
 what it cost, how good the answer was. Importing opens nothing, starts nothing, reads nothing.
 """
 
-from lynkr_store.engine import create_store_engine, writing
+from lynkr_store.db.engines import create_store_engine, writing
+from lynkr_store.db.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.exceptions import (
     AdoptionRefused,
     BadArgument,
@@ -24,7 +25,6 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.migrate import not_ours, upgrade
-from lynkr_store.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,

@@ -23,8 +23,8 @@ from sqlalchemy import (
 )
 from sqlalchemy import table as sql_table
 
-from lynkr_store import catalogue
 from lynkr_store.backend import VERSION_TABLE, Backend
+from lynkr_store.db import catalogue
 from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
 
 

@@ -6,7 +6,7 @@ from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
 from lynkr_store import questions, rollups
-from lynkr_store.models import TELEMETRY
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.questions import LONG_BACKLOG, Question, shape
 from lynkr_store.rollups import Standing
 from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS

@@ -14,12 +14,12 @@ from sqlalchemy import Connection, Dialect, Float, Insert, Integer, insert
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
-from lynkr_store import catalogue, triggers
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of, driver_of, overwriting
+from lynkr_store.db import catalogue, triggers
+from lynkr_store.db.engines import backend_of, driver_of, overwriting
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.batch import Row, Rows
 from lynkr_store.ingest.handoff import Away
-from lynkr_store.models import TELEMETRY
 
 _MOST_ROWS: Final = 1_000  # of a statement, or half of it
 _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9

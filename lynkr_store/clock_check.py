@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import BigInteger, ColumnElement, Select, select, type_coerce
 
-from lynkr_store.models import LEDGER, TELEMETRY
+from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.schemas.units import DAY_MS, HOUR_MS, INSTANT_MIN_MS
 
 TRUSTED: Final = "trusted_clock_ms"

@@ -17,9 +17,10 @@ from lynkr_store import maintenance, revisions
 from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
-from lynkr_store.engine import plan_for_any
+from lynkr_store.db.engines import plan_for_any
+from lynkr_store.db.errors import translated
+from lynkr_store.db.urls import file_of, shown
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
-from lynkr_store.faults import translated
 from lynkr_store.ingest.spool import Spool, clashes
 from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.inserts import LEDGER_DAYS
@@ -32,7 +33,6 @@ from lynkr_store.schemas.filters import Window, checked_age, checked_seconds, gi
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.upkeep import Upkeep
-from lynkr_store.urls import file_of, shown
 
 _T = TypeVar("_T")
 

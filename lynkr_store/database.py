@@ -14,12 +14,12 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import bulk, catalogue, migrate, revisions, rollups
+from lynkr_store import bulk, migrate, revisions, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.company import has_company
 from lynkr_store.courtesy import again_s, pause_s
-from lynkr_store.diagnosis import hindrance
-from lynkr_store.engine import (
+from lynkr_store.db import catalogue
+from lynkr_store.db.engines import (
     WAL_PAGES,
     backend_of,
     check_host_engine,
@@ -35,6 +35,11 @@ from lynkr_store.engine import (
     writing,
     writing_at_once,
 )
+from lynkr_store.db.errors import Fault, fault_of, is_busy, is_no_database, translated
+from lynkr_store.db.forking import keep_out_of_children
+from lynkr_store.db.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.urls import file_of, is_memory
+from lynkr_store.diagnosis import hindrance
 from lynkr_store.exceptions import (
     BadArgument,
     OutcomeUnknown,
@@ -43,12 +48,9 @@ from lynkr_store.exceptions import (
     StoreUnavailable,
     raise_alone,
 )
-from lynkr_store.faults import Fault, fault_of, is_busy, is_no_database, translated
-from lynkr_store.forking import keep_out_of_children
 from lynkr_store.ingest.batch import Row
 from lynkr_store.ingest.handoff import Away
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
-from lynkr_store.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
@@ -56,7 +58,6 @@ from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.urls import file_of, is_memory
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (

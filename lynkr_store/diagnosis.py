@@ -10,13 +10,14 @@ from typing import Any, Final, assert_never
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from lynkr_store import catalogue, identities
+from lynkr_store import identities
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of
+from lynkr_store.db import catalogue
+from lynkr_store.db.engines import backend_of
+from lynkr_store.db.errors import Fault, fault_of, is_full, is_null_refused
+from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.exceptions import StoreUnavailable, raise_alone
-from lynkr_store.faults import Fault, fault_of, is_full, is_null_refused
 from lynkr_store.identities import Kind
-from lynkr_store.models import LEDGER, TELEMETRY
 
 _REPEATED: Final = "23505"
 _NULL: Final = "23502"

@@ -14,11 +14,11 @@ from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of, ensure_begun, writing
+from lynkr_store.db.engines import backend_of, ensure_begun, writing
+from lynkr_store.db.errors import is_busy
+from lynkr_store.db.postgresql import make_schema, require_schema, schema_of
+from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import UpgradeTimeout
-from lynkr_store.faults import is_busy
-from lynkr_store.search_path import make_schema, require_schema, schema_of
-from lynkr_store.urls import is_memory
 
 WAIT_S: Final = 60.0
 """Seconds for which a migration waits for another, or for those who hold its tables."""

@@ -16,11 +16,11 @@ from lynkr_store.answers import look as look_at
 from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
-from lynkr_store.engine import backend_of
+from lynkr_store.db.engines import backend_of
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import Rows
 from lynkr_store.measures import columns_of
-from lynkr_store.models import TELEMETRY
 from lynkr_store.rollups import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.spans import SPANS_MS, ceil_to, floor_to

@@ -17,13 +17,14 @@ from tenacity import (
     wait_random,
 )
 
-from lynkr_store import catalogue, migrate
+from lynkr_store import migrate
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S
-from lynkr_store.engine import backend_of, by_itself, driver_of, is_direct, writing
+from lynkr_store.db import catalogue
+from lynkr_store.db.engines import backend_of, by_itself, driver_of, is_direct, writing
+from lynkr_store.db.errors import translated
+from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
 from lynkr_store.exclusive import is_in_the_way
-from lynkr_store.faults import translated
-from lynkr_store.models import INDEXES, PROGRESS, TELEMETRY
 
 WAIT_S: Final = 30.0
 """Seconds to wait for another session that builds them, or for a lock."""

@@ -10,12 +10,12 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from lynkr_store import bulk, queries
 from lynkr_store.backend import Backend
+from lynkr_store.db.engines import backend_of, driver_of, ensure_begun
+from lynkr_store.db.errors import Fault, fault_of, refusal
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.diagnosis import hindrance, whose, without_ids
-from lynkr_store.engine import backend_of, driver_of, ensure_begun
 from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
-from lynkr_store.faults import Fault, fault_of, refusal
 from lynkr_store.ingest.batch import Row
-from lynkr_store.models import TELEMETRY
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS
 
 LEDGER_DAYS: Final = 30

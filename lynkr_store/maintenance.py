@@ -11,8 +11,8 @@ from lynkr_store import clock_check, folding, identities, mending, retention, ro
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
+from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead
-from lynkr_store.faults import translated
 from lynkr_store.indexes import build_missing_indexes
 from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
 from lynkr_store.process.log import say

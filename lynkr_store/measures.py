@@ -1,7 +1,7 @@
 """What is counted and summed of the rows: from the rows themselves, and again from roll-ups.
 
 Both give the same columns: ``requests``, each count by its name, and for each sum its three parts
-(see `lynkr_store.functions.exact_sum`). All are integers, so it does not matter in which order,
+(see `lynkr_store.db.functions.exact_sum`). All are integers, so it does not matter in which order,
 by which backend or in how many steps they were added up.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, Final
 from sqlalchemy import BigInteger, ColumnElement, Label, and_, case, func, literal, or_
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
-from lynkr_store.functions import count_of, exact_sum, measured, scaled
-from lynkr_store.models import ROLLUPS, TELEMETRY
+from lynkr_store.db.functions import count_of, exact_sum, measured, scaled
+from lynkr_store.db.models import ROLLUPS, TELEMETRY
 from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE
 
 _HIGH_TIERS: Final = ("REASONING", "COMPLEX")

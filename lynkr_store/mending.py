@@ -1,7 +1,7 @@
 """Keeps the roll-ups those of the rows, whoever changed or deleted them and by whatever means.
 
 Three ways find a quarter of an hour whose roll-ups are not those of its rows. Triggers note each
-UPDATE and DELETE (`lynkr_store.triggers`). Counts of rows by quarter find rows whose ids had been
+UPDATE and DELETE (`db.triggers`). Counts of rows by quarter find rows whose ids had been
 passed already. And a scrub, as file systems have, computes old quarters again: it finds what no
 trigger saw, such as SQLite's REPLACE, a restore with triggers off, or a database that takes none.
 

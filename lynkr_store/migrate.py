@@ -21,19 +21,19 @@ from sqlalchemy import URL, Connection, Engine, MetaData, inspect
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.schema import SchemaItem
 
-from lynkr_store import catalogue, triggers
 from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.backup import back_up, opened_file
-from lynkr_store.engine import backend_of, create_store_engine, disposing, in_schema, parse_url
+from lynkr_store.db import catalogue, triggers
+from lynkr_store.db.engines import backend_of, create_store_engine, disposing, in_schema, parse_url
+from lynkr_store.db.errors import translated
+from lynkr_store.db.models import INDEXES, TELEMETRY, Base
+from lynkr_store.db.postgresql import schema_of
+from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
 from lynkr_store.exclusive import WAIT_S, exclusively
-from lynkr_store.faults import translated
-from lynkr_store.models import INDEXES, TELEMETRY, Base
 from lynkr_store.revisions import config, head, missing_tables, note_applied, standing, steps
-from lynkr_store.search_path import schema_of
 from lynkr_store.settings import StoreSettings
-from lynkr_store.urls import is_memory
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

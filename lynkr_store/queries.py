@@ -31,9 +31,9 @@ from sqlalchemy import (
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from lynkr_store.backend import Backend
-from lynkr_store.columns import Real
-from lynkr_store.functions import as_real, each_id, inserting, measured, one_of, unindexed
-from lynkr_store.models import FAILED, LEDGER, PROGRESS, TELEMETRY
+from lynkr_store.db.column_types import Real
+from lynkr_store.db.functions import as_real, each_id, inserting, measured, one_of, unindexed
+from lynkr_store.db.models import FAILED, LEDGER, PROGRESS, TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.filters import RoutingFilter
 from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE

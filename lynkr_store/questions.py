@@ -26,8 +26,8 @@ from sqlalchemy import (
 )
 
 from lynkr_store import measures
-from lynkr_store.functions import each_row, unindexed, whole_number, written_out
-from lynkr_store.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY
+from lynkr_store.db.functions import each_row, unindexed, whole_number, written_out
+from lynkr_store.db.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import GREATEST_ID, counts_in, folded, folded_in
 from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.spans import Cover

@@ -12,15 +12,15 @@ from sqlalchemy.orm import Session
 from lynkr_store import answers, queries
 from lynkr_store.answers import Answer, Part
 from lynkr_store.backend import Backend
-from lynkr_store.engine import backend_of, require_utf8
+from lynkr_store.db.engines import backend_of, require_utf8
+from lynkr_store.db.errors import translated
+from lynkr_store.db.functions import joined
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument
-from lynkr_store.faults import translated
-from lynkr_store.functions import joined
 from lynkr_store.ingest.batch import Gathering
 from lynkr_store.ingest.validation import TextPolicy, rows_of
 from lynkr_store.inserts import insert_or_reject
 from lynkr_store.measures import SUMMED, columns_of
-from lynkr_store.models import TELEMETRY
 from lynkr_store.questions import Question
 from lynkr_store.schemas import (
     Cursor,

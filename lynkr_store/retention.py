@@ -18,11 +18,11 @@ from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.database import Database
-from lynkr_store.engine import backend_of, empty_wal, overwriting
-from lynkr_store.faults import translated
+from lynkr_store.db.engines import backend_of, empty_wal, overwriting
+from lynkr_store.db.errors import translated
+from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.folding import settled_id
 from lynkr_store.folds import last_of_step, note, note_first
-from lynkr_store.models import SAVINGS, TELEMETRY
 from lynkr_store.rollups import GREATEST_ID, NOTHING
 
 _STEP_S: Final = {  # what a step should take

@@ -25,11 +25,11 @@ from sqlalchemy import (
 from sqlalchemy import table as sql_table
 from sqlalchemy.types import NullType
 
-from lynkr_store import catalogue
 from lynkr_store.backend import VERSION_TABLE, Backend
-from lynkr_store.engine import backend_of, require_supported
+from lynkr_store.db import catalogue
+from lynkr_store.db.engines import backend_of, require_supported
+from lynkr_store.db.models import NOTES, Base
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind, SchemaError
-from lynkr_store.models import NOTES, Base
 from lynkr_store.version import __version__
 
 UPGRADE_COMMAND: Final = "lynkr-store upgrade"

@@ -22,8 +22,8 @@ from sqlalchemy import (
     select,
 )
 
-from lynkr_store.functions import unindexed, whole_number, written_out
-from lynkr_store.models import CHANGES, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.functions import unindexed, whole_number, written_out
+from lynkr_store.db.models import CHANGES, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 
 NOTHING: Final = -(2**63)

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from lynkr_store.search_path import checked_schema
+from lynkr_store.db.postgresql import checked_schema
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
 """Where the gateway itself keeps its telemetry, below the working directory."""

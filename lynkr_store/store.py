@@ -13,18 +13,18 @@ from sqlalchemy import Engine
 from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
 from lynkr_store.core import Core
-from lynkr_store.engine import (
+from lynkr_store.db.engines import (
     check_host_engine,
     create_store_async_engine,
     in_schema,
     parse_url,
     writing,
 )
+from lynkr_store.db.errors import translated
+from lynkr_store.db.event_loops import EnginePerLoop, Engines, HostsEngine
+from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
-from lynkr_store.faults import translated
-from lynkr_store.forking import keep_out_of_children
 from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
-from lynkr_store.loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.maintenance import BUDGET_S
 from lynkr_store.process.lifecycle import on_fork
 from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread

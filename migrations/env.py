@@ -13,15 +13,17 @@ from typing import Any
 from alembic import command, context
 from sqlalchemy import Connection
 
-from lynkr_store import catalogue, ddl, migrate
+from lynkr_store import ddl, migrate
 from lynkr_store.backend import VERSION_TABLE, Backend
-from lynkr_store.engine import (
+from lynkr_store.db import catalogue
+from lynkr_store.db.engines import (
     create_store_engine,
     disposing,
     ensure_begun,
     parse_url,
     require_utf8,
 )
+from lynkr_store.db.postgresql import checked_schema, schema_of, script_lines, within
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.exclusive import exclusively
 from lynkr_store.process.log import say
@@ -33,7 +35,6 @@ from lynkr_store.revisions import (
     refuse_to_downgrade,
     standing,
 )
-from lynkr_store.search_path import checked_schema, schema_of, script_lines, within
 
 config = context.config
 schema = config.attributes.get("schema", checked_schema(os.environ.get("LYNKR_STORE_SCHEMA")))

@@ -15,12 +15,13 @@ from lynkr_store import AsyncStore, Store
 PACKAGE = Path(lynkr_store.__file__).parent
 
 LEVELS = {
+    "db": 0,
     "ingest": 0,
     "process": 0,
     "exceptions": 0,
     "backend": 0,
     "schemas.units": 0,
-    "triggers": 1,
+    "db.triggers": 1,
     "version": 0,
     "upkeep": 2,
     "ingest.account": 0,
@@ -36,15 +37,15 @@ LEVELS = {
     "schemas.rows": 1,
     "schemas.statistics": 1,
     "schemas.values": 1,
-    "faults": 1,
+    "db.errors": 1,
     "process.lifecycle": 1.5,
     "process.waiting": 2,
-    "psycopg_async": 2.2,
-    "loops": 2.2,
+    "db.psycopg_async": 2.2,
+    "db.event_loops": 2.2,
     "process.log": 1,
-    "search_path": 1,
-    "catalogue": 1,
-    "urls": 1,
+    "db.postgresql": 1,
+    "db.catalogue": 1,
+    "db.urls": 1,
     "cache": 2,
     "ingest.codec": 2,
     "ingest.validation": 2,
@@ -52,17 +53,17 @@ LEVELS = {
     "ingest.preparer": 4,
     "schemas.filters": 2,
     "settings": 2,
-    "columns": 2,
-    "functions": 3,
-    "forking": 2,
-    "engine": 2.5,
+    "db.column_types": 2,
+    "db.functions": 3,
+    "db.forking": 2,
+    "db.engines": 2.5,
     "adopt": 2,
     "ingest.spool": 3,
     "ingest.writer": 5,
     "ddl": 3,
     "exclusive": 3,
     "backup": 3,
-    "models": 3,
+    "db.models": 3,
     "revisions": 4,
     "migrate": 5,
     "queries": 4,
@@ -175,7 +176,7 @@ def test_revisions_import_no_model():
     revisions = sorted((PACKAGE.parent / "migrations" / "versions").glob("*.py"))
     assert revisions
     for path in revisions:
-        assert "lynkr_store.models" not in path.read_text(), "declare the columns it needs"
+        assert "lynkr_store.db.models" not in path.read_text(), "declare the columns it needs"
         assert ast.get_docstring(ast.parse(path.read_text())), "open with the runbook"
 
 

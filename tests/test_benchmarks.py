@@ -19,8 +19,8 @@ from benchmarks.neighbour import neighbour
 from benchmarks.original import Original
 from benchmarks.sample import COLUMNS, END_MS, REQUEST_CHARS, RESPONSE_CHARS, Sample
 from lynkr_store import RoutingFilter, Store, StoreSettings, Window
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.codec import plain_columns
-from lynkr_store.models import TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS
 from tests.conftest import ON_DISK
 

@@ -17,9 +17,9 @@ from lynkr_store import (
     writing,
 )
 from lynkr_store.bulk import send
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.inserts import insert_all, insert_isolating
-from lynkr_store.models import TELEMETRY
 from tests.conftest import BACKENDS, POSTGRES
 from tests.factories import RecordFactory
 

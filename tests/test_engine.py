@@ -34,14 +34,14 @@ from lynkr_store import (
     UnsupportedDatabase,
     create_store_engine,
     database,
-    forking,
     migrate,
     render,
     upgrade,
     writing,
 )
-from lynkr_store.engine import create_store_async_engine, parse_url, writing_at_once
-from lynkr_store.models import RoutingTelemetry
+from lynkr_store.db import forking
+from lynkr_store.db.engines import create_store_async_engine, parse_url, writing_at_once
+from lynkr_store.db.models import RoutingTelemetry
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 from tests.support.stores import looked

@@ -13,8 +13,8 @@ from sqlalchemy import create_engine, insert, make_url, text
 from sqlalchemy.exc import CompileError, DBAPIError, StatementError
 
 from lynkr_store import create_store_engine
-from lynkr_store.faults import Fault, fault_of
-from lynkr_store.models import TELEMETRY
+from lynkr_store.db.errors import Fault, fault_of
+from lynkr_store.db.models import TELEMETRY
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.postgres import PgServer, available_servers
 

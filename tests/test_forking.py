@@ -19,13 +19,13 @@ from lynkr_store import (
     backup,
     create_store_engine,
     database,
-    forking,
     writing,
 )
 from lynkr_store.backup import back_up
-from lynkr_store.engine import create_reading_engine
+from lynkr_store.db import forking
+from lynkr_store.db.engines import create_reading_engine
+from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.forking import keep_out_of_children
 from tests.support.stores import Asynchronous, eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -190,7 +190,7 @@ def test_a_fork_waits_for_a_connection_in_use(file, engine_of):
 
 
 def test_a_file_that_is_in_use_all_the_time_is_refused_in_the_child(file, engine_of, monkeypatch):
-    monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", 0.1)
+    monkeypatch.setattr("lynkr_store.db.forking.FORK_WAIT_S", 0.1)
     engine = engine_of(file)
     with engine.connect() as connection:  # by the thread that forks: it waits for nothing
         connection.scalar(text("SELECT 1"))
@@ -214,7 +214,7 @@ def test_a_grandchild_is_refused_what_its_parent_is(file):
 
 
 def test_a_connection_that_was_detached_counts_as_open(file, monkeypatch):
-    monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", 0.1)
+    monkeypatch.setattr("lynkr_store.db.forking.FORK_WAIT_S", 0.1)
     engine = create_store_engine(file)
     connection = engine.connect()
     connection.detach()
@@ -225,7 +225,7 @@ def test_a_connection_that_was_detached_counts_as_open(file, monkeypatch):
 
 
 def test_a_connection_that_cannot_be_made_holds_up_no_fork(tmp_path, monkeypatch):
-    monkeypatch.setattr("lynkr_store.forking.FORK_WAIT_S", WAIT_S)
+    monkeypatch.setattr("lynkr_store.db.forking.FORK_WAIT_S", WAIT_S)
     (tmp_path / "link").symlink_to(tmp_path / "missing" / "a.db")
     engine = create_store_engine(f"sqlite:///{tmp_path}/link")
     kept = []

@@ -22,11 +22,11 @@ from lynkr_store import (
     folding,
     measures,
     mending,
-    triggers,
 )
 from lynkr_store.backend import Backend
+from lynkr_store.db import triggers
+from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.measures import SUMMED
-from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.schemas.units import DAY_MS
 from tests.test_rollups import (
     EVERYTHING,

@@ -9,7 +9,8 @@ from sqlalchemy import create_engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store import create_store_engine, migrate, writing
-from lynkr_store.engine import parse_url
+from lynkr_store.db.engines import parse_url
+from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.inserts import (
     LEDGER_DAYS,
@@ -17,7 +18,6 @@ from lynkr_store.inserts import (
     insert_isolating,
     insert_once,
 )
-from lynkr_store.models import LEDGER, TELEMETRY
 from tests.conftest import BACKENDS, ON_DISK
 
 NOW = 1_750_000_000_000

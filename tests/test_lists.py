@@ -19,9 +19,9 @@ from lynkr_store import (
     migrate,
     queries,
 )
-from lynkr_store.engine import backend_of
-from lynkr_store.functions import unindexed
-from lynkr_store.models import INDEXES, TELEMETRY
+from lynkr_store.db.engines import backend_of
+from lynkr_store.db.functions import unindexed
+from lynkr_store.db.models import INDEXES, TELEMETRY
 from tests.conftest import ON_DISK
 
 ROWS = 20_000

@@ -21,12 +21,12 @@ from lynkr_store import (
     mending,
     migrate,
     rollups,
-    triggers,
 )
 from lynkr_store.backend import Backend
 from lynkr_store.cli import app
-from lynkr_store.engine import writing
-from lynkr_store.models import CHANGES, TELEMETRY
+from lynkr_store.db import triggers
+from lynkr_store.db.engines import writing
+from lynkr_store.db.models import CHANGES, TELEMETRY
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.spans import floor_to
 from tests.conftest import POSTGRES

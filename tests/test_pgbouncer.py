@@ -31,7 +31,7 @@ from lynkr_store import (
     upgrade,
     writing,
 )
-from lynkr_store.engine import create_store_async_engine
+from lynkr_store.db.engines import create_store_async_engine
 from tests.conftest import POSTGRES
 from tests.migrations.host import application
 from tests.support import pgbouncer

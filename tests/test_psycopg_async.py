@@ -7,7 +7,7 @@ import threading
 import psycopg
 import pytest
 
-from lynkr_store import psycopg_async
+from lynkr_store.db import psycopg_async
 
 LISTED = {
     "db": ["10.0.0.1", "::1"],

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import event, func, insert, select, text
 
 from lynkr_store import BadArgument, Store, StoreSettings, maintenance, retention
-from lynkr_store.models import SAVINGS, TELEMETRY
+from lynkr_store.db.models import SAVINGS, TELEMETRY
 from tests.conftest import POSTGRES
 from tests.support.stores import eventually, looked
 

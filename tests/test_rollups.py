@@ -26,8 +26,8 @@ from lynkr_store import (
     rollups,
 )
 from lynkr_store.answers import Part
-from lynkr_store.engine import writing
-from lynkr_store.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
+from lynkr_store.db.engines import writing
+from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.questions import Question, Shape
 from lynkr_store.rollups import NOTHING, Standing
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS, QUARTER_MS

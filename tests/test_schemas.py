@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lynkr_store import Cursor, RoutingEvent, RoutingRow, RoutingRowBrief, RoutingStats
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, cause_of, new_ids, row_of
-from lynkr_store.models import TELEMETRY
 from lynkr_store.schemas import Reading, epoch_ms, utc
 from lynkr_store.schemas.events import encoding_by
 from lynkr_store.schemas.units import half_up

@@ -20,8 +20,8 @@ from lynkr_store import (
     create_store_engine,
     upgrade,
 )
-from lynkr_store.engine import create_store_async_engine, parse_url
-from lynkr_store.urls import settings_in, shown
+from lynkr_store.db.engines import create_store_async_engine, parse_url
+from lynkr_store.db.urls import settings_in, shown
 from tests.support.recorded import ROOT
 from tests.support.stores import looked
 

@@ -14,8 +14,9 @@ Undo: downgrade drops the triggers, their function and the table.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl, triggers
+from lynkr_store import ddl
 from lynkr_store.backend import Backend
+from lynkr_store.db import triggers
 from lynkr_store.exceptions import AdoptionRefused
 
 revision = "0010"

@@ -16,7 +16,7 @@ from sqlalchemy import NullPool, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from lynkr_store import AsyncStore, BadArgument, LynkrStoreError, StoreSettings, Window
-from lynkr_store.engine import create_store_async_engine
+from lynkr_store.db.engines import create_store_async_engine
 from tests.conftest import BACKENDS, POSTGRES
 from tests.support.proxy import Proxy
 from tests.support.stores import adds_up, eventually

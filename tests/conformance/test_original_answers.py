@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, delete, text
 
 from lynkr_store import RoutingFilter, Store, StoreSettings, Window
-from lynkr_store.models import PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.models import PROGRESS, ROLLUPS, TELEMETRY
 from tests.conftest import POSTGRES
 from tests.support.recorded import (
     DATA,

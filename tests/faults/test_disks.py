@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import event, text
 
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate, writing
-from lynkr_store.models import INDEXES
+from lynkr_store.db.models import INDEXES
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.postgres import PgServer, available_servers
 from tests.support.stores import adds_up, eventually

@@ -16,8 +16,9 @@ PROGRAM = """
     from collections import Counter
 
     from sqlalchemy import event
-    from lynkr_store import Window, forking
-    from lynkr_store.engine import create_store_async_engine
+    from lynkr_store import Window
+    from lynkr_store.db import forking
+    from lynkr_store.db.engines import create_store_async_engine
     from lynkr_store.process.lifecycle import Forkable, on_fork
     from tests.support.stores import eventually
 

@@ -19,7 +19,7 @@ from lynkr_store import (
     identities,
     writing,
 )
-from lynkr_store.faults import Fault, fault_of
+from lynkr_store.db.errors import Fault, fault_of
 from lynkr_store.identities import Kind
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually

@@ -13,7 +13,7 @@ from tests.faults.test_life_cycle import (  # noqa: F401 - fixtures
 AT_EXIT = """
     import atexit
     from sqlalchemy.ext.asyncio import create_async_engine
-    from lynkr_store.engine import create_store_async_engine
+    from lynkr_store.db.engines import create_store_async_engine
 
     url, order, what, kind = sys.argv[1:]
 

@@ -36,7 +36,7 @@ from lynkr_store import (
     migrate,
 )
 from lynkr_store.cli import app
-from lynkr_store.models import TELEMETRY
+from lynkr_store.db.models import TELEMETRY
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.planted import FEW_TYPES, TYPES, plant

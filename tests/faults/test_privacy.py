@@ -24,7 +24,7 @@ from lynkr_store import (
     migrate,
     writing,
 )
-from lynkr_store.engine import parse_url
+from lynkr_store.db.engines import parse_url
 from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
 from tests.support.stores import adds_up, eventually, looked

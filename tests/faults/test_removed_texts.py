@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import OperationalError
 
 from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine, migrate
-from lynkr_store.engine import overwriting
+from lynkr_store.db.engines import overwriting
 
 NOW = 1_750_000_000_000
 DAY = 86_400_000

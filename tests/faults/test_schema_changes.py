@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import text
 
 from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions, writing
-from lynkr_store.models import LEDGER, TELEMETRY
+from lynkr_store.db.models import LEDGER, TELEMETRY
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 

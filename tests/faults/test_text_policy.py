@@ -20,10 +20,10 @@ from lynkr_store import (
     create_store_engine,
     writing,
 )
-from lynkr_store.engine import create_store_async_engine, parse_url
+from lynkr_store.db.engines import create_store_async_engine, parse_url
+from lynkr_store.db.models import RoutingTelemetry
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import row_of
-from lynkr_store.models import RoutingTelemetry
 from lynkr_store.schemas import JSON_FIELDS, LONG_FIELDS, TEXT_FIELDS
 from tests.support.recorded import ROOT
 from tests.support.stores import Asynchronous, adds_up, eventually

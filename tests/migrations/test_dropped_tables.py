@@ -29,7 +29,7 @@ from lynkr_store import (
     upgrade,
     writing,
 )
-from lynkr_store.models import NOTES, TELEMETRY, Base
+from lynkr_store.db.models import NOTES, TELEMETRY, Base
 from tests.conftest import ON_DISK, POSTGRES
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT

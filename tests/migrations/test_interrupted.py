@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import event, text
 
 from lynkr_store import adopt, create_store_engine, migrate, revisions
+from lynkr_store.db.models import INDEXES, Base
 from lynkr_store.indexes import build_missing_indexes
-from lynkr_store.models import INDEXES, Base
 from tests.conftest import ON_DISK
 from tests.support import recorded
 from tests.support.recorded import ADDITIVE, OWN_INDEXES, SAVINGS, gateway_file

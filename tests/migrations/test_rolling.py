@@ -39,7 +39,7 @@ from lynkr_store import (
     revisions,
     writing,
 )
-from lynkr_store.models import NOTES, TELEMETRY, Base
+from lynkr_store.db.models import NOTES, TELEMETRY, Base
 from tests.migrations.newer.release import (
     ADDITIVE,
     ADDITIVE_AGAIN,

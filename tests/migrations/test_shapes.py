@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from lynkr_store import Store, create_store_engine, indexes, migrate, revisions
-from lynkr_store.models import TELEMETRY
+from lynkr_store.db.models import TELEMETRY
 from tests.support.gateway import (
     CORE,
     LATER,

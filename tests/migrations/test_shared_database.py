@@ -33,7 +33,7 @@ from lynkr_store import (
     upgrade,
     writing,
 )
-from lynkr_store.engine import create_store_async_engine, in_schema
+from lynkr_store.db.engines import create_store_async_engine, in_schema
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.migrations.host import application

@@ -24,7 +24,7 @@ from lynkr_store import (
     revisions,
 )
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.models import Base
+from lynkr_store.db.models import Base
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 

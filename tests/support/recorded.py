@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lynkr_store.models import TELEMETRY
+from lynkr_store.db.models import TELEMETRY
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LYNKR_STORE_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -13,8 +13,9 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
 
-from lynkr_store import Base, triggers
+from lynkr_store import Base
 from lynkr_store.backend import VERSION_TABLE
+from lynkr_store.db import triggers
 
 OURS: Final = {*Base.metadata.tables, VERSION_TABLE, "lynkr_store_adoption", triggers.FUNCTION}
 

@@ -21,7 +21,7 @@ from alembic import command
 from sqlalchemy import Connection, Engine, event
 
 from lynkr_store import create_store_engine, migrate, revisions
-from lynkr_store.engine import disposing
+from lynkr_store.db.engines import disposing
 from lynkr_store.exclusive import exclusively
 
 RELEASE = "9.9.9"

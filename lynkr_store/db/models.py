@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from lynkr_store.columns import (
+from lynkr_store.db.column_types import (
     Count,
     Dollars,
     Instant,
@@ -220,7 +220,7 @@ class Progress(Base):
 
 
 class Change(Base):
-    """A quarter of an hour of which rows were changed or deleted; `lynkr_store.triggers` enter it.
+    """A quarter of an hour in which rows were changed or deleted; triggers enter it.
 
     Until maintenance has made the quarter's roll-ups again, answers read its rows.
     """

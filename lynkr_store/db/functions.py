@@ -33,7 +33,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import ExternallyTraversible, replacement_traverse
 
 from lynkr_store.backend import Backend
-from lynkr_store.columns import Real
+from lynkr_store.db.column_types import Real
 from lynkr_store.schemas.units import Domain
 
 # A sum's two halves: each stays within 64 bits for more than four billion rows.

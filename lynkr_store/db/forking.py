@@ -26,10 +26,10 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from lynkr_store.backend import Backend
+from lynkr_store.db.urls import file_of, is_memory
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_fork
-from lynkr_store.urls import file_of, is_memory
 
 _POLL_S: Final = 0.002  # a pool does not tell when it drops a connection
 _FILE: Final = "lynkr_store_file"  # in a connection's info: the file that it has open

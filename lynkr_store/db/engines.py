@@ -17,20 +17,11 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.pool import ConnectionPoolEntry, SingletonThreadPool
 
-from lynkr_store import psycopg_async
 from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
-from lynkr_store.exceptions import (
-    BadArgument,
-    MissingDriver,
-    SchemaBehind,
-    SchemaError,
-    StoreUnavailable,
-    UnsupportedDatabase,
-)
-from lynkr_store.faults import said_of_file
-from lynkr_store.forking import keep_out_of_children
-from lynkr_store.process.files import identity_of, make_private
-from lynkr_store.search_path import (
+from lynkr_store.db import psycopg_async
+from lynkr_store.db.errors import said_of_file
+from lynkr_store.db.forking import keep_out_of_children
+from lynkr_store.db.postgresql import (
     TEMPORARY,
     as_text,
     checked_schema,
@@ -38,7 +29,7 @@ from lynkr_store.search_path import (
     path_of,
     schema_of,
 )
-from lynkr_store.urls import (
+from lynkr_store.db.urls import (
     REMEDY,
     is_memory,
     is_utf8,
@@ -48,6 +39,15 @@ from lynkr_store.urls import (
     settings_in,
     without_secrets,
 )
+from lynkr_store.exceptions import (
+    BadArgument,
+    MissingDriver,
+    SchemaBehind,
+    SchemaError,
+    StoreUnavailable,
+    UnsupportedDatabase,
+)
+from lynkr_store.process.files import identity_of, make_private
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
