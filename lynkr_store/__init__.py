@@ -24,7 +24,7 @@ from lynkr_store.exceptions import (
     UpgradeTimeout,
 )
 from lynkr_store.ingest.validation import TextPolicy
-from lynkr_store.migrate import not_ours, upgrade
+from lynkr_store.migrate.upgrade import not_ours, upgrade
 from lynkr_store.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,

@@ -20,11 +20,13 @@ import typer
 from rich.console import Console
 from sqlalchemy import Engine
 
-from lynkr_store import identities, migrate, render, revisions
+from lynkr_store import identities, render
 from lynkr_store.database import looking_engine
 from lynkr_store.db.engines import create_store_engine, disposing
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.repository import LOOK_BACK, epoch_ms_now
 from lynkr_store.schemas import Cursor, Health, epoch_ms
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit

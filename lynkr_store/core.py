@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import maintenance, revisions
+from lynkr_store import maintenance
 from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.database import Database
@@ -24,6 +24,7 @@ from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes
 from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.inserts import LEDGER_DAYS
+from lynkr_store.migrate import revisions
 from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.questions import Question

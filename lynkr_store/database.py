@@ -14,7 +14,7 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import bulk, migrate, revisions, rollups
+from lynkr_store import bulk, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.company import has_company
 from lynkr_store.courtesy import again_s, pause_s
@@ -51,6 +51,8 @@ from lynkr_store.exceptions import (
 from lynkr_store.ingest.batch import Row
 from lynkr_store.ingest.handoff import Away
 from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import bring_to, foreign_owners
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
@@ -259,7 +261,7 @@ class Database(Forkable):
         try:
             with self.connected(self.engine) as connection:
                 require_utf8(connection)
-                if not self._opened_once and (foreign := migrate.foreign_owners(connection)):
+                if not self._opened_once and (foreign := foreign_owners(connection)):
                     say(logging.WARNING, "%s", " ".join(foreign))
                 revisions.require_head(connection)
                 if not self._opened_once:  # later the statement that fails says which is missing
@@ -270,7 +272,7 @@ class Database(Forkable):
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # what was taken back while it was in use, somebody took back
-            migrate.bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
+            bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
             if is_no_database(error):
                 raise StoreUnavailable(

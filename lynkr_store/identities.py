@@ -27,10 +27,10 @@ from sqlalchemy import (
 from sqlalchemy import table as sql_table
 from sqlalchemy.dialects.postgresql import OID, REGCLASS
 
-from lynkr_store.adopt import is_autoincrement
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import CHANGES, DIMENSIONS, SAVINGS, TELEMETRY
+from lynkr_store.migrate.adoption import is_autoincrement
 
 WITH_IDS: Final = (TELEMETRY, SAVINGS, DIMENSIONS, CHANGES)
 """The store's tables whose ids the database gives out."""

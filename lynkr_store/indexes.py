@@ -17,14 +17,14 @@ from tenacity import (
     wait_random,
 )
 
-from lynkr_store import migrate
 from lynkr_store.backend import Backend
 from lynkr_store.courtesy import GAP_S
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of, by_itself, driver_of, is_direct, writing
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
-from lynkr_store.exclusive import is_in_the_way
+from lynkr_store.migrate.lock import is_in_the_way
+from lynkr_store.migrate.upgrade import missing_indexes
 
 WAIT_S: Final = 30.0
 """Seconds to wait for another session that builds them, or for a lock."""
@@ -80,7 +80,7 @@ def build_missing_indexes(engine: Engine, wait_s: float = WAIT_S) -> Built:
 
 def _build_sqlite(engine: Engine) -> tuple[str, ...]:
     with engine.connect() as connection:
-        missing = migrate.missing_indexes(connection)
+        missing = missing_indexes(connection)
     for number, name in enumerate(missing):
         index = _INDEX_BY_NAME[name]
         with engine.connect() as connection:
@@ -212,7 +212,7 @@ class _Wanted(NamedTuple):
         with engine.connect() as connection:
             schema = catalogue.schema_of(connection, TELEMETRY.name) or ""
             invalid = sorted(catalogue.invalid_indexes(connection, _INDEX_BY_NAME))
-            missing = {*invalid, *migrate.missing_indexes(connection)}
+            missing = {*invalid, *missing_indexes(connection)}
         return cls(schema, invalid, [name for name in _INDEX_BY_NAME if name in missing])
 
 

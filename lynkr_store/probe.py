@@ -10,7 +10,7 @@ from typing import Final, assert_never
 from sqlalchemy import Connection, Text, cast, func, select
 from sqlalchemy.exc import DataError
 
-from lynkr_store import queries, revisions, rollups
+from lynkr_store import queries, rollups
 from lynkr_store.backend import Backend
 from lynkr_store.database import Database
 from lynkr_store.db import catalogue
@@ -18,6 +18,7 @@ from lynkr_store.db.engines import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.migrate import revisions
 from lynkr_store.process.files import identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import words_of

@@ -9,13 +9,14 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, select
 
-from lynkr_store import folding, folds, revisions, rollups
+from lynkr_store import folding, folds, rollups
 from lynkr_store.clock_check import TRUSTED
 from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
 from lynkr_store.inserts import FORGOTTEN
+from lynkr_store.migrate import revisions
 from lynkr_store.rollups import GREATEST_ID
 from lynkr_store.schemas.units import QUARTER_MS
 from lynkr_store.spans import floor_to

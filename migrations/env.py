@@ -13,7 +13,6 @@ from typing import Any
 from alembic import command, context
 from sqlalchemy import Connection
 
-from lynkr_store import ddl, migrate
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import (
@@ -25,16 +24,17 @@ from lynkr_store.db.engines import (
 )
 from lynkr_store.db.postgresql import checked_schema, schema_of, script_lines, within
 from lynkr_store.exceptions import BadArgument, printable
-from lynkr_store.exclusive import exclusively
-from lynkr_store.process.log import say
-from lynkr_store.restoring import make_again
-from lynkr_store.revisions import (
+from lynkr_store.migrate import operations, upgrade
+from lynkr_store.migrate.lock import exclusively
+from lynkr_store.migrate.revisions import (
     Standing,
     head,
     missing_tables,
     refuse_to_downgrade,
     standing,
 )
+from lynkr_store.process.log import say
+from lynkr_store.restoring import make_again
 
 config = context.config
 schema = config.attributes.get("schema", checked_schema(os.environ.get("LYNKR_STORE_SCHEMA")))
@@ -57,7 +57,7 @@ def _url_of_ini_file() -> str:
 
 def _write_script() -> None:
     dialect = parse_url(_url()).get_backend_name()
-    context.configure(dialect_name=dialect, literal_binds=True, **migrate.options())
+    context.configure(dialect_name=dialect, literal_binds=True, **upgrade.options())
     with context.begin_transaction():
         if schema and dialect == Backend.POSTGRESQL:
             context.get_context().impl.static_output(script_lines(schema))
@@ -110,12 +110,12 @@ def _migrate(connection: Connection) -> None:
         refuse_to_downgrade(stands)
         to = context.get_revision_argument()
         undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
-        ddl.refuse_early(connection, {script.revision for script in undone})
+        operations.refuse_early(connection, {script.revision for script in undone})
     if not _moves():  # it looks, or compares, as a developer does
-        context.configure(connection=connection, **migrate.options())
+        context.configure(connection=connection, **upgrade.options())
         if stands.ahead:  # a name that Alembic could not look up here
             context.get_context().get_current_heads = lambda: (head(),)  # type: ignore[method-assign]
-        with migrate.comparing(), context.begin_transaction():
+        with upgrade.comparing(), context.begin_transaction():
             context.run_migrations()
         return
     is_at_head = _wants_head() and stands.revision == head()
@@ -124,12 +124,12 @@ def _migrate(connection: Connection) -> None:
         # Alembic's own statements need no path, and the revisions do
         for module, up, down in revisions:
             module.upgrade, module.downgrade = in_path(up), in_path(down)
-        options = migrate.options()
+        options = upgrade.options()
         options["on_version_apply"] = in_path(options["on_version_apply"])
         context.configure(
             connection=connection, version_table_schema=version_table_schema, **options
         )
-        with migrate.comparing(), context.begin_transaction():
+        with upgrade.comparing(), context.begin_transaction():
             context.run_migrations()
             if lost:
                 in_path(make_again)(connection, lost)
@@ -146,6 +146,6 @@ elif (connection := config.attributes.get("connection")) is not None:
 else:
     with (
         disposing(create_store_engine(_url(), schema=schema)) as engine,
-        migrate.permitted(engine),
+        upgrade.permitted(engine),
     ):
         exclusively(engine, _migrate)

@@ -6,7 +6,7 @@ Why:   Backfill:   Locks:   Older code:   Undo:
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -20,5 +20,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    ddl.keep_adopted(revision)
+    operations.keep_adopted(revision)
     ${downgrades if downgrades else "pass"}

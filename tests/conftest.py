@@ -11,7 +11,8 @@ import hypothesis
 import pytest
 from sqlalchemy import Engine
 
-from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine, migrate
+from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine
+from lynkr_store.migrate.upgrade import upgrade
 from tests.support.postgres import ExternalServer, PgServer, Server, available_servers
 from tests.support.stores import Asynchronous
 
@@ -57,7 +58,7 @@ def server_of() -> Iterator[Callable[[str], Server]]:
                 ).start()
             url = running[name].create_database("template_head")
             engine = create_store_engine(url)
-            migrate.upgrade(engine)
+            upgrade(engine)
             engine.dispose()
         return running[name]
 
@@ -74,7 +75,7 @@ def sqlite_at_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file at head, to be copied: nine revisions take longer than most tests."""
     path = tmp_path_factory.mktemp("template") / "telemetry.db"
     engine = create_store_engine(f"sqlite:///{path}")
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     return path
 

@@ -13,13 +13,13 @@ from lynkr_store import (
     RowRejected,
     StoreUnavailable,
     create_store_engine,
-    migrate,
     writing,
 )
 from lynkr_store.bulk import send
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.inserts import insert_all, insert_isolating
+from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import BACKENDS, POSTGRES
 from tests.factories import RecordFactory
 
@@ -41,7 +41,7 @@ ODD_TEXTS = [
 @pytest.fixture(params=BACKENDS)
 def engine(request, new_url):
     engine = create_store_engine(new_url(request.param))
-    migrate.upgrade(engine)
+    upgrade(engine)
     yield engine
     engine.dispose()
 
@@ -49,7 +49,7 @@ def engine(request, new_url):
 @pytest.fixture
 def postgres_engine(postgres_url):
     engine = create_store_engine(postgres_url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     yield engine
     engine.dispose()
 

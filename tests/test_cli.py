@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from lynkr_store import Store, cli, revisions
+from lynkr_store import Store, cli
+from lynkr_store.migrate import revisions
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 from tests.support.recorded import DATA, gateway_file, insert_rows, needs_data

@@ -34,7 +34,6 @@ from lynkr_store import (
     UnsupportedDatabase,
     create_store_engine,
     database,
-    migrate,
     render,
     upgrade,
     writing,
@@ -42,6 +41,7 @@ from lynkr_store import (
 from lynkr_store.db import forking
 from lynkr_store.db.engines import create_store_async_engine, parse_url, writing_at_once
 from lynkr_store.db.models import RoutingTelemetry
+from lynkr_store.migrate.upgrade import downgrade, drift, write_script
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 from tests.support.stores import looked
@@ -180,7 +180,7 @@ def test_a_file_that_another_thread_makes_first_keeps_its_lock(tmp_path, monkeyp
 
 
 def test_parameters_never_show(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     statement = text("INSERT INTO routing_telemetry (nothing) VALUES (:p)")
     with pytest.raises(Exception, match="hidden") as failed, empty_engine.begin() as connection:
         connection.execute(statement, {"p": "secret"})
@@ -189,7 +189,7 @@ def test_parameters_never_show(empty_engine):
 
 def test_writers_take_the_lock_at_begin_and_readers_do_not(tmp_path):
     engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
-    migrate.upgrade(engine)
+    upgrade(engine)
     with closing(sqlite3.connect(tmp_path / "t.db", timeout=0)) as other:
         with engine.connect() as reader:
             reader.execute(text("SELECT 1 FROM routing_telemetry"))
@@ -208,7 +208,7 @@ def busy_timeout(connection):
 
 def test_who_takes_the_lock_at_once_does_not_wait_and_the_next_one_does(tmp_path):
     engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
-    migrate.upgrade(engine)
+    upgrade(engine)
     with closing(sqlite3.connect(tmp_path / "t.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         began = time.monotonic()
@@ -303,7 +303,7 @@ def test_a_database_that_is_too_old_is_not_upgraded(empty_engine):
         found, _, words = OLD[empty_engine.dialect.name]
     empty_engine.dialect.server_version_info = found
     with pytest.raises(UnsupportedDatabase, match=re.escape(words)):
-        migrate.upgrade(empty_engine)
+        upgrade(empty_engine)
     with empty_engine.connect() as connection:
         assert inspect(connection).get_table_names() == []
 
@@ -370,7 +370,7 @@ def test_a_schema_that_is_behind_or_ahead_has_its_own_error(empty_url):
     ):
         store.query()
     engine = create_store_engine(empty_url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     with engine.begin() as connection:
         connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '9999'"))
     engine.dispose()
@@ -385,7 +385,7 @@ def test_postgres_is_not_upgraded_unasked(postgres_url):
         store.record(provider="waits")
         assert store.flush(0.1) is False
         engine = create_store_engine(postgres_url)
-        migrate.upgrade(engine)
+        upgrade(engine)
         engine.dispose()
         assert store.flush(10), "recovered without a restart"
         assert store.health().written == 1
@@ -460,7 +460,7 @@ def test_a_hosts_engine_upgrades_in_one_transaction(tmp_path):
     with host.begin() as connection:
         connection.execute(text("CREATE TABLE routing_telemetry (id INTEGER)"))
     with pytest.raises(Exception, match="not adopted"):
-        migrate.upgrade(host)
+        upgrade(host)
     with host.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM sqlite_master")) == 1
     host.dispose()
@@ -470,7 +470,7 @@ def test_a_hosts_engine_upgrades_in_one_transaction(tmp_path):
 def test_a_savepoint_begins_a_transaction_first(tmp_path, own):
     url = f"sqlite:///{tmp_path}/t.db"
     engine = create_store_engine(url) if own else create_engine(url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     with Session(engine) as session:
         RoutingRepository(session).add_many([RecordFactory()])
         session.rollback()
@@ -483,7 +483,7 @@ def test_a_savepoint_begins_a_transaction_first(tmp_path, own):
 
 
 def test_a_repository_works_in_the_callers_transaction(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     with Session(writing(empty_engine)) as session, session.begin():
         repository = RoutingRepository(session, clock=lambda: NOW)
         repository.add_many([RecordFactory(timestamp=NOW)])
@@ -494,7 +494,7 @@ def test_a_repository_works_in_the_callers_transaction(empty_engine):
 
 
 def test_a_row_that_the_database_refuses_costs_itself(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     refuse = {
         "sqlite": "CREATE TRIGGER no BEFORE INSERT ON routing_telemetry WHEN NEW.provider = 'bad' "
         "BEGIN SELECT RAISE(ABORT, 'secret'); END",
@@ -659,7 +659,7 @@ def test_processes_that_open_a_new_file_together_all_write(tmp_path):
     with Store(url) as store:
         assert len(store.query()) == 4
         with store.engine.connect() as connection:
-            assert migrate.drift(connection) == []
+            assert drift(connection) == []
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
 
@@ -711,22 +711,22 @@ def test_an_async_engine_of_a_database_in_memory_is_refused():
 
 
 def test_a_newer_releases_schema_is_not_upgraded_and_unknown_revisions_are_named(empty_engine):
-    migrate.upgrade(empty_engine)
-    for go in (migrate.upgrade, migrate.downgrade):
+    upgrade(empty_engine)
+    for go in (upgrade, downgrade):
         with pytest.raises(BadArgument, match=r"revision: .*nonsense"):
             go(empty_engine, "nonsense")
     with pytest.raises(BadArgument, match="revision"):
-        migrate.write_script("sqlite://", "nonsense", io.StringIO())
+        write_script("sqlite://", "nonsense", io.StringIO())
     with empty_engine.begin() as connection:
         connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '9999'"))
-    for go in (migrate.upgrade, migrate.downgrade):
+    for go in (upgrade, downgrade):
         with pytest.raises(SchemaAhead, match="install a newer"):
             go(empty_engine, "0001")
 
 
 def test_a_read_only_look_at_postgres_cannot_write(postgres_url):
     engine = create_store_engine(postgres_url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     with Store(postgres_url, read_only=True) as store:
         assert store.query() == []
@@ -736,7 +736,7 @@ def test_a_read_only_look_at_postgres_cannot_write(postgres_url):
 
 def test_an_invalid_index_that_a_build_left_is_built_anew(postgres_url):
     engine = create_store_engine(postgres_url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     with engine.begin() as connection:
         connection.execute(text("DROP INDEX idx_telemetry_provider"))
         connection.execute(

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import create_engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-from lynkr_store import create_store_engine, migrate, writing
+from lynkr_store import create_store_engine, writing
 from lynkr_store.db.engines import parse_url
 from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
@@ -18,6 +18,7 @@ from lynkr_store.inserts import (
     insert_isolating,
     insert_once,
 )
+from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import BACKENDS, ON_DISK
 
 NOW = 1_750_000_000_000
@@ -27,7 +28,7 @@ DAY_MS = 86_400_000
 @pytest.fixture(params=BACKENDS)
 def engine(request, new_url):
     engine = create_store_engine(new_url(request.param))
-    migrate.upgrade(engine)
+    upgrade(engine)
     yield engine
     engine.dispose()
 

@@ -16,12 +16,12 @@ from lynkr_store import (
     Window,
     create_store_engine,
     indexes,
-    migrate,
     queries,
 )
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.functions import unindexed
 from lynkr_store.db.models import INDEXES, TELEMETRY
+from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import ON_DISK
 
 ROWS = 20_000
@@ -102,7 +102,7 @@ def filled(request, tmp_path_factory, server_of):
     else:
         url = server_of(request.param).create_database("lists")
     engine = create_store_engine(url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     with engine.begin() as connection:
         if request.param != "sqlite-file":
             connection.execute(

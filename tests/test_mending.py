@@ -19,7 +19,6 @@ from lynkr_store import (
     create_store_engine,
     folding,
     mending,
-    migrate,
     rollups,
 )
 from lynkr_store.backend import Backend
@@ -27,6 +26,7 @@ from lynkr_store.cli import app
 from lynkr_store.db import triggers
 from lynkr_store.db.engines import writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
+from lynkr_store.migrate.upgrade import downgrade, drift, missing_triggers, upgrade
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.spans import floor_to
 from tests.conftest import POSTGRES
@@ -636,7 +636,7 @@ def test_a_trigger_without_its_table_fails_no_statement(name, new_url):
 @pytest.mark.parametrize("schema", ["telemetry", 'odd "$lynkr_store$" \'schema\\'])
 def test_the_entries_are_in_the_tables_schema(name, new_url, schema):
     engine = create_store_engine(new_url(name), schema=schema)
-    migrate.upgrade(engine)
+    upgrade(engine)
     begin = opener(engine)
     with begin() as connection:
         put(connection, {"timestamp": START})
@@ -644,7 +644,7 @@ def test_the_entries_are_in_the_tables_schema(name, new_url, schema):
     with begin() as connection:
         connection.exec_driver_sql("UPDATE routing_telemetry SET cost_usd = 1")
         assert list(connection.scalars(select(CHANGES.c.start))) == [START]
-    migrate.downgrade(engine, "0009")
+    downgrade(engine, "0009")
     with begin() as connection:
         connection.exec_driver_sql("UPDATE routing_telemetry SET cost_usd = 1")
         left = f"SELECT count(*) FROM pg_proc WHERE proname = '{triggers.FUNCTION}'"
@@ -667,10 +667,10 @@ def test_where_the_database_takes_no_triggers_maintenance_finds_what_was_changed
             "CREATE EVENT TRIGGER refuses ON ddl_command_start WHEN TAG IN ('CREATE TRIGGER') "
             "EXECUTE FUNCTION refuses()"
         )
-    migrate.upgrade(engine)
+    upgrade(engine)
     with engine.connect() as connection:
-        assert migrate.drift(connection) == []
-        assert migrate.missing_triggers(connection) == list(triggers.NAMES[Backend.POSTGRESQL])
+        assert drift(connection) == []
+        assert missing_triggers(connection) == list(triggers.NAMES[Backend.POSTGRESQL])
     with Store(settings=StoreSettings(url=url, cache_ttl_s=0), clock=lambda: NOW) as store:
         store.add_many(minutes(100))
         store.maintain()
@@ -681,7 +681,7 @@ def test_where_the_database_takes_no_triggers_maintenance_finds_what_was_changed
         )
         assert store.maintain().quarters_mended == 2
         assert said(store) == (99, 50.0, "rows")
-    migrate.downgrade(engine, "0009")
+    downgrade(engine, "0009")
     engine.dispose()
 
 
@@ -701,9 +701,9 @@ def test_a_downgrade_takes_our_triggers_and_leaves_others(engine):
     ours = list(triggers.NAMES[Backend(engine.dialect.name)])
     for revision, names in (("0009", []), ("0010", ours)):
         if revision == "0009":
-            migrate.downgrade(engine, revision)
+            downgrade(engine, revision)
         else:
-            migrate.upgrade(engine)
+            upgrade(engine)
         with begin() as connection:
             assert list(connection.exec_driver_sql(listed).scalars()) == [*names, "theirs"]
 

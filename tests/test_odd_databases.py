@@ -23,11 +23,11 @@ from lynkr_store import (
     StoreUnavailable,
     Window,
     create_store_engine,
-    revisions,
     upgrade,
     writing,
 )
-from lynkr_store.adopt import _words
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.adoption import _words
 from lynkr_store.schemas import Reading
 from tests.support.recorded import gateway_file, gateway_table
 from tests.support.stores import adds_up, looked

@@ -26,12 +26,12 @@ from lynkr_store import (
     StoreSettings,
     cli,
     create_store_engine,
-    migrate,
-    revisions,
     upgrade,
     writing,
 )
 from lynkr_store.db.engines import create_store_async_engine
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes
 from tests.conftest import POSTGRES
 from tests.migrations.host import application
 from tests.support import pgbouncer
@@ -64,7 +64,7 @@ def place(request, new_url):
 def pooled_at_head(place):
     url, pooled = place
     with engine_on(pooled) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
     return url, pooled
 
 
@@ -280,8 +280,8 @@ def test_maintenance_works_in_the_schema_and_leaves_nothing_in_the_pooler(pooled
         assert store.cleanup(timedelta(hours=1)) == 100
     assert what_is_left(pooled) == before
     with engine_on(url) as engine, engine.connect() as connection:
-        assert migrate.missing_indexes(connection) == []
-        assert migrate.drift(connection) == []
+        assert missing_indexes(connection) == []
+        assert drift(connection) == []
     assert schemas_with_tables(url) == {SCHEMA: TABLES}
 
 
@@ -342,8 +342,8 @@ def test_every_way_of_upgrading_works_in_the_schema(place, monkeypatch, way):
     assert schemas_with_tables(url) == {SCHEMA: TABLES}
     with engine_on(url) as engine, engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
+        assert drift(connection) == []
     with engine_on(pooled) as engine:
-        migrate.downgrade(engine, "base")
+        downgrade(engine, "base")
     assert schemas_with_tables(url) == {SCHEMA: 1}
     assert not [line for left in what_is_left(pooled) for line in left if line[0] == "locked"]

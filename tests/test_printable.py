@@ -17,12 +17,12 @@ from lynkr_store import (
     Store,
     create_store_engine,
     exceptions,
-    migrate,
     render,
-    revisions,
     writing,
 )
 from lynkr_store.exceptions import MissingDriver, printable
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.recorded import gateway_file
@@ -190,7 +190,7 @@ def test_a_revision_of_an_odd_name_is_shown(url, engine):
     for options in ([], ["--json"]):
         check_obeyed_by_none(done("health", "--url", url, *options))
     with pytest.raises(SchemaAhead) as caught:
-        migrate.upgrade(engine)
+        upgrade(engine)
     check_obeyed_by_none(str(caught.value))
     with engine.begin() as connection:  # and a newer release that says so of itself
         mark = "?, ?, ?, ?" if engine.dialect.name == "sqlite" else "%s, %s, %s, %s"

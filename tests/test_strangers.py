@@ -9,8 +9,8 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
-from lynkr_store import Store, StoreSettings, UpgradeTimeout, create_store_engine, migrate, upgrade
-from lynkr_store.exclusive import ADVISORY_LOCK
+from lynkr_store import Store, StoreSettings, UpgradeTimeout, create_store_engine, upgrade
+from lynkr_store.migrate.lock import ADVISORY_LOCK
 from tests.support import pgbouncer
 from tests.support.stores import eventually
 
@@ -115,7 +115,7 @@ def test_an_upgrade_says_which_role_it_waited_for(postgres_url, stranger):
         engine = create_store_engine(postgres_url)
         began = time.monotonic()
         with pytest.raises(UpgradeTimeout, match=f"the role {role}, its pid is [0-9]+"):
-            migrate.upgrade(engine, wait_s=BUDGET_S)
+            upgrade(engine, wait_s=BUDGET_S)
         assert time.monotonic() - began < BACK_S
         settings = StoreSettings(url=postgres_url, upgrade_on_open=True)
         with Store(settings=settings) as store, pytest.raises(UpgradeTimeout, match=role):

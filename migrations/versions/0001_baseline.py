@@ -1,7 +1,7 @@
 """Create routing_telemetry with the gateway's 26 columns, or adopt a gateway's own.
 
 Why: the baseline that every historic gateway file reaches.  Adoption: a table that is there is
-compared column by column and kept as it is, or refused untouched; see ``lynkr_store.adopt``.
+compared column by column and kept as it is, or refused untouched; see ``migrate.adoption``.
 Locks: none that matters, the table is new; an adopted one is only read.
 Older code: none.  Undo: downgrade drops the table when it is empty (or ``-x drop-data=yes``), and
 never one that was adopted.
@@ -12,7 +12,7 @@ import time
 import sqlalchemy as sa
 from alembic import context, op
 
-from lynkr_store import adopt, ddl
+from lynkr_store.migrate import adoption, operations
 
 revision = "0001"
 down_revision = None
@@ -28,10 +28,10 @@ _latency = sa.Integer().with_variant(sa.Double(), "postgresql")
 
 def upgrade() -> None:
     if not context.is_offline_mode():
-        found = adopt.examine(op.get_bind())
+        found = adoption.examine(op.get_bind())
         if found:
-            adopt.note_adoption(op.get_bind(), found, now_ms=time.time_ns() // 1_000_000)
-    if not ddl.has_table("routing_telemetry"):
+            adoption.note_adoption(op.get_bind(), found, now_ms=time.time_ns() // 1_000_000)
+    if not operations.has_table("routing_telemetry"):
         op.create_table(
             "routing_telemetry",
             sa.Column("id", _whole, sa.Identity(), nullable=False),
@@ -63,7 +63,7 @@ def upgrade() -> None:
             sa.PrimaryKeyConstraint("id", name="pk_routing_telemetry"),
             sqlite_autoincrement=True,
         )
-    ddl.create_indexes(
+    operations.create_indexes(
         "routing_telemetry",
         {
             "idx_telemetry_provider": ["provider"],
@@ -75,5 +75,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    ddl.keep_adopted(revision)
-    ddl.drop_table("routing_telemetry")
+    operations.keep_adopted(revision)
+    operations.drop_table("routing_telemetry")

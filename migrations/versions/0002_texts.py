@@ -8,7 +8,7 @@ values, unless the gateway had made them.
 
 import sqlalchemy as sa
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = "0002"
 down_revision = "0001"
@@ -20,12 +20,12 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    ddl.add_columns(
+    operations.add_columns(
         "routing_telemetry",
         [sa.Column("request_text", _text), sa.Column("response_text", _text)],
     )
 
 
 def downgrade() -> None:
-    ddl.keep_adopted(revision)
-    ddl.drop_columns("routing_telemetry", ["response_text", "request_text"])
+    operations.keep_adopted(revision)
+    operations.drop_columns("routing_telemetry", ["response_text", "request_text"])

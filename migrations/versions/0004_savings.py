@@ -9,7 +9,7 @@ Older code: does not know it.  Undo: downgrade drops the table when it is empty 
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = "0004"
 down_revision = "0003"
@@ -22,7 +22,7 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if not ddl.has_table("savings_events"):
+    if not operations.has_table("savings_events"):
         op.create_table(
             "savings_events",
             sa.Column("id", _whole, sa.Identity(), nullable=False),
@@ -32,9 +32,9 @@ def upgrade() -> None:
             sa.PrimaryKeyConstraint("id", name="pk_savings_events"),
             sqlite_autoincrement=True,
         )
-    ddl.create_indexes("savings_events", {"idx_savings_timestamp": ["timestamp"]})
+    operations.create_indexes("savings_events", {"idx_savings_timestamp": ["timestamp"]})
 
 
 def downgrade() -> None:
-    ddl.keep_adopted(revision)
-    ddl.drop_table("savings_events")
+    operations.keep_adopted(revision)
+    operations.drop_table("savings_events")

@@ -9,7 +9,7 @@ its list of rows.  Undo: downgrade drops the columns and their values.
 
 import sqlalchemy as sa
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = "0005"
 down_revision = "0004"
@@ -23,7 +23,7 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    ddl.add_columns(
+    operations.add_columns(
         "routing_telemetry",
         [
             sa.Column("trace_id", _text),
@@ -40,8 +40,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    ddl.keep_adopted(revision)
-    ddl.drop_columns(
+    operations.keep_adopted(revision)
+    operations.drop_columns(
         "routing_telemetry",
         [
             "attributes",

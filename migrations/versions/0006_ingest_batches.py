@@ -10,8 +10,8 @@ holds nothing of the user's; a batch in a spool whose answer was lost could then
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
 from lynkr_store.exceptions import AdoptionRefused
+from lynkr_store.migrate import operations
 
 revision = "0006"
 down_revision = "0005"
@@ -24,7 +24,7 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if ddl.has_table("ingest_batches"):
+    if operations.has_table("ingest_batches"):
         raise AdoptionRefused("the table ingest_batches is there, and it is not the store's")
     op.create_table(
         "ingest_batches",
@@ -34,7 +34,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("batch_id", name="pk_ingest_batches"),
         sqlite_with_rowid=False,
     )
-    ddl.create_indexes("ingest_batches", {"ix_ingest_batches_committed_at": ["committed_at"]})
+    operations.create_indexes(
+        "ingest_batches", {"ix_ingest_batches_committed_at": ["committed_at"]}
+    )
 
 
 def downgrade() -> None:

@@ -10,8 +10,8 @@ Undo: downgrade drops the table, which holds nothing of the user's.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
 from lynkr_store.exceptions import AdoptionRefused
+from lynkr_store.migrate import operations
 
 revision = "0007"
 down_revision = "0006"
@@ -24,7 +24,7 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if ddl.has_table("lynkr_store_revisions"):
+    if operations.has_table("lynkr_store_revisions"):
         raise AdoptionRefused("the table lynkr_store_revisions is there, and it is not the store's")
     op.create_table(
         "lynkr_store_revisions",

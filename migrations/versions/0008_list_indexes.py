@@ -9,7 +9,7 @@ Undo: downgrade drops them.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = "0008"
 down_revision = "0007"
@@ -29,7 +29,7 @@ _INDEXES: dict[str, list[str | sa.TextClause]] = {
 
 
 def upgrade() -> None:
-    ddl.create_indexes("routing_telemetry", _INDEXES)
+    operations.create_indexes("routing_telemetry", _INDEXES)
 
 
 def downgrade() -> None:

@@ -15,8 +15,8 @@ their history goes with them.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
 from lynkr_store.exceptions import AdoptionRefused
+from lynkr_store.migrate import operations
 
 revision = "0009"
 down_revision = "0008"
@@ -63,7 +63,7 @@ _COUNTS = (
 
 def upgrade() -> None:
     for table in _TABLES:
-        if ddl.has_table(table):
+        if operations.has_table(table):
             raise AdoptionRefused(f"the table {table} is there, and it is not the store's")
     op.create_table(
         "routing_dimensions",

@@ -14,10 +14,10 @@ Undo: downgrade drops the triggers, their function and the table.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
 from lynkr_store.backend import Backend
 from lynkr_store.db import triggers
 from lynkr_store.exceptions import AdoptionRefused
+from lynkr_store.migrate import operations
 
 revision = "0010"
 down_revision = "0009"
@@ -29,7 +29,7 @@ _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    if ddl.has_table("routing_changes"):
+    if operations.has_table("routing_changes"):
         raise AdoptionRefused("the table routing_changes is there, and it is not the store's")
     op.create_table(
         "routing_changes",

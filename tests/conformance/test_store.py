@@ -14,8 +14,8 @@ from lynkr_store import (
     RoutingRowBrief,
     StoreClosed,
     Window,
-    revisions,
 )
+from lynkr_store.migrate import revisions
 from tests.factories import EventFactory, RecordFactory
 from tests.support.stores import adds_up, looked
 

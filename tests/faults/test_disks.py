@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event, text
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate, writing
+from lynkr_store import Store, StoreSettings, create_store_engine, writing
 from lynkr_store.db.models import INDEXES
+from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.postgres import PgServer, available_servers
 from tests.support.stores import adds_up, eventually
@@ -247,7 +248,7 @@ def test_a_full_disk_under_postgresql_is_waited_for(installation, caplog):
         ):
             url = server.create_database("small")
             engine = create_store_engine(url)
-            migrate.upgrade(engine)
+            upgrade(engine)
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql(f"CREATE TABLESPACE small LOCATION '{disk}'")
             with engine.begin() as connection:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lynkr_store import create_store_engine, migrate
+from lynkr_store import create_store_engine
+from lynkr_store.migrate.upgrade import upgrade
 from tests.support.children import MortalServer, adds_up, run, stored
 from tests.support.postgres import available_servers
 
@@ -47,7 +48,7 @@ def place(tmp_path, server_of):
             through = url.replace(f"host={folder}", f"host={link}")
             more = {"pid": server.pid}
         engine = create_store_engine(url)
-        migrate.upgrade(engine)
+        upgrade(engine)
         engine.dispose()
         return url, {
             "url": through if how == "missing" else url,

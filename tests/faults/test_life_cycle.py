@@ -157,10 +157,10 @@ def once(**counts):
 
 
 def at_head(url):
-    from lynkr_store import migrate  # noqa: PLC0415
+    from lynkr_store.migrate.upgrade import upgrade  # noqa: PLC0415
 
     engine = create_store_engine(url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     return url
 
@@ -1078,7 +1078,8 @@ def test_sigterm_while_the_main_thread_opens_the_database_loses_nothing(program,
     url = new_url("sqlite-file")
     lines = program(
         """
-        from lynkr_store import migrate, revisions
+        from lynkr_store.migrate import revisions
+        from lynkr_store.migrate import upgrade as migrate
 
         def host(number, frame):
             h = checked(store)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate
+from lynkr_store import Store, StoreSettings, create_store_engine
+from lynkr_store.migrate.upgrade import upgrade
 from tests.support.children import MortalServer, adds_up, run, stored
 from tests.support.postgres import available_servers
 from tests.support.proxy import Do, Proxy, lose
@@ -27,7 +28,7 @@ def database(server):
     name = f"lost_{next(_numbers)}"
     url = server.create_database(name)
     engine = create_store_engine(url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     yield name
     server.drop_database(name)

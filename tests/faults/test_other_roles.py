@@ -33,10 +33,10 @@ from lynkr_store import (
     folding,
     identities,
     inserts,
-    migrate,
 )
 from lynkr_store.cli import app
 from lynkr_store.db.models import TELEMETRY
+from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.planted import FEW_TYPES, TYPES, plant
@@ -239,7 +239,7 @@ def everything(url: str, schema: str | None, monkeypatch) -> None:
     monkeypatch.setenv("LYNKR_STORE_SCHEMA", schema or "")
     own = create_store_engine(url, schema=schema)
     for revision in ("0001", "0003", "head"):
-        migrate.upgrade(own, revision)
+        upgrade(own, revision)
     own.dispose()
     use_by_every_way(url, schema)
     for line in (
@@ -307,10 +307,10 @@ def rights() -> list[str]:
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)
 def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgrade(roles, caplog):
     roles.execute(*rights())
-    migrate.upgrade(roles.urls["owner"], "0008")
+    upgrade(roles.urls["owner"], "0008")
     with pytest.raises(SchemaError, match=r"may not: permission denied .*public\. Upgrade as the"):
-        migrate.upgrade(roles.urls["app"])
-    migrate.upgrade(roles.urls["owner"])
+        upgrade(roles.urls["app"])
+    upgrade(roles.urls["owner"])
     with nothing_fails():
         use_by_every_way(roles.urls["app"])
         assert command(roles.urls["app"], "upgrade") == "at revision 0010\n"
@@ -328,7 +328,7 @@ def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgr
 def test_a_foreign_owner_is_said_when_a_store_is_opened_and_by_check(roles, caplog):
     """A role that may create in the schema was there first; by the release before nobody knew."""
     roles.execute("GRANT CREATE ON SCHEMA public TO {other}")
-    migrate.upgrade(roles.urls["other"])
+    upgrade(roles.urls["other"])
     roles.execute(
         "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {app}",
         database=roles.urls["other"],
@@ -342,7 +342,7 @@ def test_a_foreign_owner_is_said_when_a_store_is_opened_and_by_check(roles, capl
     assert said.levelname == "WARNING"
     other = roles.names["other"]
     assert said.message.startswith(f"the role {other!r}, of which this user is not a member, owns ")
-    tables = [*(f"the table {name}" for name in sorted(migrate.Base.metadata.tables))]
+    tables = [*(f"the table {name}" for name in sorted(Base.metadata.tables))]
     assert all(table in said.message for table in [*tables, "lynkr_store_alembic_version"])
     assert said.message in command(roles.urls["app"], "check")
     assert f"owns the table {tables[0][10:]}" in command(roles.urls["app"], "check", "--json")
@@ -385,7 +385,7 @@ def test_the_owner_of_the_schema_is_looked_at_too(roles):
 def owners(url: str, schema: str | None = None) -> list[str]:
     engine = create_store_engine(url, schema=schema)
     with engine.connect() as connection:
-        found = migrate.foreign_owners(connection)
+        found = foreign_owners(connection)
     engine.dispose()
     return found
 
@@ -395,7 +395,7 @@ def owners(url: str, schema: str | None = None) -> list[str]:
 def test_a_temporary_table_of_the_session_hides_none_of_the_stores(postgres_url, schema, kind):
     """PostgreSQL looks there first, and a pool or a pooler hands the session round."""
     settings = StoreSettings(url=postgres_url, schema_name=schema, cache_ttl_s=0)
-    migrate.upgrade(create_store_engine(postgres_url, schema=schema))
+    upgrade(create_store_engine(postgres_url, schema=schema))
     with asyncio.Runner() as runner:
         store = (
             Store(settings=settings)

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate
+from lynkr_store import Store, StoreSettings, create_store_engine
+from lynkr_store.migrate.upgrade import upgrade
 from tests.support.children import Child, MortalServer, adds_up, run, stored
 from tests.support.postgres import available_servers
 from tests.support.proxy import Do, Proxy, forward
@@ -25,7 +26,7 @@ def server(request):
 def database(server):
     name = f"away_{next(_numbers)}"
     engine = create_store_engine(server.create_database(name))
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     yield name
     server.drop_database(name)

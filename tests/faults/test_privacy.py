@@ -21,10 +21,10 @@ from lynkr_store import (
     Store,
     StoreSettings,
     create_store_engine,
-    migrate,
     writing,
 )
 from lynkr_store.db.engines import parse_url
+from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
 from tests.support.stores import adds_up, eventually, looked
@@ -645,7 +645,7 @@ def test_a_connection_that_breaks_in_mid_batch_repeats_no_row(
 def test_a_full_disk_repeats_no_row(tmp_path, overheard, of_the_host):
     url = f"sqlite:///{tmp_path}/telemetry.db"
     engine = create_store_engine(url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     host_engine = create_engine(parse_url(url), hide_parameters=False)
     options = {"engine": host_engine} if of_the_host else {}
     store = Store(settings=StoreSettings(url=url, echo=True), **options)

@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import create_engine, event
 from sqlalchemy.exc import OperationalError
 
-from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine, migrate
+from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine
 from lynkr_store.db.engines import overwriting
+from lynkr_store.migrate.upgrade import downgrade
 
 NOW = 1_750_000_000_000
 DAY = 86_400_000
@@ -203,6 +204,6 @@ def test_texts_of_columns_that_a_downgrade_drops_are_gone(path, own):
         store.add_many(records(100))
     assert places(path)
     engine = create_store_engine(url) if own else create_engine(url)
-    migrate.downgrade(engine, "0001", drop_data=True)
+    downgrade(engine, "0001", drop_data=True)
     engine.dispose()  # the last connection empties the WAL
     assert places(path) == {}

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import text
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions, writing
+from lynkr_store import Store, StoreSettings, create_store_engine, writing
 from lynkr_store.db.models import LEDGER, TELEMETRY
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate import upgrade as migrate
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from lynkr_store import Store, create_store_engine, migrate
+from lynkr_store import Store, create_store_engine
+from lynkr_store.migrate.upgrade import upgrade
 
 pytestmark = pytest.mark.slow
 
@@ -172,7 +173,7 @@ def path(tmp_path):
 @pytest.fixture
 def made(path):
     engine = create_store_engine(f"sqlite:///{path}")
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     return path
 

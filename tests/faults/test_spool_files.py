@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate
+from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.ingest.spool import Spool
+from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import POSTGRES
 
 NOBODY = 65_534
@@ -542,7 +543,7 @@ def test_a_read_only_directory_is_reported_once_and_writing_goes_on():
             path.mkdir(exist_ok=True)
             path.chmod(mode)
         engine = create_store_engine(f"sqlite:///{folder}/data/telemetry.db")
-        migrate.upgrade(engine)
+        upgrade(engine)
         engine.dispose()
         for path in (folder / "data").iterdir():
             path.chmod(0o666)

@@ -17,11 +17,10 @@ from lynkr_store import (
     RoutingFilter,
     Store,
     Window,
-    adopt,
     create_store_engine,
-    migrate,
-    revisions,
 )
+from lynkr_store.migrate import adoption, revisions
+from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
 from tests.support.recorded import (
     ADDITIVE,
     DATA,
@@ -45,7 +44,7 @@ def path(tmp_path) -> Path:
 
 def upgraded(path, revision="head"):
     engine = create_store_engine(f"sqlite:///{path}")
-    migrate.upgrade(engine, revision)
+    upgrade(engine, revision)
     return engine
 
 
@@ -65,10 +64,10 @@ def check_adopted(path, floor):
     engine = upgraded(path)
     with engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
-        assert adopt.adopted_revision(connection) == floor
+        assert drift(connection) == []
+        assert adoption.adopted_revision(connection) == floor
     assert contents(path, columns)[1] == before, "a value or its storage class changed"
-    migrate.upgrade(engine)
+    upgrade(engine)
     assert contents(path, columns)[1] == before
     engine.dispose()
 
@@ -241,7 +240,7 @@ def test_look_alikes_are_refused_and_not_a_byte_changes(path, statements, named,
     before = path.read_bytes()
     engine = create_store_engine(f"sqlite:///{path}")
     with pytest.raises(AdoptionRefused) as refused:
-        migrate.upgrade(engine)
+        upgrade(engine)
     engine.dispose()
     assert named in refused.value.difference
     assert named in str(refused.value)
@@ -259,8 +258,8 @@ def test_missing_indexes_wait_for_maintain_where_there_are_rows(path):
     gateway_file(path, 0, (), [ROW])
     engine = upgraded(path)
     with engine.connect() as connection:
-        assert {*migrate.missing_indexes(connection)} == {*INDEXES, *OWN_INDEXES}
-        assert migrate.drift(connection) == [], "an index that waits is no drift"
+        assert {*missing_indexes(connection)} == {*INDEXES, *OWN_INDEXES}
+        assert drift(connection) == [], "an index that waits is no drift"
     engine.dispose()
     with Store(f"sqlite:///{path}") as store:
         assert {*store.maintain().indexes_built} == {*INDEXES, *OWN_INDEXES}
@@ -271,7 +270,7 @@ def test_missing_indexes_of_an_empty_table_are_built_at_once(path):
     gateway_file(path, 0, ())
     engine = upgraded(path)
     with engine.connect() as connection:
-        assert migrate.missing_indexes(connection) == []
+        assert missing_indexes(connection) == []
     engine.dispose()
 
 
@@ -283,14 +282,14 @@ def test_no_downgrade_goes_below_what_was_adopted(path, columns, savings, floor)
     gateway_file(path, columns, tuple(INDEXES), [ROW], *[SAVINGS] * savings)
     names, before = contents(path)
     engine = upgraded(path)
-    migrate.downgrade(engine, floor)
+    downgrade(engine, floor)
     for below in ("base", *(f"{n:04}" for n in range(1, int(floor)))):
         with pytest.raises(DowngradeRefused, match=f"adopted at revision {floor}"):
-            migrate.downgrade(engine, below, drop_data=True)
+            downgrade(engine, below, drop_data=True)
     with engine.connect() as connection:
         assert revisions.current(connection) == floor
     assert contents(path, names)[1] == before
-    migrate.upgrade(engine)
+    upgrade(engine)
     engine.dispose()
     assert contents(path, names)[1] == before
 
@@ -310,7 +309,7 @@ def test_postgres_tables_of_our_names_are_refused(postgres_url, statement):
         for part in statement.split("; "):
             connection.execute(text(part))
     with pytest.raises(AdoptionRefused, match="nothing was changed"):
-        migrate.upgrade(engine)
+        upgrade(engine)
     with engine.connect() as connection:
         assert revisions.current(connection) is None
     engine.dispose()

@@ -28,9 +28,9 @@ from lynkr_store import (
     StoreUnavailable,
     cli,
     create_store_engine,
-    revisions,
     upgrade,
 )
+from lynkr_store.migrate import revisions
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT, gateway_file, insert_rows
@@ -233,7 +233,7 @@ def test_nobody_else_may_read_it_while_it_is_made(old, monkeypatch):
         seen.extend((p.suffix, stat.S_IMODE(p.stat().st_mode)) for p in copies(old))
         return connect(database, *arguments, **options)
 
-    monkeypatch.setattr("lynkr_store.backup.sqlite3.connect", looking)
+    monkeypatch.setattr("lynkr_store.migrate.backup.sqlite3.connect", looking)
     upgrade(f"sqlite:///{old}", backup=True)
     assert (".partial", 0o600) in seen
     assert {mode for _, mode in seen} == {0o600}
@@ -365,7 +365,8 @@ def test_the_command_refuses_it_as_wrong_use(postgres_url, monkeypatch, capsys):
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
-from lynkr_store import StoreUnavailable, create_store_engine, migrate, revisions, upgrade
+from lynkr_store import StoreUnavailable, upgrade
+from lynkr_store.migrate import revisions
 import lynkr_store.cli
 revisions.head()
 path, limit, user = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -460,11 +461,11 @@ def test_whichever_step_fails_nothing_is_left_and_nothing_was_changed(old, monke
         raise OSError(28, "No space left on device")
 
     if step == "backup":
-        monkeypatch.setattr("lynkr_store.backup._read_only", failing)
+        monkeypatch.setattr("lynkr_store.migrate.backup._read_only", failing)
     elif step == "fsync":
-        monkeypatch.setattr("lynkr_store.backup.os.fsync", fail)
+        monkeypatch.setattr("lynkr_store.migrate.backup.os.fsync", fail)
     else:
-        monkeypatch.setattr("lynkr_store.backup.Path.rename", fail)
+        monkeypatch.setattr("lynkr_store.migrate.backup.Path.rename", fail)
     before = state_of(old.parent)
     with pytest.raises(StoreUnavailable, match=r"backup: .*nothing was changed"):
         upgrade(f"sqlite:///{old}", backup=True)
@@ -479,7 +480,7 @@ def test_when_the_upgrade_fails_afterwards_the_file_is_as_it_was_and_no_copy_is_
         raise RuntimeError("half-way")
 
     before = contents(old)
-    monkeypatch.setattr("lynkr_store.ddl.create_indexes", fail)
+    monkeypatch.setattr("lynkr_store.migrate.operations.create_indexes", fail)
     with pytest.raises(RuntimeError, match="half-way"):
         upgrade(f"sqlite:///{old}", backup=True)
     assert contents(old) == before

@@ -11,10 +11,12 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, event, make_url, text
 
-from lynkr_store import AdoptionRefused, UpgradeTimeout, create_store_engine, migrate, revisions
+from lynkr_store import AdoptionRefused, UpgradeTimeout, create_store_engine
 from lynkr_store.db.models import INDEXES
-from lynkr_store.exclusive import ADVISORY_LOCK, exclusively
 from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate import upgrade as migrate
+from lynkr_store.migrate.lock import ADVISORY_LOCK, exclusively
 from tests.conftest import ON_DISK, POSTGRES
 from tests.support.recorded import OWN_INDEXES, ROOT, gateway_file, insert_rows
 from tests.support.stores import eventually

@@ -6,7 +6,9 @@ from contextlib import closing
 import pytest
 from sqlalchemy import event, text
 
-from lynkr_store import DowngradeRefused, create_store_engine, migrate, revisions
+from lynkr_store import DowngradeRefused, create_store_engine
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import downgrade, drift, upgrade
 from tests.support.gateway import RELEASES, connect, open_as
 from tests.support.recorded import INDEXES, SAVINGS, gateway_file
 
@@ -23,7 +25,7 @@ def adopted(path):
     """A file of 26 columns and one row, adopted and upgraded."""
     gateway_file(path, 0, tuple(INDEXES), [ROW])
     engine = create_store_engine(f"sqlite:///{path}")
-    migrate.upgrade(engine)
+    upgrade(engine)
     yield engine
     engine.dispose()
 
@@ -57,24 +59,24 @@ def changes():
 def test_the_columns_of_an_adopted_file_stay_where_nobody_said_otherwise(path, adopted, changes):
     before = columns_of(path)
     done = changes(adopted)
-    migrate.downgrade(adopted, "0001")
+    downgrade(adopted, "0001")
     assert revision_of(adopted) == "0001"
     assert columns_of(path) == before
     assert not any("ALTER" in statement for statement in done), "each rewrites the whole table"
     for release in RELEASES.values():
         with closing(open_as(release, path)) as gateway:
             gateway.execute(release.insert(), release.record("r"))
-    migrate.upgrade(adopted)
+    upgrade(adopted)
     with adopted.connect() as connection:
-        assert migrate.drift(connection) == []
+        assert drift(connection) == []
 
 
 def test_the_columns_go_when_the_user_says_so(path, adopted):
-    migrate.downgrade(adopted, "0001", drop_data=True)
+    downgrade(adopted, "0001", drop_data=True)
     assert len(columns_of(path)) == 26
-    migrate.upgrade(adopted)
+    upgrade(adopted)
     with adopted.connect() as connection:
-        assert migrate.drift(connection) == []
+        assert drift(connection) == []
 
 
 def write(path, statement):
@@ -98,11 +100,11 @@ def test_what_the_gateway_seems_to_write_is_not_taken_back(
     done = changes(adopted)
     below = f"{int(stays) - 1:04}"
     with pytest.raises(DowngradeRefused, match=f"write what revision {stays} added"):
-        migrate.downgrade(adopted, below)
+        downgrade(adopted, below)
     assert done == []
     assert revision_of(adopted) == revisions.head()
-    migrate.downgrade(adopted, stays)
-    migrate.downgrade(adopted, below, drop_data=True)  # it was stopped
+    downgrade(adopted, stays)
+    downgrade(adopted, below, drop_data=True)  # it was stopped
     assert revision_of(adopted) == below
 
 
@@ -112,11 +114,11 @@ def test_only_the_latest_rows_tell_what_the_gateway_writes(path, adopted):
     with closing(connect(path)) as gateway:
         for _ in range(1_000):
             gateway.execute(insert)
-    migrate.downgrade(adopted, "0002")
+    downgrade(adopted, "0002")
 
 
 def test_a_refused_downgrade_has_changed_nothing_on_the_way(empty_engine, changes):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     with empty_engine.begin() as connection:
         connection.execute(
             text("INSERT INTO savings_events (timestamp, category, tokens_saved) VALUES (1,'c',2)")
@@ -124,25 +126,25 @@ def test_a_refused_downgrade_has_changed_nothing_on_the_way(empty_engine, change
     done = changes(empty_engine)
     for revision in ("base", "0001", "0003", "-7"):
         with pytest.raises(DowngradeRefused, match="savings_events has rows"):
-            migrate.downgrade(empty_engine, revision)
+            downgrade(empty_engine, revision)
     assert [statement for statement in done if not statement.startswith("ROLLBACK")] == []
 
 
 def test_a_downgrade_may_be_told_in_steps(empty_engine):
-    migrate.upgrade(empty_engine)
-    migrate.downgrade(empty_engine, "-1")
+    upgrade(empty_engine)
+    downgrade(empty_engine, "-1")
     assert revision_of(empty_engine) == "0009"
-    migrate.downgrade(empty_engine, "0005-2")
+    downgrade(empty_engine, "0005-2")
     assert revision_of(empty_engine) == "0003"
-    migrate.downgrade(empty_engine, "base")
+    downgrade(empty_engine, "base")
     assert revision_of(empty_engine) is None
-    migrate.downgrade(empty_engine, "base")
+    downgrade(empty_engine, "base")
 
 
 def test_savings_of_an_adopted_file_go_with_its_rows_alone(path):
     gateway_file(path, 11, tuple(INDEXES), [ROW], SAVINGS)
     engine = create_store_engine(f"sqlite:///{path}")
-    migrate.upgrade(engine)
+    upgrade(engine)
     with pytest.raises(DowngradeRefused, match="adopted at revision 0004"):
-        migrate.downgrade(engine, "0003", drop_data=True)
+        downgrade(engine, "0003", drop_data=True)
     engine.dispose()

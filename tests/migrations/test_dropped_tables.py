@@ -24,12 +24,11 @@ from lynkr_store import (
     StoreUnavailable,
     Window,
     create_store_engine,
-    migrate,
-    revisions,
     upgrade,
     writing,
 )
 from lynkr_store.db.models import NOTES, TELEMETRY, Base
+from lynkr_store.migrate import revisions
 from tests.conftest import ON_DISK, POSTGRES
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
@@ -332,5 +331,5 @@ def test_triggers_of_a_renamed_table_are_named_too(new_url):
 def test_an_upgrade_to_an_older_revision_makes_nothing(url, engine):
     drop(engine, "savings_events")
     before = schema_of(engine)
-    migrate.upgrade(engine, "0003")
+    upgrade(engine, "0003")
     assert schema_of(engine) == before

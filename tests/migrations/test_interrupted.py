@@ -11,9 +11,11 @@ import psycopg
 import pytest
 from sqlalchemy import event, text
 
-from lynkr_store import adopt, create_store_engine, migrate, revisions
+from lynkr_store import create_store_engine
 from lynkr_store.db.models import INDEXES, Base
 from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.migrate import adoption, revisions
+from lynkr_store.migrate.upgrade import drift, missing_indexes, upgrade, write_script
 from tests.conftest import ON_DISK
 from tests.support import recorded
 from tests.support.recorded import ADDITIVE, OWN_INDEXES, SAVINGS, gateway_file
@@ -52,7 +54,7 @@ def gateway(path, journal="wal", rows=(*ROWS, ODD_ROW)):
 def made(path, revision, more):
     """A file of ours with rows."""
     engine = create_store_engine(f"sqlite:///{path}")
-    migrate.upgrade(engine, revision)
+    upgrade(engine, revision)
     engine.dispose()
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(f"{insert_sql(ROWS)} {more};")
@@ -62,7 +64,7 @@ def made(path, revision, more):
 def script(url, revision, more):
     """The statements that make a PostgreSQL database with rows."""
     written = StringIO()
-    migrate.write_script(url, revision, written)
+    write_script(url, revision, written)
     return f"{written.getvalue()} {insert_sql(ROWS)} {more};"
 
 
@@ -225,8 +227,8 @@ def build(url):
 def check_indexes(url):
     engine = create_store_engine(url)
     with engine.connect() as connection:
-        assert migrate.missing_indexes(connection) == []
-        assert migrate.drift(connection) == []
+        assert missing_indexes(connection) == []
+        assert drift(connection) == []
     engine.dispose()
     assert "'false'" not in str(indexes(url)), "an index that is not whole"
     keys = len(Base.metadata.tables) + 1  # one of each table, Alembic's own too
@@ -325,11 +327,9 @@ def engine_of(path):
 def check_adopted(path, floor, request_ids):
     with engine_of(path) as engine, engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
-        assert {*migrate.missing_indexes(connection)} <= {
-            *OWN_INDEXES
-        }  # those of a table with rows
-        assert adopt.adopted_revision(connection) == floor
+        assert drift(connection) == []
+        assert {*missing_indexes(connection)} <= {*OWN_INDEXES}  # those of a table with rows
+        assert adoption.adopted_revision(connection) == floor
         query = "SELECT request_id FROM routing_telemetry WHERE provider = 'p' ORDER BY id"
         assert list(connection.scalars(text(query))) == request_ids
         assert connection.scalar(text("SELECT max(latency_ms) FROM routing_telemetry")) == 12.5
@@ -349,10 +349,10 @@ def test_an_upgrade_between_two_of_the_gateways_steps_does_no_harm(path, count, 
     gateway(path, journal, [ODD_ROW])
     with closing(Gateway(path)) as other, engine_of(path) as engine:
         assert all(other.adds(column) for column in ADDITIVE[:count])
-        migrate.upgrade(engine)
+        upgrade(engine)
         assert not any(other.adds(column) for column in ADDITIVE), "each is there, once"
         other.opens_and_writes("after")
-        migrate.upgrade(engine)
+        upgrade(engine)
     check_adopted(path, floor_of(count), ["odd", "after"])
 
 
@@ -368,7 +368,7 @@ def test_a_step_of_the_gateways_just_before_an_upgrade_takes_the_lock_is_seen(pa
                 came.append(other.adds(ADDITIVE[count]))
 
         event.listen(engine, "before_cursor_execute", race)
-        migrate.upgrade(engine)
+        upgrade(engine)
         assert came == [True], "the step came when the upgrade had begun, and before its lock"
         assert not any(other.adds(column) for column in ADDITIVE)
         other.opens_and_writes("after")
@@ -395,7 +395,7 @@ def test_a_step_of_the_gateways_in_the_middle_of_an_upgrade_waits_for_its_end(pa
                     steps.append(threads.submit(patient.adds, ADDITIVE[-1]))
 
         event.listen(engine, "after_cursor_execute", meet)
-        migrate.upgrade(engine)
+        upgrade(engine)
         assert len(refused) >= len(ADDITIVE)
         assert steps[0].result(30) is False, "it found the column there"
     check_adopted(path, "0001", ["odd"])

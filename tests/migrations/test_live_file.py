@@ -12,16 +12,10 @@ from typing import NamedTuple
 import pytest
 from sqlalchemy import event
 
-from lynkr_store import (
-    DowngradeRefused,
-    StoreSettings,
-    create_store_engine,
-    indexes,
-    migrate,
-    retention,
-    revisions,
-)
+from lynkr_store import DowngradeRefused, StoreSettings, create_store_engine, indexes, retention
 from lynkr_store.database import Database
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
 from tests.support.gateway import BUSY_S, Gateway, connect
 from tests.support.recorded import INDEXES, OWN_INDEXES, gateway_table
 
@@ -204,7 +198,7 @@ def test_a_gateway_goes_on_while_its_file_of_a_million_rows_is_adopted(path, eng
         if cold:
             drop_from_cache(path)
         time.sleep(0.5)
-        adoption, _ = during(migrate.upgrade, engine)
+        adoption, _ = during(upgrade, engine)
         held_by_adoption = holds.take()
         time.sleep(0.5)
         if cold:
@@ -232,14 +226,14 @@ def test_a_gateway_goes_on_while_its_file_of_a_million_rows_is_adopted(path, eng
     assert digest(path, columns, ROWS) == before, "a value has changed"
     with engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
-        assert migrate.missing_indexes(connection) == []
+        assert drift(connection) == []
+        assert missing_indexes(connection) == []
 
 
 def test_a_gateway_goes_on_while_old_rows_are_deleted(path, engine):
     rows = ROWS // 5
     fill(path, rows)
-    migrate.upgrade(engine)
+    upgrade(engine)
     indexes.build_missing_indexes(engine)
     holds = Holds(engine)
     with Gateway(path, "9.4.6") as gateway:
@@ -264,12 +258,12 @@ def test_a_gateway_goes_on_while_a_downgrade_below_its_shape_is_refused(path, en
     fill(path, rows)
     columns = columns_of(path)
     before = digest(path, columns, rows)
-    migrate.upgrade(engine)
+    upgrade(engine)
     all_columns = columns_of(path)
     holds = Holds(engine)
     with Gateway(path, "9.4.6") as gateway:
         with pytest.raises(DowngradeRefused, match="adopted at revision 0002"):
-            migrate.downgrade(engine, below, drop_data=True)
+            downgrade(engine, below, drop_data=True)
         held = holds.take()
         time.sleep(0.1)
         tries = gateway.end()

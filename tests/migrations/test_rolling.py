@@ -35,11 +35,11 @@ from lynkr_store import (
     __version__,
     cli,
     create_store_engine,
-    migrate,
-    revisions,
     writing,
 )
 from lynkr_store.db.models import NOTES, TELEMETRY, Base
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import comparing, downgrade, upgrade, write_script
 from tests.migrations.newer.release import (
     ADDITIVE,
     ADDITIVE_AGAIN,
@@ -228,7 +228,7 @@ class EarlierRelease:
         metadata = MetaData()
         there = inspect(self._engine).get_table_names()
         known = [name for name in Base.metadata.tables if name in there and name != NOTES.name]
-        with migrate.comparing():  # an index on an expression is nothing that it reads
+        with comparing():  # an index on an expression is nothing that it reads
             metadata.reflect(self._engine, only=known)
         self._tables = metadata.sorted_tables
         self._reads = count()
@@ -276,7 +276,7 @@ class EarlierRelease:
             key, written = _key(table), self.written[table.name]
             assert len(written) > 30, "it did not get far"
             now = MetaData()
-            with migrate.comparing():
+            with comparing():
                 now.reflect(self._engine, only=[table.name])
             with self._engine.connect() as connection:
                 rows = connection.execute(select(now.tables[table.name])).mappings().all()
@@ -337,7 +337,7 @@ def upgrade_beside(url, revision, workers, observer):
     upgrading = create_store_engine(url)
     event.listen(upgrading, "commit", look)
     try:
-        migrate.upgrade(upgrading, revision)
+        upgrade(upgrading, revision)
     finally:
         upgrading.dispose()
     [locked] = locked_out
@@ -381,7 +381,7 @@ def documented_lock(revision):
 def test_the_release_before_reads_and_writes_while_a_rolling_revision_is_applied(
     empty_url, empty_engine, before, revision
 ):
-    migrate.upgrade(empty_engine, before)
+    upgrade(empty_engine, before)
     with EarlierRelease(empty_url) as earlier:
         with Beside(earlier.writer("a"), earlier.writer("b"), earlier.read) as workers:
             get_on_for_a_while(workers)
@@ -391,7 +391,7 @@ def test_the_release_before_reads_and_writes_while_a_rolling_revision_is_applied
         earlier.check_that_all_is_there()
     if empty_engine.dialect.name == "postgresql":
         assert locked == documented_lock(revision)
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     with Store(empty_url) as store:
         read = {row.request_id for row in store.iter_records()}
     assert read == {row["request_id"] for row in earlier.written["routing_telemetry"]}
@@ -400,7 +400,7 @@ def test_the_release_before_reads_and_writes_while_a_rolling_revision_is_applied
 def test_the_oldest_release_reads_and_writes_while_all_that_came_since_is_applied(
     empty_url, empty_engine
 ):
-    migrate.upgrade(empty_engine, OLDEST)
+    upgrade(empty_engine, OLDEST)
     with EarlierRelease(empty_url) as earlier:
         with Beside(earlier.writer("a"), earlier.writer("b"), earlier.read) as workers:
             get_on_for_a_while(workers)
@@ -622,9 +622,9 @@ def test_an_upgrade_by_the_older_release_changes_nothing(url, engine, newer, mon
     newer.upgrade(url, ADDITIVE)
     before = everything_of(engine)
     is_file = engine.dialect.name == "sqlite"
-    assert migrate.upgrade(engine) is None
-    assert migrate.upgrade(url, HEAD, backup=is_file) is None
-    assert migrate.upgrade(engine, "0003") is None
+    assert upgrade(engine) is None
+    assert upgrade(url, HEAD, backup=is_file) is None
+    assert upgrade(engine, "0003") is None
     options = ["--backup"] if is_file else []
     for arguments in (["upgrade"], ["upgrade", "head", *options]):
         code, said = command(monkeypatch, capsys, *arguments, "--url", url)
@@ -696,7 +696,7 @@ def test_the_command_and_code_leave_it_alone_by_whatever_name(
     before = everything_of(engine)
     code, said = command(monkeypatch, capsys, "upgrade", revision, "--url", url)
     assert (code, said) == (0, f"at revision {ADDITIVE}\n")
-    assert migrate.upgrade(url, revision, backup=engine.dialect.name == "sqlite") is None
+    assert upgrade(url, revision, backup=engine.dialect.name == "sqlite") is None
     assert everything_of(engine) == before
 
 
@@ -708,7 +708,7 @@ def test_the_older_release_takes_nothing_back_of_a_newer_schema(
     remedy = "downgrade it with the release that made it"
     for revision in (BEFORE_HEAD, HEAD, "base"):
         with pytest.raises(SchemaAhead, match=f"revision {ADDITIVE} is newer .*{remedy}"):
-            migrate.downgrade(engine, revision, drop_data=True)
+            downgrade(engine, revision, drop_data=True)
     code, said = command(monkeypatch, capsys, "downgrade", BEFORE_HEAD, "--url", url)
     assert code == 1 and remedy in said
     code, said = alembic(capsys, url, "downgrade", "-1")
@@ -719,7 +719,7 @@ def test_the_older_release_takes_nothing_back_of_a_newer_schema(
 def test_an_older_replica_that_starts_while_a_newer_one_upgrades_waits_and_goes_on(
     empty_url, empty_engine, newer
 ):
-    migrate.upgrade(empty_engine, BEFORE_HEAD)
+    upgrade(empty_engine, BEFORE_HEAD)
     tried = threading.Event()
 
     def notice(*arguments):
@@ -752,10 +752,10 @@ def test_an_older_replica_that_starts_while_a_newer_one_upgrades_waits_and_goes_
 def test_an_older_upgrade_that_waited_for_a_newer_one_leaves_it_as_it_is(
     empty_url, empty_engine, newer
 ):
-    migrate.upgrade(empty_engine, BEFORE_HEAD)
+    upgrade(empty_engine, BEFORE_HEAD)
     with ThreadPoolExecutor(1) as pool:
         with newer.upgrading(empty_url, ADDITIVE):
-            older = pool.submit(migrate.upgrade, empty_url)
+            older = pool.submit(upgrade, empty_url)
         older.result(60)
     assert revision_of(empty_engine) == ADDITIVE
     assert notes_of(empty_engine)[ADDITIVE] == [1, HEAD, RELEASE]
@@ -933,10 +933,10 @@ def test_the_older_release_neither_upgrades_nor_downgrades_what_it_cannot_work_w
     before = everything_of(engine)
     words = f"the schema's revision {ADDITIVE_AGAIN} {THE_NEWER}"
     for body in (
-        lambda: migrate.upgrade(engine),
-        lambda: migrate.upgrade(url, backup=engine.dialect.name == "sqlite"),
-        lambda: migrate.downgrade(engine, HEAD),
-        lambda: migrate.downgrade(engine, "base", drop_data=True),
+        lambda: upgrade(engine),
+        lambda: upgrade(url, backup=engine.dialect.name == "sqlite"),
+        lambda: downgrade(engine, HEAD),
+        lambda: downgrade(engine, "base", drop_data=True),
     ):
         with pytest.raises(SchemaAhead) as said:
             body()
@@ -965,7 +965,7 @@ def check_that_it_is_refused(url, engine):
         eventually(lambda: store.health().last_error == f"SchemaAhead: {words}")
         assert store.health().pending == len(waiting)
         store.close(0)
-    for body in (migrate.upgrade, lambda engine: migrate.downgrade(engine, HEAD)):
+    for body in (upgrade, lambda engine: downgrade(engine, HEAD)):
         with pytest.raises(SchemaAhead) as said:
             body(engine)
         assert str(said.value) == words
@@ -1014,7 +1014,7 @@ def test_a_noted_revision_above_one_without_a_note_is_refused(url, newer):
 def test_a_schema_that_is_behind_names_the_command(empty_url, empty_engine, monkeypatch, capsys):
     for at, stands in ((None, "has no revision"), (BEFORE_HEAD, f"is at revision {BEFORE_HEAD}")):
         if at:
-            migrate.upgrade(empty_engine, at)
+            upgrade(empty_engine, at)
         words = f"the schema {stands}, this release needs {HEAD}: run lynkr-store upgrade"
         with asyncio.Runner() as runner:
             for kind in ("sync", "async"):
@@ -1058,19 +1058,19 @@ def test_check_of_a_schema_that_is_ahead_says_no_and_names_the_release(
 
 def test_an_upgrade_from_nothing_notes_every_revision_since_there_are_notes(empty_engine):
     for step in LINE:
-        migrate.upgrade(empty_engine, step.revision)
+        upgrade(empty_engine, step.revision)
         there = {r: list(note) for r, note in NOTED.items() if r <= step.revision}
         assert notes_of(empty_engine) == (there or None)
     assert set(NOTED) == {step.revision for step in LINE if step.revision >= "0007"}
-    migrate.downgrade(empty_engine, "base")
-    migrate.upgrade(empty_engine)
+    downgrade(empty_engine, "base")
+    upgrade(empty_engine)
     assert notes_of(empty_engine) == {r: list(note) for r, note in NOTED.items()}
 
 
 def test_no_note_is_left_below_the_revision_that_made_their_table(empty_engine):
     for to in ("0006", "0001", "base"):
-        migrate.upgrade(empty_engine)
-        migrate.downgrade(empty_engine, to)
+        upgrade(empty_engine)
+        downgrade(empty_engine, to)
         assert notes_of(empty_engine) is None
 
 
@@ -1087,7 +1087,7 @@ def test_notes_go_with_their_revisions(url, engine, newer):
         newer.downgrade(url, to)
         del theirs[taken]
         assert notes_of(engine) == own | theirs
-    assert migrate.downgrade(engine, BEFORE_HEAD) is None
+    assert downgrade(engine, BEFORE_HEAD) is None
     assert revision_of(engine) == BEFORE_HEAD
 
 
@@ -1096,8 +1096,8 @@ def test_a_note_names_the_release_that_applied_the_revision_last(url, engine, ne
     newer.upgrade(url, ADDITIVE)
     assert notes_of(engine)[HEAD] == [*NOTED[HEAD][:-1], RELEASE]
     newer.downgrade(url, HEAD)
-    migrate.downgrade(engine, BEFORE_HEAD)
-    migrate.upgrade(engine)
+    downgrade(engine, BEFORE_HEAD)
+    upgrade(engine)
     assert notes_of(engine)[HEAD] == list(NOTED[HEAD])
 
 
@@ -1112,7 +1112,7 @@ def test_a_newer_release_that_makes_the_database_notes_itself(empty_url, empty_e
 
 def test_a_script_writes_the_notes(empty_url, empty_engine):
     script = StringIO()
-    migrate.write_script(empty_url, "head", script)
+    write_script(empty_url, "head", script)
     assert script.getvalue().count(f"INSERT INTO {NOTES.name}") == len(NOTED)
     with empty_engine.connect():
         pass  # makes the directory of a file
@@ -1144,12 +1144,12 @@ def test_a_newer_release_s_script_tells_the_older_one_as_much_as_its_upgrade(url
 
 
 def test_a_database_from_before_the_notes_is_upgraded_with_its_rows(empty_url, empty_engine):
-    migrate.upgrade(empty_engine, "0006")
+    upgrade(empty_engine, "0006")
     with EarlierRelease(empty_url) as earlier:
         write = earlier.writer("before")
         for _ in range(40):
             write()
-        migrate.upgrade(empty_engine)
+        upgrade(empty_engine)
         assert notes_of(empty_engine) == {r: list(note) for r, note in NOTED.items()}
         earlier.check_that_all_is_there()
     with Store(empty_url) as store:

@@ -27,13 +27,13 @@ from lynkr_store import (
     Store,
     StoreSettings,
     create_store_engine,
-    migrate,
     not_ours,
-    revisions,
     upgrade,
     writing,
 )
 from lynkr_store.db.engines import create_store_async_engine, in_schema
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.migrations.host import application
@@ -122,9 +122,9 @@ def test_two_applications_go_up_and_down_in_turn_and_neither_touches_the_others(
             else:
                 through = (own, others)[number // 2 % 2]  # the host's engine serves as well
                 if way == "up":
-                    migrate.upgrade(through, revision)
+                    upgrade(through, revision)
                 else:
-                    migrate.downgrade(through, revision or "base", drop_data=True)
+                    downgrade(through, revision or "base", drop_data=True)
                 assert revision_of(through) == revision
             after = {"ours": ours(url, schema), "theirs": theirs(url, schema)}
             other = "ours" if whose == "theirs" else "theirs"
@@ -134,8 +134,8 @@ def test_two_applications_go_up_and_down_in_turn_and_neither_touches_the_others(
                 with writing(own).begin() as connection:
                     RoutingRepository(Session(connection)).add_many([{"provider": "p"}])
         with own.connect() as connection:
-            assert migrate.drift(connection) == []
-            assert migrate.missing_indexes(connection) == []
+            assert drift(connection) == []
+            assert missing_indexes(connection) == []
 
 
 def test_what_others_hang_on_our_tables_survives_every_step_that_keeps_the_tables(shared):
@@ -180,16 +180,16 @@ def test_what_others_hang_on_our_tables_survives_every_step_that_keeps_the_table
             return sorted(map(tuple, connection.execute(text(kept))))
 
     with engine_on(url, schema) as engine:
-        migrate.upgrade(engine, "0001")
+        upgrade(engine, "0001")
         furnish(engine, *hung)
         before = found(engine)
         assert len(before) == (5 if on_postgresql else 4)
         for revision in ("0003", HEAD, "0001", HEAD):
-            step = migrate.upgrade if revision > revision_of(engine) else migrate.downgrade
+            step = upgrade if revision > revision_of(engine) else downgrade
             step(engine, revision)
             assert found(engine) == before
             with engine.connect() as connection:
-                assert revision != HEAD or migrate.drift(connection) == []
+                assert revision != HEAD or drift(connection) == []
         with writing(engine).begin() as connection:
             RoutingRepository(Session(connection)).add_many([{"provider": "seen by all"}])
         with engine.connect() as connection:
@@ -203,9 +203,9 @@ def test_a_failed_upgrade_leaves_no_schema_behind(postgres_url, monkeypatch):
         raise RuntimeError("half-way")
 
     before = theirs(postgres_url)
-    monkeypatch.setattr("lynkr_store.ddl.has_table", fail)
+    monkeypatch.setattr("lynkr_store.migrate.operations.has_table", fail)
     with engine_on(postgres_url, SCHEMA) as engine, pytest.raises(RuntimeError, match="half-way"):
-        migrate.upgrade(engine)
+        upgrade(engine)
     assert theirs(postgres_url) == before
 
 
@@ -220,7 +220,7 @@ def both_at_head(request, new_url):
     backend, schema = request.param
     url = new_url(backend)
     with engine_on(url, schema) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
     with application.engine_on(url) as host:
         application.upgrade(host)
         yield url, schema, host
@@ -303,7 +303,7 @@ def test_our_own_check_is_clean_in_a_hosts_database(both_at_head):
     with engine_on(url, schema) as engine:
         for through in (engine, in_schema(host, schema)):
             with through.connect() as connection:
-                assert migrate.drift(connection) == []
+                assert drift(connection) == []
                 command.check(revisions.config(connection=connection))
         with engine.begin() as connection:
             connection.execute(text("ALTER TABLE savings_events DROP COLUMN category"))
@@ -465,12 +465,12 @@ def test_who_may_not_create_the_schema_is_told_what_the_owner_has_to_run(postgre
     before = theirs(postgres_url)
     with engine_on(url, 'The "schema"') as engine:
         with pytest.raises(SchemaError, match="CREATE SCHEMA") as refused:
-            migrate.upgrade(engine)
+            upgrade(engine)
         assert theirs(postgres_url) == before
         statement = re.search(r"CREATE SCHEMA .*", str(refused.value))[0]
         with psycopg.connect(postgres_url, autocommit=True) as owner:
             owner.execute(statement)  # as it stands there
-        migrate.upgrade(engine)
+        upgrade(engine)
         assert revision_of(engine) == revisions.head()
     assert schemas_with_tables(postgres_url) == {'The "schema"': TABLES}
     settings = StoreSettings(url=url.render_as_string(hide_password=False))
@@ -525,7 +525,7 @@ def test_a_store_works_in_its_schema_and_nowhere_else(postgres_url, opened, kind
         furnish(host, *POSTGRESQL, *OF_OUR_NAMES_IN_PUBLIC)
     before = theirs(postgres_url, SCHEMA)
     with engine_on(postgres_url, SCHEMA) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
         store = opened(kind, postgres_url, SCHEMA, retention_days=1)
         record(store, "a", "b", "c")
         assert providers(store) == ["a", "b", "c"]
@@ -591,7 +591,7 @@ def test_stores_of_several_schemas_do_not_see_each_others_rows(new_url, opened, 
     assert [len(providers(store)) for store in stores] == [2, 0, 2]
     assert schemas_with_tables(postgres_url) == dict.fromkeys(("one", "Two", "public"), TABLES)
     with engine_on(postgres_url, "one") as engine:
-        migrate.downgrade(engine, "base", drop_data=True)
+        downgrade(engine, "base", drop_data=True)
     assert [len(providers(store)) for store in stores[1:]] == [0, 2]
 
 
@@ -607,7 +607,7 @@ def test_a_store_at_home_in_public_is_no_store_in_the_schema(postgres_url, opene
 def test_a_schema_that_went_away_is_named_before_anything_is_written(postgres_url, opened, kind):
     upgrade(postgres_url)
     with engine_on(postgres_url, SCHEMA) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
     store = opened(kind, postgres_url, SCHEMA)
     record(store, "p")
     with psycopg.connect(postgres_url) as connection:
@@ -619,7 +619,7 @@ def test_a_schema_that_went_away_is_named_before_anything_is_written(postgres_ur
     assert store.flush(0.5) is False, "it waits"
     assert re.search(said, store.health().last_error)
     with engine_on(postgres_url, SCHEMA) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
     assert store.flush(30)
     assert providers(store) == ["q"]
     with Store(postgres_url) as public:
@@ -654,7 +654,7 @@ def test_a_hosts_engine_that_commits_by_itself_works_in_the_schema_too(postgres_
     """There SET LOCAL has no effect, and the tables in public would answer."""
     upgrade(postgres_url)
     with engine_on(postgres_url, SCHEMA) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
     settings = StoreSettings(schema_name=SCHEMA, cache_ttl_s=0)
     with (
         application.engine_on(postgres_url, **BY_ITSELF) as host,
@@ -688,7 +688,7 @@ def test_an_async_store_on_an_engine_that_commits_by_itself_works_in_its_schema(
     """Or is refused; never does it answer from public."""
     upgrade(postgres_url)
     with engine_on(postgres_url, SCHEMA) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
 
     async def main():
         options = BY_ITSELF if at == "engine" else {}
@@ -749,7 +749,7 @@ def test_the_hosts_own_transactions_keep_their_search_path(postgres_url, host_ha
                 store.query,
                 lambda: record(store, "p"),
                 lambda: store.add_many([{"provider": "q"}]),
-                lambda: migrate.upgrade(store.engine),
+                lambda: upgrade(store.engine),
                 store.cleanup,
                 lambda: looked(store),
                 store.maintain,

@@ -6,15 +6,16 @@ import re
 
 import pytest
 
-from lynkr_store import migrate, revisions
-from lynkr_store.revisions import directory
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.revisions import directory
+from lynkr_store.migrate.upgrade import upgrade
 from tests.support.snapshot import FOLDER, schema_of, script_of
 
 _REMEDY = "a new revision: run `make snapshots`; an old one: leave what has landed alone"
 
 
 def test_a_fresh_upgrade_makes_the_committed_schema(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     committed = (FOLDER / f"schema.{empty_engine.dialect.name}.txt").read_text()
     assert schema_of(empty_engine) == committed, _REMEDY
 

@@ -14,17 +14,11 @@ from alembic.config import main as alembic_main
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, make_url, text
 
-from lynkr_store import (
-    DowngradeRefused,
-    LynkrStoreError,
-    Store,
-    create_store_engine,
-    indexes,
-    migrate,
-    revisions,
-)
+from lynkr_store import DowngradeRefused, LynkrStoreError, Store, create_store_engine, indexes
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.db.models import Base
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 
@@ -58,49 +52,49 @@ def test_there_is_one_head():
 
 def test_rows_survive_every_step_up_down_and_up(empty_engine):
     for revision in REVISIONS:
-        migrate.upgrade(empty_engine, revision)
+        upgrade(empty_engine, revision)
         assert revision_of(empty_engine) == revision
         insert(empty_engine, f"at {revision}")
     with empty_engine.connect() as connection:
         stored = rows(connection)
     assert len(stored) == len(REVISIONS)
     for revision in REVISIONS[-2::-1]:
-        migrate.downgrade(empty_engine, revision)
+        downgrade(empty_engine, revision)
         assert revision_of(empty_engine) == revision
         with empty_engine.connect() as connection:
             assert rows(connection) == stored
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     indexes.build_missing_indexes(empty_engine)
     with empty_engine.connect() as connection:
         assert rows(connection) == stored
-        assert migrate.drift(connection) == []
-        assert migrate.missing_indexes(connection) == []
+        assert drift(connection) == []
+        assert missing_indexes(connection) == []
 
 
 def test_the_migrated_schema_is_the_models(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     with empty_engine.connect() as connection:
-        assert migrate.drift(connection) == []
-        assert migrate.missing_indexes(connection) == []
+        assert drift(connection) == []
+        assert missing_indexes(connection) == []
         inspector = inspect(connection)
         for table in Base.metadata.tables.values():
             there = [column["name"] for column in inspector.get_columns(table.name)]
             assert there == [column.name for column in table.c]
-    migrate.upgrade(empty_engine)  # a second time there is nothing to do
+    upgrade(empty_engine)  # a second time there is nothing to do
     assert revision_of(empty_engine) == revisions.head()
 
 
 def test_drift_is_seen(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     with empty_engine.begin() as connection:
         connection.execute(text("ALTER TABLE routing_telemetry DROP COLUMN trace_id"))
     with empty_engine.connect() as connection:
-        [difference] = migrate.drift(connection)
+        [difference] = drift(connection)
     assert "trace_id" in difference
 
 
 def test_what_is_somebody_elses_is_no_drift_and_stays(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     foreign = [
         "CREATE TABLE foreign_table (id INTEGER PRIMARY KEY, note TEXT)",
         "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)",
@@ -113,10 +107,10 @@ def test_what_is_somebody_elses_is_no_drift_and_stays(empty_engine):
         for statement in foreign:
             connection.execute(text(statement))
     with empty_engine.connect() as connection:
-        assert migrate.drift(connection) == []
-        assert migrate.missing_indexes(connection) == ["idx_telemetry_tier"]
-    migrate.downgrade(empty_engine, "base")
-    migrate.upgrade(empty_engine)
+        assert drift(connection) == []
+        assert missing_indexes(connection) == ["idx_telemetry_tier"]
+    downgrade(empty_engine, "base")
+    upgrade(empty_engine)
     with empty_engine.connect() as connection:
         assert inspect(connection).has_table("foreign_table")
         assert connection.scalar(text("SELECT version_num FROM alembic_version")) == "theirs"
@@ -124,30 +118,30 @@ def test_what_is_somebody_elses_is_no_drift_and_stays(empty_engine):
 
 
 def test_downgrade_to_base_keeps_rows_unless_told(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     insert(empty_engine, "kept")
     with pytest.raises(DowngradeRefused, match="drop-data"):
-        migrate.downgrade(empty_engine, "base")
+        downgrade(empty_engine, "base")
     assert revision_of(empty_engine) == revisions.head(), "nothing was changed"
     with empty_engine.connect() as connection:
         assert len(rows(connection)) == 1
-        assert migrate.drift(connection) == []
-    migrate.downgrade(empty_engine, "base", drop_data=True)
+        assert drift(connection) == []
+    downgrade(empty_engine, "base", drop_data=True)
     with empty_engine.connect() as connection:
         assert not inspect(connection).has_table("routing_telemetry")
-    migrate.upgrade(empty_engine)
-    migrate.downgrade(empty_engine, "base")
+    upgrade(empty_engine)
+    downgrade(empty_engine, "base")
     assert revision_of(empty_engine) is None
 
 
 def test_a_table_of_savings_with_rows_is_kept_too(empty_engine):
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     with empty_engine.begin() as connection:
         connection.execute(
             text("INSERT INTO savings_events (timestamp, category, tokens_saved) VALUES (1,'c',2)")
         )
     with pytest.raises(DowngradeRefused, match="savings_events"):
-        migrate.downgrade(empty_engine, "0003")
+        downgrade(empty_engine, "0003")
     assert revision_of(empty_engine) == revisions.head()
 
 
@@ -155,16 +149,16 @@ def test_a_failing_upgrade_leaves_nothing_behind(empty_engine, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("half-way")
 
-    migrate.upgrade(empty_engine, "0001")
-    monkeypatch.setattr("lynkr_store.ddl.has_table", fail)  # revision 0004 asks it
+    upgrade(empty_engine, "0001")
+    monkeypatch.setattr("lynkr_store.migrate.operations.has_table", fail)  # revision 0004 asks it
     with pytest.raises(RuntimeError, match="half-way"):
-        migrate.upgrade(empty_engine)
+        upgrade(empty_engine)
     assert revision_of(empty_engine) == "0001"
     with empty_engine.connect() as connection:
         there = {column["name"] for column in inspect(connection).get_columns("routing_telemetry")}
     assert len(there) == 26
     monkeypatch.undo()
-    migrate.upgrade(empty_engine)
+    upgrade(empty_engine)
     assert revision_of(empty_engine) == revisions.head()
 
 
@@ -240,8 +234,8 @@ def test_the_script_does_what_the_upgrade_does(empty_url):
     engine = create_store_engine(empty_url)
     with engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
-        assert migrate.missing_indexes(connection) == []
+        assert drift(connection) == []
+        assert missing_indexes(connection) == []
     engine.dispose()
     down = alembic("downgrade", "head:base", "--sql", url=empty_url)
     assert down.returncode == 0, down.stderr

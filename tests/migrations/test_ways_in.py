@@ -32,10 +32,10 @@ from lynkr_store import (
     StoreUnavailable,
     cli,
     create_store_engine,
-    migrate,
-    revisions,
     upgrade,
 )
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import downgrade, write_script
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
 from tests.migrations.host import application
 from tests.support.recorded import ROOT
@@ -212,7 +212,9 @@ def test_an_upgrade_by_a_hosts_engine_is_one_transaction_whatever_its_isolation(
         used = host.execution_options(isolation_level=level) if isolation == "options" else host
         upgrade(used, "0002")
         with monkeypatch.context() as patched:
-            patched.setattr("lynkr_store.ddl.create_indexes", fail)  # 0004 ends with it
+            patched.setattr(
+                "lynkr_store.migrate.operations.create_indexes", fail
+            )  # 0004 ends with it
             with pytest.raises(RuntimeError, match="half-way"):
                 upgrade(used)
         with host.connect() as connection:
@@ -283,7 +285,7 @@ def test_a_wrong_revision_to_return_to_is_refused_and_nothing_is_changed(empty_u
         before = schema_of(engine)
         for revision in [revision for revision in WRONG if revision != "-1"] + ["-9", "+1"]:
             with pytest.raises(BadArgument, match="revision"):
-                migrate.downgrade(engine, revision)
+                downgrade(engine, revision)
         assert schema_of(engine) == before
     assert revision_of(empty_url) == "0003"
 
@@ -292,13 +294,13 @@ def test_a_wrong_revision_to_return_to_is_refused_and_nothing_is_changed(empty_u
 @pytest.mark.parametrize("down", [False, True])
 def test_a_script_of_a_wrong_revision_is_refused(revision, down):
     with pytest.raises(BadArgument, match="revision"):
-        migrate.write_script("sqlite://", revision, io.StringIO(), down=down)
+        write_script("sqlite://", revision, io.StringIO(), down=down)
 
 
 @pytest.mark.parametrize("revision", ["0003", "base", "head"])
 def test_the_script_of_a_downgrade_must_say_from_where(revision):
     with pytest.raises(BadArgument, match="fromrev"):
-        migrate.write_script("sqlite://", revision, io.StringIO(), down=True)
+        write_script("sqlite://", revision, io.StringIO(), down=True)
 
 
 def test_the_command_refuses_a_wrong_revision_as_wrong_use(tmp_path, lynkr_store, capsys):
@@ -326,7 +328,7 @@ def run_script(url, script):
 
 def by_code(url, revisions, *, down=False):
     output = io.StringIO()
-    migrate.write_script(url, revisions, output, down=down)
+    write_script(url, revisions, output, down=down)
     return output.getvalue()
 
 
@@ -377,7 +379,7 @@ def test_a_script_from_any_revision_comes_to_the_committed_schema(empty_url, sin
         assert revision_of(empty_url) == since
         down = schema_of(engine)
         upgrade(empty_url)
-        migrate.downgrade(engine, since)
+        downgrade(engine, since)
         assert schema_of(engine) == down, "the same as a downgrade that was not scripted"
         with engine.connect() as connection:
             kept = connection.scalars(text("SELECT request_id FROM routing_telemetry"))
@@ -699,7 +701,7 @@ def test_no_way_in_changes_the_hosts_logging_or_prints_anything(
     before = logging_as_it_is()
     upgrade(url, "0002")
     with engine_on(url, schema) as engine:
-        migrate.downgrade(engine, "0001")
+        downgrade(engine, "0001")
     alembic("-x", f"url={url}", "upgrade", "head")
     by_code(url, "head")
     settings = StoreSettings(url=url, upgrade_on_open=True)
@@ -761,7 +763,7 @@ def test_a_hosts_plain_connection_serves_too_and_in_one_transaction(new_url, bac
         create_store_engine(url).connect().close()  # makes the folder
     with application.engine_on(url) as host:
         with monkeypatch.context() as patched:
-            patched.setattr("lynkr_store.ddl.add_columns", fail)
+            patched.setattr("lynkr_store.migrate.operations.add_columns", fail)
             with pytest.raises(RuntimeError, match="half-way"), host.begin() as connection:
                 command.upgrade(with_connection(connection), "head")
         with host.connect() as connection:

@@ -11,7 +11,8 @@ from typing import Final
 
 from sqlalchemy import Engine, text
 
-from lynkr_store import create_store_engine, migrate
+from lynkr_store import create_store_engine
+from lynkr_store.migrate.upgrade import upgrade, write_script
 from tests.support.postgres import PgServer, available_servers
 
 FOLDER: Final = Path(__file__).parents[1] / "migrations" / "snapshots"
@@ -69,7 +70,7 @@ def script_of(backend: str) -> str:
     """What ``upgrade --sql`` prints: every statement of every revision."""
     url = {"sqlite": "sqlite:///telemetry.db", "postgresql": "postgresql://user@host/db"}[backend]
     output = io.StringIO()
-    migrate.write_script(url, "head", output)
+    write_script(url, "head", output)
     return output.getvalue()
 
 
@@ -86,7 +87,7 @@ def main() -> None:
 
 def _write(url: str) -> None:
     engine = create_store_engine(url)
-    migrate.upgrade(engine)
+    upgrade(engine)
     backend = engine.dialect.name
     (FOLDER / f"schema.{backend}.txt").write_text(schema_of(engine))
     (FOLDER / f"upgrade.{backend}.sql").write_text(script_of(backend))

@@ -29,9 +29,11 @@ from psycopg import sql
 from sqlalchemy import Engine, Pool, event, make_url
 from sqlalchemy.engine.default import DefaultDialect
 
-from lynkr_store import Store, StoreSettings, create_store_engine, migrate, revisions
+from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate.upgrade import drift, missing_indexes, upgrade
 from tests.support import programs
 from tests.support.recorded import ROOT
 
@@ -181,7 +183,7 @@ def _as_main(module: str, *arguments: str) -> None:
 
 def _by_code(url: str) -> None:
     with _engine(url) as engine:
-        migrate.upgrade(engine)
+        upgrade(engine)
 
 
 def _by_store(url: str) -> None:
@@ -421,7 +423,7 @@ class _Place:
 
 
 def _upgrade(engine: Engine) -> None:
-    migrate.upgrade(engine)
+    upgrade(engine)
 
 
 _BODY: dict[str, Callable[[Engine], object]] = {
@@ -515,8 +517,8 @@ def _again(url: str, body: Callable[[Engine], object], say: Say) -> None:
         with engine.connect() as connection:
             say(
                 revision=revisions.current(connection),
-                drift=migrate.drift(connection),
-                missing=migrate.missing_indexes(connection),
+                drift=drift(connection),
+                missing=missing_indexes(connection),
             )
 
 

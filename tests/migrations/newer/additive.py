@@ -7,7 +7,7 @@ names its columns.  Undo: downgrade drops both.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = "9997"
 down_revision = "head"  # of this release; the copy that is run names it
@@ -19,7 +19,7 @@ _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    ddl.add_columns(
+    operations.add_columns(
         "routing_telemetry",
         [
             sa.Column("region", sa.Text()),
@@ -32,9 +32,11 @@ def upgrade() -> None:
         sa.Column("since", _whole, nullable=False),
         sa.Column("dollars", sa.Double(), nullable=False),
     )
-    ddl.create_indexes("provider_prices", {"ix_provider_prices_provider": ["provider", "since"]})
+    operations.create_indexes(
+        "provider_prices", {"ix_provider_prices_provider": ["provider", "since"]}
+    )
 
 
 def downgrade() -> None:
     op.drop_table("provider_prices")
-    ddl.drop_columns("routing_telemetry", ["priority", "region"])
+    operations.drop_columns("routing_telemetry", ["priority", "region"])

@@ -6,7 +6,7 @@ working.  Undo: downgrade drops it.
 
 import sqlalchemy as sa
 
-from lynkr_store import ddl
+from lynkr_store.migrate import operations
 
 revision = "9999"
 down_revision = "9998"
@@ -16,8 +16,8 @@ rolling = True
 
 
 def upgrade() -> None:
-    ddl.add_columns("routing_telemetry", [sa.Column("data_centre", sa.Text())])
+    operations.add_columns("routing_telemetry", [sa.Column("data_centre", sa.Text())])
 
 
 def downgrade() -> None:
-    ddl.drop_columns("routing_telemetry", ["data_centre"])
+    operations.drop_columns("routing_telemetry", ["data_centre"])

@@ -20,9 +20,11 @@ from typing import Any, Self
 from alembic import command
 from sqlalchemy import Connection, Engine, event
 
-from lynkr_store import create_store_engine, migrate, revisions
+from lynkr_store import create_store_engine
 from lynkr_store.db.engines import disposing
-from lynkr_store.exclusive import exclusively
+from lynkr_store.migrate import revisions
+from lynkr_store.migrate import upgrade as migrate
+from lynkr_store.migrate.lock import exclusively
 
 RELEASE = "9.9.9"
 ADDITIVE, RENAMING, ADDITIVE_AGAIN = "9997", "9998", "9999"

@@ -57,7 +57,7 @@ class Standing(NamedTuple):
 
 def directory() -> Path:
     """Where the revisions lie: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     shipped = package / "_migrations"
     return shipped if shipped.is_dir() else package.parent / "migrations"
 

@@ -12,15 +12,15 @@ from alembic import context, op
 from sqlalchemy import Column, Connection, TextClause, literal, select
 from sqlalchemy import table as sql_table
 
-from lynkr_store.adopt import (
-    adopted_revision,
-    refuse_below_adopted,
-    refuse_while_the_gateway_writes,
-)
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of, overwriting
 from lynkr_store.exceptions import DowngradeRefused
+from lynkr_store.migrate.adoption import (
+    adopted_revision,
+    refuse_below_adopted,
+    refuse_while_the_gateway_writes,
+)
 
 _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
 """Tables that are not dropped with rows in them, and the revisions that made them."""

@@ -21,9 +21,7 @@ from sqlalchemy import URL, Connection, Engine, MetaData, inspect
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.schema import SchemaItem
 
-from lynkr_store.adopt import ADOPTION_TABLE
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.backup import back_up, opened_file
 from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.engines import backend_of, create_store_engine, disposing, in_schema, parse_url
 from lynkr_store.db.errors import translated
@@ -31,8 +29,17 @@ from lynkr_store.db.models import INDEXES, TELEMETRY, Base
 from lynkr_store.db.postgresql import schema_of
 from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
-from lynkr_store.exclusive import WAIT_S, exclusively
-from lynkr_store.revisions import config, head, missing_tables, note_applied, standing, steps
+from lynkr_store.migrate.adoption import ADOPTION_TABLE
+from lynkr_store.migrate.backup import back_up, opened_file
+from lynkr_store.migrate.lock import WAIT_S, exclusively
+from lynkr_store.migrate.revisions import (
+    config,
+    head,
+    missing_tables,
+    note_applied,
+    standing,
+    steps,
+)
 from lynkr_store.settings import StoreSettings
 
 if TYPE_CHECKING:
