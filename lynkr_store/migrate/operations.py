@@ -1,9 +1,12 @@
-"""Steps that the revisions share. Each leaves what is already there as it is.
+"""The steps that revisions are made of. Each leaves what is already there as it is.
 
-On a gateway's file a revision meets columns, tables and indexes that the gateway made. In a
-script (``--sql``) nothing can be looked up, and everything is written out.
+This is all that a revision imports of the library, so its names and what they do are frozen: a step
+that must do something else gets a name of its own. On a gateway's file a revision meets columns,
+tables and indexes that the gateway made. In a script (``--sql``) nothing can be looked up, and
+everything is written out.
 """
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
@@ -13,17 +16,39 @@ from sqlalchemy import Column, Connection, TextClause, literal, select
 from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import Backend
-from lynkr_store.db import catalogue
+from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.engines import backend_of, overwriting
-from lynkr_store.exceptions import DowngradeRefused
+from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
 from lynkr_store.migrate.adoption import (
     adopted_revision,
+    examine,
+    note_adoption,
     refuse_below_adopted,
     refuse_while_the_gateway_writes,
 )
 
 _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
 """Tables that are not dropped with rows in them, and the revisions that made them."""
+
+
+def adopt() -> None:
+    """Note which of its objects the gateway had made, where the database is one of its own.
+
+    Raises:
+        AdoptionRefused: Tables of these names are there and are not the gateway's.
+    """
+    if not context.is_offline_mode() and (found := examine(op.get_bind())):
+        note_adoption(op.get_bind(), found, now_ms=time.time_ns() // 1_000_000)
+
+
+def refuse_foreign(table: str) -> None:
+    """Refuse a table of the name of one that the revision makes and the gateway never had.
+
+    Raises:
+        AdoptionRefused: There is one.
+    """
+    if has_table(table):
+        raise AdoptionRefused(f"the table {table} is there, and it is not the store's")
 
 
 def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
@@ -84,6 +109,18 @@ def drop_table(table: str) -> None:
         _keep_rows(op.get_bind(), table)
     with _overwriting():
         op.drop_table(table)
+
+
+def create_triggers() -> None:
+    """Create the triggers that note the changes of rows; on Citus none."""
+    for statement in triggers.creating(Backend(op.get_context().dialect.name)):
+        op.execute(statement)
+
+
+def drop_triggers() -> None:
+    """Drop them, and PostgreSQL's function."""
+    for statement in triggers.dropping(Backend(op.get_context().dialect.name)):
+        op.execute(statement)
 
 
 def _overwriting() -> AbstractContextManager[None]:

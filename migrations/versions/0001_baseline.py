@@ -7,12 +7,10 @@ Older code: none.  Undo: downgrade drops the table when it is empty (or ``-x dro
 never one that was adopted.
 """
 
-import time
-
 import sqlalchemy as sa
-from alembic import context, op
+from alembic import op
 
-from lynkr_store.migrate import adoption, operations
+from lynkr_store.migrate import operations
 
 revision = "0001"
 down_revision = None
@@ -27,10 +25,7 @@ _latency = sa.Integer().with_variant(sa.Double(), "postgresql")
 
 
 def upgrade() -> None:
-    if not context.is_offline_mode():
-        found = adoption.examine(op.get_bind())
-        if found:
-            adoption.note_adoption(op.get_bind(), found, now_ms=time.time_ns() // 1_000_000)
+    operations.adopt()
     if not operations.has_table("routing_telemetry"):
         op.create_table(
             "routing_telemetry",

@@ -10,7 +10,6 @@ holds nothing of the user's; a batch in a spool whose answer was lost could then
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store.exceptions import AdoptionRefused
 from lynkr_store.migrate import operations
 
 revision = "0006"
@@ -24,8 +23,7 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if operations.has_table("ingest_batches"):
-        raise AdoptionRefused("the table ingest_batches is there, and it is not the store's")
+    operations.refuse_foreign("ingest_batches")
     op.create_table(
         "ingest_batches",
         sa.Column("batch_id", _text, nullable=False),

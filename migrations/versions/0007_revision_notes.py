@@ -10,7 +10,6 @@ Undo: downgrade drops the table, which holds nothing of the user's.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store.exceptions import AdoptionRefused
 from lynkr_store.migrate import operations
 
 revision = "0007"
@@ -24,8 +23,7 @@ _text = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def upgrade() -> None:
-    if operations.has_table("lynkr_store_revisions"):
-        raise AdoptionRefused("the table lynkr_store_revisions is there, and it is not the store's")
+    operations.refuse_foreign("lynkr_store_revisions")
     op.create_table(
         "lynkr_store_revisions",
         sa.Column("revision", _text, nullable=False),

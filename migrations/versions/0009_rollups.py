@@ -15,7 +15,6 @@ their history goes with them.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store.exceptions import AdoptionRefused
 from lynkr_store.migrate import operations
 
 revision = "0009"
@@ -63,8 +62,7 @@ _COUNTS = (
 
 def upgrade() -> None:
     for table in _TABLES:
-        if operations.has_table(table):
-            raise AdoptionRefused(f"the table {table} is there, and it is not the store's")
+        operations.refuse_foreign(table)
     op.create_table(
         "routing_dimensions",
         sa.Column("id", _whole, sa.Identity(), nullable=False),

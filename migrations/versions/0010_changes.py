@@ -14,9 +14,6 @@ Undo: downgrade drops the triggers, their function and the table.
 import sqlalchemy as sa
 from alembic import op
 
-from lynkr_store.backend import Backend
-from lynkr_store.db import triggers
-from lynkr_store.exceptions import AdoptionRefused
 from lynkr_store.migrate import operations
 
 revision = "0010"
@@ -29,8 +26,7 @@ _whole = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    if operations.has_table("routing_changes"):
-        raise AdoptionRefused("the table routing_changes is there, and it is not the store's")
+    operations.refuse_foreign("routing_changes")
     op.create_table(
         "routing_changes",
         sa.Column("id", _whole, sa.Identity(), nullable=False),
@@ -40,11 +36,9 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("ix_routing_changes_start", "routing_changes", ["start"])
-    for statement in triggers.creating(Backend(op.get_context().dialect.name)):
-        op.execute(statement)
+    operations.create_triggers()
 
 
 def downgrade() -> None:
-    for statement in triggers.dropping(Backend(op.get_context().dialect.name)):
-        op.execute(statement)
+    operations.drop_triggers()
     op.drop_table("routing_changes")
