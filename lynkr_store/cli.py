@@ -20,8 +20,7 @@ import typer
 from rich.console import Console
 from sqlalchemy import Engine
 
-from lynkr_store import identities, render
-from lynkr_store.database import looking_engine
+from lynkr_store import render
 from lynkr_store.db.engines import create_store_engine, disposing
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
@@ -31,6 +30,8 @@ from lynkr_store.repository import LOOK_BACK, epoch_ms_now
 from lynkr_store.schemas import Cursor, Health, epoch_ms
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import StoreSettings
+from lynkr_store.storage import identities
+from lynkr_store.storage.database import looking_engine
 from lynkr_store.store import Store
 
 _LOOK_S: Final = 10.0  # a person can wait longer for the first look than a poll does

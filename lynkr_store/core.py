@@ -16,14 +16,12 @@ from sqlalchemy.orm import Session
 from lynkr_store import maintenance
 from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
-from lynkr_store.database import Database
 from lynkr_store.db.engines import plan_for_any
 from lynkr_store.db.errors import translated
 from lynkr_store.db.urls import file_of, shown
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes
 from lynkr_store.ingest.writer import CLOSE_S, Writer
-from lynkr_store.inserts import LEDGER_DAYS
 from lynkr_store.migrate import revisions
 from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
@@ -33,6 +31,8 @@ from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.schemas.filters import Window, checked_age, checked_seconds, given
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
+from lynkr_store.storage.database import Database
+from lynkr_store.storage.inserts import LEDGER_DAYS
 from lynkr_store.upkeep import Upkeep
 
 _T = TypeVar("_T")

@@ -11,11 +11,10 @@ from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
-from lynkr_store import bulk, folds, identities, rollups
+from lynkr_store import folds, rollups
 from lynkr_store.answers import look as look_at
 from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
-from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
@@ -24,6 +23,8 @@ from lynkr_store.measures import columns_of
 from lynkr_store.rollups import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.spans import SPANS_MS, ceil_to, floor_to
+from lynkr_store.storage import bulk, identities
+from lynkr_store.storage.write_lock import PAUSE_S
 
 Begin = Callable[[], AbstractContextManager[Connection]]
 """Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""

@@ -7,19 +7,20 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import select
 
-from lynkr_store import clock_check, folding, identities, mending, retention, rollups
+from lynkr_store import clock_check, folding, mending, retention, rollups
 from lynkr_store.backend import Backend
-from lynkr_store.courtesy import PAUSE_S
-from lynkr_store.database import Database
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead
 from lynkr_store.indexes import build_missing_indexes
-from lynkr_store.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
 from lynkr_store.process.log import say
 from lynkr_store.retention import Retained
 from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
+from lynkr_store.storage import identities
+from lynkr_store.storage.database import Database
+from lynkr_store.storage.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
+from lynkr_store.storage.write_lock import PAUSE_S
 
 BUDGET_S: Final = 30.0
 """Seconds for retention, and to wait for others: a tenth of the time between two of a store's own,

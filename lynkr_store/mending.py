@@ -18,11 +18,11 @@ from sqlalchemy import Connection, select
 from lynkr_store import folding, folds, rollups
 from lynkr_store.answers import look as look_at
 from lynkr_store.answers import removed_before
-from lynkr_store.courtesy import PAUSE_S
 from lynkr_store.folding import Begin
 from lynkr_store.rollups import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.spans import ceil_to, floor_to
+from lynkr_store.storage.write_lock import PAUSE_S
 
 _Stop = Callable[[], bool]
 _Compare = Callable[[Connection, int, int], set[int]]

@@ -12,7 +12,6 @@ from sqlalchemy.exc import DataError
 
 from lynkr_store import queries, rollups
 from lynkr_store.backend import Backend
-from lynkr_store.database import Database
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.errors import translated
@@ -24,6 +23,7 @@ from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import words_of
 from lynkr_store.process.waiting import Event
 from lynkr_store.schemas import Reading
+from lynkr_store.storage.database import Database
 
 _FINISH_S: Final = 0.2
 _LATE_S: Final = 2.0  # a look that takes longer counts as a database away

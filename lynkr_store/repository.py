@@ -19,7 +19,6 @@ from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Gathering
 from lynkr_store.ingest.validation import TextPolicy, rows_of
-from lynkr_store.inserts import insert_or_reject
 from lynkr_store.measures import SUMMED, columns_of
 from lynkr_store.questions import Question
 from lynkr_store.schemas import (
@@ -42,6 +41,7 @@ from lynkr_store.schemas.filters import (
 )
 from lynkr_store.schemas.units import half_up
 from lynkr_store.settings import TextSettings
+from lynkr_store.storage.inserts import insert_or_reject
 
 LOOK_BACK: Final = timedelta(hours=24)
 """How far a statistic looks back when its window names no beginning; the gateway's."""

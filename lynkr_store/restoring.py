@@ -15,11 +15,11 @@ from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
-from lynkr_store.inserts import FORGOTTEN
 from lynkr_store.migrate import revisions
 from lynkr_store.rollups import GREATEST_ID
 from lynkr_store.schemas.units import QUARTER_MS
 from lynkr_store.spans import floor_to
+from lynkr_store.storage.inserts import FORGOTTEN
 
 _RAW_FROM: Final = "raw_from"
 _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)

@@ -16,14 +16,14 @@ from sqlalchemy import Connection, Table
 
 from lynkr_store import queries
 from lynkr_store.backend import Backend
-from lynkr_store.courtesy import PAUSE_S
-from lynkr_store.database import Database
 from lynkr_store.db.engines import backend_of, empty_wal, overwriting
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.folding import settled_id
 from lynkr_store.folds import last_of_step, note, note_first
 from lynkr_store.rollups import GREATEST_ID, NOTHING
+from lynkr_store.storage.database import Database
+from lynkr_store.storage.write_lock import PAUSE_S
 
 _STEP_S: Final = {  # what a step should take
     Backend.SQLITE: 0.012,  # others wait meanwhile

@@ -15,11 +15,11 @@ from lynkr_store import (
     create_store_engine,
     writing,
 )
-from lynkr_store.bulk import send
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
-from lynkr_store.inserts import insert_all, insert_isolating
 from lynkr_store.migrate.upgrade import upgrade
+from lynkr_store.storage.bulk import send
+from lynkr_store.storage.inserts import insert_all, insert_isolating
 from tests.conftest import BACKENDS, POSTGRES
 from tests.factories import RecordFactory
 

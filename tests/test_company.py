@@ -8,8 +8,9 @@ from contextlib import closing, contextmanager
 import pytest
 from sqlalchemy import create_engine
 
-from lynkr_store import Store, company, database
-from lynkr_store.company import has_company
+from lynkr_store import Store
+from lynkr_store.storage import company, database
+from lynkr_store.storage.company import has_company
 
 _USER = (
     "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynkr_store.courtesy import GAP_S, PERIOD_S, again_s, pause_s
+from lynkr_store.storage.write_lock import GAP_S, PERIOD_S, again_s, pause_s
 
 NOW = 1_750_000_000.0  # a whole number of periods
 

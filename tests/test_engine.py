@@ -33,7 +33,6 @@ from lynkr_store import (
     StoreUnavailable,
     UnsupportedDatabase,
     create_store_engine,
-    database,
     render,
     upgrade,
     writing,
@@ -42,6 +41,7 @@ from lynkr_store.db import forking
 from lynkr_store.db.engines import create_store_async_engine, parse_url, writing_at_once
 from lynkr_store.db.models import RoutingTelemetry
 from lynkr_store.migrate.upgrade import downgrade, drift, write_script
+from lynkr_store.storage import database
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 from tests.support.stores import looked

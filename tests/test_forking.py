@@ -17,7 +17,6 @@ from lynkr_store import (
     Store,
     StoreSettings,
     create_store_engine,
-    database,
     writing,
 )
 from lynkr_store.db import forking
@@ -26,6 +25,7 @@ from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.migrate import backup
 from lynkr_store.migrate.backup import back_up
+from lynkr_store.storage import database
 from tests.support.stores import Asynchronous, eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -408,7 +408,7 @@ def test_a_store_opened_read_only_does_not_read_another_file(tmp_path):
 def test_a_checkpoint_and_a_batch_share_a_pool_of_one(file, monkeypatch):
     """Each takes the lock first and the connection then: the other order held both up for 30 s."""
     engine = create_engine(file, pool_size=1, max_overflow=0, pool_timeout=20)
-    monkeypatch.setattr("lynkr_store.database._LONG_WAL_PAGES", 0)
+    monkeypatch.setattr("lynkr_store.storage.database._LONG_WAL_PAGES", 0)
     plain, passes, batch_waits = database.checkpoint, [], threading.Event()
 
     def checkpoint(connection):

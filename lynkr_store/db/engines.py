@@ -525,7 +525,7 @@ def writing(engine: _E) -> _E:
 
 
 def writing_at_once(engine: _E) -> _E:
-    """As `writing`, but BEGIN fails where another has the lock; see `lynkr_store.courtesy`."""
+    """As `writing`, but BEGIN fails where another has the lock; see `storage.write_lock`."""
     return engine.execution_options(**{_BEGIN: "IMMEDIATE", _AT_ONCE: True})
 
 

@@ -16,11 +16,11 @@ from lynkr_store import (
     StoreSettings,
     StoreUnavailable,
     create_store_engine,
-    identities,
     writing,
 )
 from lynkr_store.db.errors import Fault, fault_of
-from lynkr_store.identities import Kind
+from lynkr_store.storage import identities
+from lynkr_store.storage.identities import Kind
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 from tests.test_cli import done, run

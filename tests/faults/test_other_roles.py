@@ -29,14 +29,12 @@ from lynkr_store import (
     StoreSettings,
     Window,
     create_store_engine,
-    diagnosis,
     folding,
-    identities,
-    inserts,
 )
 from lynkr_store.cli import app
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
+from lynkr_store.storage import diagnosis, identities, inserts
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.planted import FEW_TYPES, TYPES, plant

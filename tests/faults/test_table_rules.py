@@ -16,7 +16,7 @@ from lynkr_store import (
     writing,
 )
 from lynkr_store.ingest.validation import TextPolicy, row_of
-from lynkr_store.inserts import insert_once
+from lynkr_store.storage.inserts import insert_once
 from tests.conftest import BACKENDS, EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 

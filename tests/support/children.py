@@ -25,9 +25,9 @@ from sqlalchemy import Engine, Pool, event, text
 from sqlalchemy.engine.default import DefaultDialect
 
 from lynkr_store import Health, Store, StoreSettings, create_store_engine
-from lynkr_store.database import Database
 from lynkr_store.ingest import spool, writer
 from lynkr_store.ingest.queue import Intake
+from lynkr_store.storage.database import Database
 from tests.support import programs
 from tests.support.postgres import PgServer, _runnable, _unprivileged_user
 from tests.support.recorded import ROOT

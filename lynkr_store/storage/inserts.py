@@ -8,15 +8,16 @@ from typing import Final
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from lynkr_store import bulk, queries
+from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, driver_of, ensure_begun
 from lynkr_store.db.errors import Fault, fault_of, refusal
 from lynkr_store.db.models import TELEMETRY
-from lynkr_store.diagnosis import hindrance, whose, without_ids
 from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
 from lynkr_store.ingest.batch import Row
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS
+from lynkr_store.storage import bulk
+from lynkr_store.storage.diagnosis import hindrance, whose, without_ids
 
 LEDGER_DAYS: Final = 30
 """Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost

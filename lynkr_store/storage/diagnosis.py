@@ -10,14 +10,14 @@ from typing import Any, Final, assert_never
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from lynkr_store import identities
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.errors import Fault, fault_of, is_full, is_null_refused
 from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.exceptions import StoreUnavailable, raise_alone
-from lynkr_store.identities import Kind
+from lynkr_store.storage import identities
+from lynkr_store.storage.identities import Kind
 
 _REPEATED: Final = "23505"
 _NULL: Final = "23502"

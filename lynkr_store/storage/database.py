@@ -14,10 +14,8 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import bulk, rollups
+from lynkr_store import rollups
 from lynkr_store.backend import Backend
-from lynkr_store.company import has_company
-from lynkr_store.courtesy import again_s, pause_s
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import (
     WAL_PAGES,
@@ -39,7 +37,6 @@ from lynkr_store.db.errors import Fault, fault_of, is_busy, is_no_database, tran
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.db.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.db.urls import file_of, is_memory
-from lynkr_store.diagnosis import hindrance
 from lynkr_store.exceptions import (
     BadArgument,
     OutcomeUnknown,
@@ -50,7 +47,6 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.ingest.batch import Row
 from lynkr_store.ingest.handoff import Away
-from lynkr_store.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import bring_to, foreign_owners
 from lynkr_store.process.files import Identity, identity_of
@@ -60,6 +56,11 @@ from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
+from lynkr_store.storage import bulk
+from lynkr_store.storage.company import has_company
+from lynkr_store.storage.diagnosis import hindrance
+from lynkr_store.storage.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
+from lynkr_store.storage.write_lock import again_s, pause_s
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _OF_ROLLUPS: Final = (
