@@ -15,8 +15,9 @@ from benchmarks.databases import Place, connect, every_place, insert, settle
 from benchmarks.filled import filled_store
 from benchmarks.harness import Ratio, Result, Spread, timed
 from benchmarks.sample import END_MS, SESSIONS, Sample
-from lynkr_store import Store, mending, upgrade
+from lynkr_store import Store, upgrade
 from lynkr_store.db import triggers
+from lynkr_store.rollups import repair
 
 ROUNDS: Final = 3
 DAY: Final = timedelta(days=1)
@@ -83,7 +84,7 @@ def _checks(place: Place, sample: Sample) -> Iterator[Result]:
     with ExitStack() as stack:
         store, _ = filled_store(stack, place, sample)
         store.maintain(budget_s=0)
-        for name, check in (("counts", mending.compare_counts), ("scrub", mending.scrub)):
+        for name, check in (("counts", repair.compare_counts), ("scrub", repair.scrub)):
             took = [timed(lambda check=check: _through(store, check)) for _ in range(ROUNDS)]
             yield Result(
                 name=f"maintenance: {name}",
@@ -96,7 +97,7 @@ def _checks(place: Place, sample: Sample) -> Iterator[Result]:
             )
 
 
-def _through(store: Store, check: Callable[..., mending.Mended]) -> None:
+def _through(store: Store, check: Callable[..., repair.Mended]) -> None:
     """Run a check from the first quarter to the last.
 
     Raises:

@@ -14,7 +14,6 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store import maintenance
-from lynkr_store.answers import Answer
 from lynkr_store.cache import TTLCache
 from lynkr_store.db.engines import plan_for_any
 from lynkr_store.db.errors import translated
@@ -25,8 +24,9 @@ from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.migrate import revisions
 from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
-from lynkr_store.questions import Question
 from lynkr_store.repository import RoutingRepository, epoch_ms_now, policy_of
+from lynkr_store.rollups.answer import Answer
+from lynkr_store.rollups.answer_sql import Question
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
 from lynkr_store.schemas.filters import Window, checked_age, checked_seconds, given
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS

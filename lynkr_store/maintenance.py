@@ -7,13 +7,15 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import select
 
-from lynkr_store import clock_check, folding, mending, retention, rollups
+from lynkr_store import clock_check, retention
 from lynkr_store.backend import Backend
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead
 from lynkr_store.indexes import build_missing_indexes
 from lynkr_store.process.log import say
 from lynkr_store.retention import Retained
+from lynkr_store.rollups import fold as folding
+from lynkr_store.rollups import repair, state
 from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
@@ -65,7 +67,7 @@ def maintain(
     if retained.retention_waits:
         say(logging.WARNING, "retention waits: %s", retained.retention_waits)
     with translated(), database.connected(database.engine) as connection:
-        lag = connection.scalar(rollups.lag()) or 0
+        lag = connection.scalar(state.lag()) or 0
     return MaintenanceReport(
         indexes_built=built.names,
         indexes_left=built.left,
@@ -176,7 +178,7 @@ def fold(
         on_step(rows)
 
     with translated():
-        changed = mending.apply_changes(database.begun, look=database.looked, stop=stop)
+        changed = repair.apply_changes(database.begun, look=database.looked, stop=stop)
         folded = folding.fold(
             database.begun_step, look=database.looked, stop=stop, on_step=after_step
         )
@@ -193,7 +195,7 @@ def mend(database: Database, budget_s: float, stop: Callable[[], bool] = lambda:
         StoreUnavailable: The database cannot be reached; what was mended stays mended.
     """
     quarters = 0
-    for check, share in ((mending.compare_counts, COUNTING), (mending.scrub, SCRUBBING)):
+    for check, share in ((repair.compare_counts, COUNTING), (repair.scrub, SCRUBBING)):
         deadline = time.monotonic() + share * budget_s
 
         def over(deadline: float = deadline) -> bool:
@@ -269,7 +271,7 @@ def _doubt(database: Database, now_ms: int, *, trust_clock: bool) -> str | None:
     """Why the clock may be wrong; None where it is trusted, which is then noted."""
     with translated():
         with database.looked() as connection:
-            trusted = connection.scalar(select(rollups.noted(clock_check.TRUSTED)))
+            trusted = connection.scalar(select(state.noted(clock_check.TRUSTED)))
             newest = clock_check.newest(clock_check.seen_upto(now_ms, trusted))
             seen = clock_check.Seen(*connection.execute(newest).one())
         doubt = None if trust_clock else clock_check.doubt(now_ms, trusted, seen)
@@ -288,8 +290,8 @@ def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -
             return
         with database.begun() as connection:
             more = expire_ledger(connection, now_ms)
-            earlier = connection.scalar(select(rollups.noted(FORGOTTEN)))
-            latest = max(forgotten_before(now_ms), rollups.NOTHING if earlier is None else earlier)
+            earlier = connection.scalar(select(state.noted(FORGOTTEN)))
+            latest = max(forgotten_before(now_ms), state.NOTHING if earlier is None else earlier)
             folding.note(connection, FORGOTTEN, latest)
         time.sleep(PAUSE_S)
 
@@ -315,7 +317,7 @@ def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: boo
 def folded_upto(database: Database) -> int:
     """The id up to which rows are in the roll-ups; others must not be deleted by retention."""
     with translated(), database.looked() as connection:
-        folded: int = connection.execute(rollups.folded()).scalar_one()
+        folded: int = connection.execute(state.folded()).scalar_one()
     return folded
 
 

@@ -10,7 +10,7 @@ from typing import Final, assert_never
 from sqlalchemy import Connection, Text, cast, func, select
 from sqlalchemy.exc import DataError
 
-from lynkr_store import queries, rollups
+from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of
@@ -22,6 +22,7 @@ from lynkr_store.process.files import identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import words_of
 from lynkr_store.process.waiting import Event
+from lynkr_store.rollups import state
 from lynkr_store.schemas import Reading
 from lynkr_store.storage.database import Database
 
@@ -156,7 +157,7 @@ def _look(database: Database) -> Look:
 def _lag(connection: Connection) -> int | None:
     """How many rows are not folded; None where odd ids make it a number of more than 64 bits."""
     try:
-        lag: object = connection.scalar(rollups.lag())
+        lag: object = connection.scalar(state.lag())
     except DataError:  # on PostgreSQL that is an error, and SQLite makes it a real
         return None
     return lag if isinstance(lag, int) else None

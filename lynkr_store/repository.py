@@ -9,8 +9,7 @@ from typing import Any, Final, Literal, Self, overload
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import answers, queries
-from lynkr_store.answers import Answer, Part
+from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, require_utf8
 from lynkr_store.db.errors import translated
@@ -19,8 +18,9 @@ from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Gathering
 from lynkr_store.ingest.validation import TextPolicy, rows_of
-from lynkr_store.measures import SUMMED, columns_of
-from lynkr_store.questions import Question
+from lynkr_store.rollups.answer import Answer, Part, ask
+from lynkr_store.rollups.answer_sql import Question
+from lynkr_store.rollups.measures import SUMMED, columns_of
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -330,7 +330,7 @@ class RoutingRepository:
         now = self._clock()
         since, until = given(window, Window, "window").resolved(now, LOOK_BACK)
         with translated():
-            return answers.ask(self._session, question, since, until, now, **of)
+            return ask(self._session, question, since, until, now, **of)
 
 
 class _Tally(Counter[str]):

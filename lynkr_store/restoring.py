@@ -9,16 +9,17 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, select
 
-from lynkr_store import folding, folds, rollups
 from lynkr_store.clock_check import TRUSTED
 from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
 from lynkr_store.migrate import revisions
-from lynkr_store.rollups import GREATEST_ID
+from lynkr_store.rollups import fold_sql, state
+from lynkr_store.rollups.buckets import floor_to
+from lynkr_store.rollups.fold import drop_from
+from lynkr_store.rollups.state import GREATEST_ID
 from lynkr_store.schemas.units import QUARTER_MS
-from lynkr_store.spans import floor_to
 from lynkr_store.storage.inserts import FORGOTTEN
 
 _RAW_FROM: Final = "raw_from"
@@ -77,17 +78,15 @@ def _count_again(connection: Connection, made: Collection[str]) -> None:
 
 def _keep_history(connection: Connection) -> None:
     """Delete the roll-ups of the quarters of an hour from the oldest row's on."""
-    oldest = select(func.min(TELEMETRY.c.timestamp)).where(rollups.in_domain)
+    oldest = select(func.min(TELEMETRY.c.timestamp)).where(state.in_domain)
     first: int | None = connection.scalar(select(cast(oldest.scalar_subquery(), BigInteger)))
     if first is None:
         return
     start = floor_to(QUARTER_MS, first)
-    counts = connection.execute(
-        rollups.counts_of_quarter(), rollups.quarter(start, GREATEST_ID)
-    ).one()
+    counts = connection.execute(state.counts_of_quarter(), state.quarter(start, GREATEST_ID)).one()
     if (
         counts.known > counts.there
     ):  # some rows of the oldest quarter were removed, and nothing would tell
         note = {"name": _RAW_FROM, "value": first}
-        connection.execute(folds.note_first(backend_of(connection)), note)
-    folding.drop_from(connection, start)
+        connection.execute(fold_sql.note_first(backend_of(connection)), note)
+    drop_from(connection, start)

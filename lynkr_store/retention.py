@@ -19,9 +19,9 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, empty_wal, overwriting
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
-from lynkr_store.folding import settled_id
-from lynkr_store.folds import last_of_step, note, note_first
-from lynkr_store.rollups import GREATEST_ID, NOTHING
+from lynkr_store.rollups.fold import settled_id
+from lynkr_store.rollups.fold_sql import last_of_step, note, note_first
+from lynkr_store.rollups.state import GREATEST_ID, NOTHING
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.write_lock import PAUSE_S
 

@@ -13,20 +13,14 @@ from sqlalchemy import BigInteger, delete, func, literal, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from lynkr_store import (
-    Store,
-    StoreSettings,
-    StoreUnavailable,
-    answers,
-    create_store_engine,
-    folding,
-    measures,
-    mending,
-)
+from lynkr_store import Store, StoreSettings, StoreUnavailable, create_store_engine
 from lynkr_store.backend import Backend
 from lynkr_store.db import triggers
 from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.measures import SUMMED
+from lynkr_store.rollups import fold as folding
+from lynkr_store.rollups import measures, repair
+from lynkr_store.rollups.answer import ask
+from lynkr_store.rollups.measures import SUMMED
 from lynkr_store.schemas.units import DAY_MS
 from tests.test_rollups import (
     EVERYTHING,
@@ -119,11 +113,11 @@ def check(engine, windows, *, sure):
     exact = 0
     for since, until in windows:
         with one_snapshot(engine) as session:
-            answer = answers.ask(session, EVERYTHING, since, until, NOW)
+            answer = ask(session, EVERYTHING, since, until, NOW)
             rows = stored(session)
             if answer.raw_from is not None:  # and from then on it is exact again
                 since = answer.raw_from  # noqa: PLW2901
-                answer = answers.ask(session, EVERYTHING, since, until, NOW)
+                answer = ask(session, EVERYTHING, since, until, NOW)
                 assert answer.raw_from is None or since >= until
         if answer.raw_from is None and sure:
             exact += 1
@@ -251,7 +245,7 @@ class World:
 
     def fold(self, steps):
         done = []
-        mending.apply_changes(self.begin)
+        repair.apply_changes(self.begin)
         folding.fold(self.begin, on_step=done.append, stop=lambda: len(done) > steps)
 
     def killed(self, statements):
@@ -264,13 +258,13 @@ class World:
                 yield connection
 
         with suppress(Killed):
-            mending.apply_changes(begin)
+            repair.apply_changes(begin)
             folding.fold(begin)
 
     def maintain(self, _):
-        mending.apply_changes(self.begin)
+        repair.apply_changes(self.begin)
         assert folding.fold(self.begin).done
-        for check_ in (mending.compare_counts, mending.scrub):
+        for check_ in (repair.compare_counts, repair.scrub):
             assert check_(self.begin, look=self.begin, stop=lambda: False).done
         self.sure = True
 
@@ -300,12 +294,12 @@ def test_whatever_happens_many_times_an_answer_that_says_rows_is_exact(place, st
 
 def check_world(place, steps, windows):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
-        for module in (folding, mending):
+        for module in (folding, repair):
             patch.setattr(module, "PAUSE_S", 0)
         patch.setattr(folding, "STEP_ROWS", 3)
         patch.setattr(folding, "_PATIENCE_S", 0.0)
-        patch.setattr(mending, "_COUNTED_ROWS", 5)
-        patch.setattr(mending, "_SCRUBBED_ROWS", 5)
+        patch.setattr(repair, "_COUNTED_ROWS", 5)
+        patch.setattr(repair, "_SCRUBBED_ROWS", 5)
         world = World(place)
         asked = [*windows, (0, 2**62), (NOW - DAY_MS, NOW + 1)]
         for name, value in steps:

@@ -11,24 +11,16 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.exc import ProgrammingError
 from typer.testing import CliRunner
 
-from lynkr_store import (
-    RollupsRefused,
-    Store,
-    StoreSettings,
-    Window,
-    create_store_engine,
-    folding,
-    mending,
-    rollups,
-)
+from lynkr_store import RollupsRefused, Store, StoreSettings, Window, create_store_engine
 from lynkr_store.backend import Backend
 from lynkr_store.cli import app
 from lynkr_store.db import triggers
 from lynkr_store.db.engines import writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
 from lynkr_store.migrate.upgrade import downgrade, drift, missing_triggers, upgrade
+from lynkr_store.rollups import fold, repair, state
+from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
-from lynkr_store.spans import floor_to
 from tests.conftest import POSTGRES
 from tests.support.stores import eventually
 from tests.test_rollups import answered, from_rows, opener, put
@@ -151,7 +143,7 @@ def test_answers_are_those_of_the_rows_at_once_and_after_maintenance(engine, wha
                 for n in range(100)
             ),
         )
-    folding.fold(begin)
+    fold.fold(begin)
     with begin() as connection:
         connection.exec_driver_sql(CHANGES_BY_SQL[what])
         changed = connection.scalar(select(func.count()).select_from(CHANGES))
@@ -163,8 +155,8 @@ def test_answers_are_those_of_the_rows_at_once_and_after_maintenance(engine, wha
             assert found == from_rows(engine, *window)
         else:
             assert not exactly
-    assert mending.apply_changes(begin).done
-    folding.fold(begin)
+    assert repair.apply_changes(begin).done
+    fold.fold(begin)
     for window in windows:
         assert answered(engine, *window) == (from_rows(engine, *window), None)
 
@@ -206,11 +198,11 @@ def test_odd_values_make_no_trigger_fail(engine):
         into = "INSERT INTO routing_telemetry (request_id, provider, timestamp) VALUES ('r', 'p', "
         for value in odd if engine.dialect.name == "postgresql" else [*odd, *texts]:
             connection.exec_driver_sql(f"{into}{value})")
-    folding.fold(begin)
+    fold.fold(begin)
     with begin() as connection:
         connection.exec_driver_sql("UPDATE routing_telemetry SET cost_usd = 1")
         connection.exec_driver_sql("UPDATE routing_telemetry SET timestamp = timestamp")
-    mending.apply_changes(begin)
+    repair.apply_changes(begin)
     window = (0, 2**62)
     assert answered(engine, *window) == (from_rows(engine, *window), None)
     with begin() as connection:
@@ -226,12 +218,12 @@ def test_however_sqlite_is_told_to_resolve_conflicts_the_trigger_fails_no_statem
     begin = opener(engine)
     with begin() as connection:
         put(connection, *({"timestamp": START + n} for n in range(4)))
-    folding.fold(begin)
+    fold.fold(begin)
     with begin() as connection:
         for _ in range(2):
             connection.exec_driver_sql(f"UPDATE {way} routing_telemetry SET cost_usd = 1")
         assert connection.scalar(select(func.count()).select_from(CHANGES)) == 1
-    mending.apply_changes(begin)
+    repair.apply_changes(begin)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
     engine.dispose()
 
@@ -245,24 +237,24 @@ def test_a_change_between_the_reading_of_rows_and_the_commit_is_counted_the_next
     begin = opener(engine)
     with begin() as connection:
         put(connection, *({"timestamp": START + n * MINUTE_MS} for n in range(30)))
-    folding.fold(begin)
+    fold.fold(begin)
     by_other = iter([lambda: change(2), lambda: change(3)])
 
     def change(cost):
         with begin() as connection:
             connection.execute(update(TELEMETRY).values(cost_usd=cost))
 
-    recount = folding.recount
+    recount = fold.recount
 
     def then_changed(connection, start):
         counted = recount(connection, start)
         next(by_other, lambda: None)()
         return counted
 
-    monkeypatch.setattr(folding, "recount", then_changed)
+    monkeypatch.setattr(fold, "recount", then_changed)
     change(1)
     for _ in range(3):
-        mending.apply_changes(begin)
+        repair.apply_changes(begin)
         assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
     with begin() as connection:
         assert connection.scalar(folds_left()) is None
@@ -280,8 +272,8 @@ def test_rows_that_retention_deletes_while_a_quarter_is_counted_stay_history(
     begin = opener(engine)
     with begin() as connection:
         put(connection, *({"timestamp": START + n * MINUTE_MS} for n in range(60)))
-    folding.fold(begin)
-    look_at = mending.look_at
+    fold.fold(begin)
+    look_at = repair.look_at
 
     def removed_meanwhile(connection):
         stands = look_at(connection)
@@ -291,10 +283,10 @@ def test_rows_that_retention_deletes_while_a_quarter_is_counted_stay_history(
 
     with begin() as connection:
         connection.execute(update(TELEMETRY).values(cost_usd=1))
-    monkeypatch.setattr(mending, "look_at", removed_meanwhile)
-    mending.apply_changes(begin)
+    monkeypatch.setattr(repair, "look_at", removed_meanwhile)
+    repair.apply_changes(begin)
     monkeypatch.undo()
-    mending.apply_changes(begin)
+    repair.apply_changes(begin)
     found, raw_from = answered(engine, 0, NOW)
     assert (sum(sums[0] for sums in found.values()), raw_from) == (60, START + 20 * MINUTE_MS)
     engine.dispose()
@@ -305,7 +297,7 @@ def test_after_a_kill_at_any_statement_changes_are_applied_the_next_time(engine,
     begin = opener(engine)
     with begin() as connection:
         put(connection, *({"timestamp": START + n * MINUTE_MS} for n in range(40)))
-    folding.fold(begin)
+    fold.fold(begin)
     with begin() as connection:
         connection.execute(update(TELEMETRY).values(cost_usd=1))
         connection.execute(delete(TELEMETRY).where(_t.id == 20))
@@ -328,10 +320,10 @@ def test_after_a_kill_at_any_statement_changes_are_applied_the_next_time(engine,
             yield connection
 
     with suppress(KilledError):
-        mending.apply_changes(killing)
+        repair.apply_changes(killing)
     window = (START + 7 * MINUTE_MS, NOW)
     assert answered(engine, *window) == (from_rows(engine, *window), None)
-    mending.apply_changes(begin)
+    repair.apply_changes(begin)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
 
 
@@ -355,7 +347,7 @@ def test_ids_that_start_again_are_folded_again(store, then, between):
     store.maintain()
     assert said(store) == (then, 2.0 * then, "rows")
     with store._database.engine.connect() as connection:
-        assert connection.scalar(rollups.lag()) == 0
+        assert connection.scalar(state.lag()) == 0
     store.add_many(minutes(5, since=START + 600 * MINUTE_MS))
     assert said(store)[0] == then + 5
     assert store.maintain(rebuild=True).rollup_lag == 0
@@ -517,17 +509,17 @@ def test_rows_deleted_without_triggers_are_found_by_their_number(store):
 
 
 def test_both_go_on_where_they_were_stopped(store, monkeypatch):
-    monkeypatch.setattr(mending, "_COUNTED_ROWS", 20)
-    monkeypatch.setattr(mending, "_SCRUBBED_ROWS", 20)
-    monkeypatch.setattr(mending, "PAUSE_S", 0)
+    monkeypatch.setattr(repair, "_COUNTED_ROWS", 20)
+    monkeypatch.setattr(repair, "_SCRUBBED_ROWS", 20)
+    monkeypatch.setattr(repair, "PAUSE_S", 0)
     store.add_many(minutes(200))
     store.maintain()
     database = store._database
     with without_triggers(store) as connection:
         connection.execute(update(TELEMETRY).values(cost_usd=1))
-    for check, found in ((mending.compare_counts, 0), (mending.scrub, 14)):
+    for check, found in ((repair.compare_counts, 0), (repair.scrub, 14)):
         steps = 0
-        mended = mending.Mended(0, done=False)
+        mended = repair.Mended(0, done=False)
         total = 0
         while not mended.done:
             stop = partial(next, iter([False]), True)  # noqa: FBT003
@@ -572,7 +564,7 @@ def test_a_role_that_may_only_change_rows_needs_no_right_to_the_entries(name, ne
     begin = opener(engine)
     with begin() as connection:
         put(connection, *({"timestamp": START + n * MINUTE_MS} for n in range(30)))
-    folding.fold(begin)
+    fold.fold(begin)
     with begin() as connection:
         connection.exec_driver_sql("CREATE ROLE changer_of_rows")
         connection.exec_driver_sql(
@@ -602,7 +594,7 @@ def test_a_role_that_may_only_change_rows_needs_no_right_to_the_entries(name, ne
         with begin() as connection:
             connection.exec_driver_sql("DROP OWNED BY changer_of_rows")
             connection.exec_driver_sql("DROP ROLE changer_of_rows")
-    mending.apply_changes(begin)
+    repair.apply_changes(begin)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
     engine.dispose()
 
@@ -640,7 +632,7 @@ def test_the_entries_are_in_the_tables_schema(name, new_url, schema):
     begin = opener(engine)
     with begin() as connection:
         put(connection, {"timestamp": START})
-    folding.fold(begin)
+    fold.fold(begin)
     with begin() as connection:
         connection.exec_driver_sql("UPDATE routing_telemetry SET cost_usd = 1")
         assert list(connection.scalars(select(CHANGES.c.start))) == [START]

@@ -6,10 +6,11 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.dialects.postgresql import psycopg
 
-from lynkr_store import Store, StoreSettings, Window, questions, repository
-from lynkr_store.rollups import NOTHING
+from lynkr_store import Store, StoreSettings, Window, repository
+from lynkr_store.rollups import answer_sql
+from lynkr_store.rollups.buckets import cover
+from lynkr_store.rollups.state import NOTHING
 from lynkr_store.schemas.units import DAY_MS, HOUR_MS
-from lynkr_store.spans import cover
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -27,10 +28,10 @@ FROM generate_series(1, {ROWS}) AS numbers (n)
 def test_only_what_tells_two_windows_apart_is_sent_beside_the_text(engine, question, hours):
     since = NOW - hours * HOUR_MS - 1
     asked = cover(since, NOW, NOW)
-    given = questions.parameters(asked, since, NOW, NOTHING)
+    given = answer_sql.parameters(asked, since, NOW, NOTHING)
     if question.one_provider:
         given |= {"provider": "a"}
-    statement = questions.answer(question, questions.shape(asked), long_backlog=False)
+    statement = answer_sql.answer(question, answer_sql.shape(asked), long_backlog=False)
     sent = statement.compile(engine).params
     assert {name for name, value in sent.items() if value is None} == set(given)
     if engine.dialect.name == "postgresql":  # SQLite's OFFSET needs a LIMIT, which is sent
@@ -85,9 +86,9 @@ def test_no_more_is_read_of_the_rows_than_one_range_of_one_index(store, question
     """With the plan for any parameters: a host's transaction may come to it too."""
     since, until = NOW - 10 * DAY_MS - 100_000, NOW - 100_000
     asked = cover(since, until, NOW)
-    statement = questions.answer(question, questions.shape(asked), long_backlog=long_backlog)
+    statement = answer_sql.answer(question, answer_sql.shape(asked), long_backlog=long_backlog)
     compiled = statement.compile(dialect=psycopg.dialect(paramstyle="numeric_dollar"))
-    given = questions.parameters(asked, since, until, ROWS) | {"provider": "'a'"}
+    given = answer_sql.parameters(asked, since, until, ROWS) | {"provider": "'a'"}
     values = ", ".join(str(given[name]) for name in compiled.positiontup)
     with store.engine.connect() as connection:
         for line in (

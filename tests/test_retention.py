@@ -365,7 +365,7 @@ def test_odd_timestamps_of_other_writers(tmp_path, small_steps):
 
 def test_an_open_insert_with_a_lower_id_is_waited_for(postgres_head, monkeypatch):
     """A row that is committed after rows with greater ids, and is old already."""
-    monkeypatch.setattr("lynkr_store.folding._PATIENCE_S", 0.05)
+    monkeypatch.setattr("lynkr_store.rollups.fold._PATIENCE_S", 0.05)
     settings = StoreSettings(url=postgres_head, text_retention_days=1)
     with (
         Store(settings=settings, clock=lambda: NOW) as store,

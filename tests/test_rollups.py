@@ -13,25 +13,16 @@ from hypothesis import strategies as st
 from sqlalchemy import BigInteger, cast, delete, event, insert, select
 from sqlalchemy.orm import Session
 
-from lynkr_store import (
-    RoutingRepository,
-    Store,
-    StoreSettings,
-    Window,
-    answers,
-    create_store_engine,
-    folding,
-    measures,
-    questions,
-    rollups,
-)
-from lynkr_store.answers import Part
+from lynkr_store import RoutingRepository, Store, StoreSettings, Window, create_store_engine
 from lynkr_store.db.engines import writing
 from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
-from lynkr_store.questions import Question, Shape
-from lynkr_store.rollups import NOTHING, Standing
+from lynkr_store.rollups import answer_sql, measures, state
+from lynkr_store.rollups import fold as folding
+from lynkr_store.rollups.answer import Part, ask
+from lynkr_store.rollups.answer_sql import Question, Shape
+from lynkr_store.rollups.buckets import ceil_to, cover, floor_to
+from lynkr_store.rollups.state import NOTHING, Standing
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.spans import ceil_to, cover, floor_to
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -81,15 +72,15 @@ def added_up(parts):
 
 def answered(engine, since, until):
     with Session(engine) as session:
-        answer = answers.ask(session, EVERYTHING, since, until, NOW)
+        answer = ask(session, EVERYTHING, since, until, NOW)
     return added_up(answer.parts), answer.raw_from
 
 
 def from_rows(engine, since, until):
     """The answer as it is without roll-ups."""
-    given = questions.parameters(cover(0, 0, 0), since, until, NOTHING)
+    given = answer_sql.parameters(cover(0, 0, 0), since, until, NOTHING)
     with engine.connect() as connection:
-        statement = questions.answer(EVERYTHING, Shape(0, 0, 0), long_backlog=True)
+        statement = answer_sql.answer(EVERYTHING, Shape(0, 0, 0), long_backlog=True)
         parts = connection.execute(statement, given).mappings().all()
     return added_up(
         Part(
@@ -280,10 +271,10 @@ def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
 def test_without_roll_ups_no_row_is_looked_at(engine, begin):
     with begin() as connection:
         put(connection, {}, {})
-        assert Standing(*connection.execute(rollups.standing()).one()).oldest_row is None
+        assert Standing(*connection.execute(state.standing()).one()).oldest_row is None
     folding.fold(begin)
     with begin() as connection:
-        assert Standing(*connection.execute(rollups.standing()).one()).oldest_row == NOW - 1
+        assert Standing(*connection.execute(state.standing()).one()).oldest_row == NOW - 1
 
 
 def test_a_session_may_have_an_engine_for_each_table(engine, begin):
@@ -303,12 +294,12 @@ def test_a_session_may_have_an_engine_for_each_table(engine, begin):
 def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
     def lag():
         with begin() as connection:
-            return connection.scalar(rollups.lag())
+            return connection.scalar(state.lag())
 
     assert lag() is None
     with begin() as connection:
         put(connection, {}, {}, {})
-        assert connection.scalar(rollups.lag()) == 3
+        assert connection.scalar(state.lag()) == 3
         folding.held_watermark(connection)
     assert lag() == 3
     folding.fold(begin)
@@ -478,19 +469,19 @@ def test_a_fold_between_two_statements_of_an_answer_is_noticed(engine, begin, mo
     with begin() as connection:
         put(connection, {}, {})
     with engine.connect() as connection:
-        stale = connection.execute(rollups.standing()).one()
+        stale = connection.execute(state.standing()).one()
     folding.fold(begin)
     given = iter([stale])
 
     class StaleSession(Session):
         def execute(self, statement, *args, **kwargs):
-            if statement is rollups.standing() and (old := next(given, None)):
+            if statement is state.standing() and (old := next(given, None)):
                 return SimpleNamespace(one=lambda: old)
             return super().execute(statement, *args, **kwargs)
 
     whole = 0, ceil_to(QUARTER_MS, NOW)  # nothing at its ends tells by itself
     with StaleSession(engine) as session:
-        answer = answers.ask(session, EVERYTHING, *whole, NOW)
+        answer = ask(session, EVERYTHING, *whole, NOW)
     assert added_up(answer.parts) == from_rows(engine, *whole)
 
 
@@ -508,7 +499,7 @@ class Interrupted(Session):
 
 def interrupted(engine, number, happens, window):
     with Interrupted(engine, number, happens) as session:
-        answer = answers.ask(session, EVERYTHING, *window, NOW)
+        answer = ask(session, EVERYTHING, *window, NOW)
     return sum(sums[0] for sums in added_up(answer.parts).values()), answer.raw_from
 
 
@@ -646,7 +637,7 @@ class History:
 
     def cleanup(self, cutoff):
         with self.begin() as connection:
-            folded = connection.scalar(rollups.folded())
+            folded = connection.scalar(state.folded())
             connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff))
         self.known = [
             (row_id, at)

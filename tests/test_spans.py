@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lynkr_store.rollups.buckets import SPANS_MS, cover, floor_to
 from lynkr_store.schemas.units import DAY_MS, HOUR_MS, INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.spans import SPANS_MS, cover, floor_to
 
 NOW = 1_750_000_000_000
 EDGES = [

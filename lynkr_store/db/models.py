@@ -165,7 +165,7 @@ class Rollup(Base):
     """Counts and sums of the rows of one span of time and one combination of dimensions.
 
     Of the rows that were folded, up to the watermark in `Progress`. A sum is two integers,
-    ``high * 2**31 + low``, in the units of its domain; see `lynkr_store.measures`.
+    ``high * 2**31 + low``, in the units of its domain; see `lynkr_store.rollups.measures`.
     """
 
     __tablename__ = "routing_rollups"

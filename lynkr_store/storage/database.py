@@ -14,7 +14,6 @@ from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateView
 
-from lynkr_store import rollups
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import (
@@ -53,6 +52,7 @@ from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
 from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
+from lynkr_store.rollups import state
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
@@ -321,7 +321,7 @@ class Database(Forkable):
         with translated():
             self.open(patience_s=_OPEN_WAIT_S)
             with self.looked() as connection:
-                before = connection.scalar(select(rollups.noted(FORGOTTEN)))
+                before = connection.scalar(select(state.noted(FORGOTTEN)))
         return before is not None and at_ms - DAY_MS < before  # a day for clocks that are set
 
     @contextmanager

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
-from lynkr_store import RoutingFilter, Store, StoreSettings, Window, answers, measures, questions
+from lynkr_store import RoutingFilter, Store, StoreSettings, Window
+from lynkr_store.rollups import answer_sql, measures
+from lynkr_store.rollups.answer import ask
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -158,11 +160,11 @@ def sums(store, window):
     """Every count and half of a sum, by provider and tier."""
     since, until = window.resolved(NOW, timedelta(hours=24))
     with Session(store.engine) as session:
-        answer = answers.ask(session, EVERYTHING, since, until, NOW)
+        answer = ask(session, EVERYTHING, since, until, NOW)
     return sorted((str(part.by), part.sums) for part in answer.parts)
 
 
-EVERYTHING = questions.Question(by=("provider", "tier"), names=measures.ALL)
+EVERYTHING = answer_sql.Question(by=("provider", "tier"), names=measures.ALL)
 
 
 RELAXED = settings(

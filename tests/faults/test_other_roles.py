@@ -29,11 +29,11 @@ from lynkr_store import (
     StoreSettings,
     Window,
     create_store_engine,
-    folding,
 )
 from lynkr_store.cli import app
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
+from lynkr_store.rollups.fold import subtract
 from lynkr_store.storage import diagnosis, identities, inserts
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
@@ -203,7 +203,7 @@ def use_by_every_way(url: str, schema: str | None = None) -> None:
     own = create_store_engine(url, schema=schema)
     with own.begin() as connection:
         inserts.expire_ledger(connection, NOW * 2)
-        folding.subtract(connection, TELEMETRY.c.provider == "a")
+        subtract(connection, TELEMETRY.c.provider == "a")
         look_for_faults(connection, schema or "public")
         connection.rollback()
     own.dispose()

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row
 from sqlalchemy.orm import Session
 
-from lynkr_store import questions, rollups
 from lynkr_store.db.models import TELEMETRY
-from lynkr_store.questions import LONG_BACKLOG, Question, shape
-from lynkr_store.rollups import Standing
+from lynkr_store.rollups import answer_sql, state
+from lynkr_store.rollups.answer_sql import LONG_BACKLOG, Question, shape
+from lynkr_store.rollups.buckets import cover, floor_to
+from lynkr_store.rollups.state import Standing
 from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.spans import cover, floor_to
 
 
 class Part(NamedTuple):
@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
     Attributes:
         by: The values of the question's dimensions.
-        sums: The measures, in the order of `lynkr_store.measures.columns_of`.
+        sums: The measures, in the order of `lynkr_store.rollups.measures.columns_of`.
     """
 
     by: tuple[Any, ...]
@@ -65,10 +65,10 @@ def ask(
         asked = cover(since, until, now, kept_from, ends_by_rows=by_rows)
         kept_from = INSTANT_MIN_MS if kept_from is None else kept_from
         found = session.execute(
-            questions.answer(
+            answer_sql.answer(
                 question, shape(asked, changed=changed), long_backlog=backlog > LONG_BACKLOG
             ),
-            questions.parameters(asked, since, until, stands.folded, kept_from, changed=changed)
+            answer_sql.parameters(asked, since, until, stands.folded, kept_from, changed=changed)
             | given,
         ).all()
         about = {row.part: row.requests for row in found if not row.sign}
@@ -101,7 +101,7 @@ def ask(
 
 def look(connection: Session | Connection) -> Standing:
     """How the roll-ups stand to the rows now."""
-    return Standing(*connection.execute(rollups.standing()).one())
+    return Standing(*connection.execute(state.standing()).one())
 
 
 def _part(question: Question, row: Row[*tuple[Any, ...]]) -> Part:
@@ -150,7 +150,7 @@ def _lost_its_first(connection: Connection, start: int, stands: Standing) -> boo
     """Whether the quarter of the oldest row has lost rows, and only such as were older."""
     assert stands.oldest_row is not None  # noqa: S101 - it is what the quarter was found by
     known, there, changed, deleted = connection.execute(
-        rollups.counts_of_quarter(), rollups.quarter(start, stands.folded)
+        state.counts_of_quarter(), state.quarter(start, stands.folded)
     ).one()
     if known <= there:
         return False

@@ -25,12 +25,12 @@ from sqlalchemy import (
     union_all,
 )
 
-from lynkr_store import measures
 from lynkr_store.db.functions import each_row, unindexed, whole_number, written_out
 from lynkr_store.db.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY
-from lynkr_store.rollups import GREATEST_ID, counts_in, folded, folded_in
+from lynkr_store.rollups import measures
+from lynkr_store.rollups.buckets import Cover
+from lynkr_store.rollups.state import GREATEST_ID, counts_in, folded, folded_in
 from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.spans import Cover
 
 LONG_BACKLOG: Final = 20_000
 """Rows above the watermark from which on the window is read by its time, not by their ids."""

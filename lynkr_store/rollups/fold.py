@@ -11,18 +11,18 @@ from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
-from lynkr_store import folds, rollups
-from lynkr_store.answers import look as look_at
-from lynkr_store.answers import removed_before
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import Rows
-from lynkr_store.measures import columns_of
-from lynkr_store.rollups import NOTHING
+from lynkr_store.rollups import fold_sql, state
+from lynkr_store.rollups.answer import look as look_at
+from lynkr_store.rollups.answer import removed_before
+from lynkr_store.rollups.buckets import SPANS_MS, ceil_to, floor_to
+from lynkr_store.rollups.measures import columns_of
+from lynkr_store.rollups.state import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.spans import SPANS_MS, ceil_to, floor_to
 from lynkr_store.storage import bulk, identities
 from lynkr_store.storage.write_lock import PAUSE_S
 
@@ -95,12 +95,12 @@ def _begin_again(begin: Begin) -> None:
         folded = held_watermark(connection)
         if not _began_again(connection, folded):
             return
-        oldest: int | None = connection.scalar(folds.oldest_instant())
+        oldest: int | None = connection.scalar(fold_sql.oldest_instant())
         if oldest is not None:
             start = floor_to(QUARTER_MS, oldest)
             drop_from(connection, start)
-            connection.execute(folds.drop_changes(since=start))
-            connection.execute(folds.forget("raw_from"))
+            connection.execute(fold_sql.drop_changes(since=start))
+            connection.execute(fold_sql.forget("raw_from"))
             if look_at(connection).first_bucket is not None:
                 note(connection, "raw_from", start)
         note(connection, "folded", NOTHING)
@@ -108,9 +108,9 @@ def _begin_again(begin: Begin) -> None:
 
 def drop_from(connection: Connection, start: int) -> None:
     """Delete the roll-ups from a quarter on; of its hour and day stays what was before it."""
-    connection.execute(folds.drop_from(start))
+    connection.execute(fold_sql.drop_from(start))
     for span in SPANS_MS[1:]:
-        connection.execute(folds.sum_of_quarters(span, floor_to(span, start)))
+        connection.execute(fold_sql.sum_of_quarters(span, floor_to(span, start)))
 
 
 def _began_again(connection: Connection, folded: int) -> bool:
@@ -121,7 +121,7 @@ def _began_again(connection: Connection, folded: int) -> bool:
     """
     stands = look_at(connection)
     if folded == NOTHING:
-        oldest: int | None = connection.scalar(folds.oldest_instant())
+        oldest: int | None = connection.scalar(fold_sql.oldest_instant())
         last = stands.last_bucket
         return oldest is not None and last is not None and last + QUARTER_MS > oldest
     passed = stands.newest is None or stands.newest < folded
@@ -138,7 +138,7 @@ def settled_id(begin: Begin, look: Begin) -> int | None:
     others wait behind it, and one that gives up soon would never be had beside a long VACUUM.
     """
     with look() as connection:
-        newest: int = connection.scalar(folds.newest_id()) or NOTHING
+        newest: int = connection.scalar(fold_sql.newest_id()) or NOTHING
         backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
@@ -175,10 +175,10 @@ def _wait_for_writers(begin: Begin) -> bool:
 
 def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
     """Fold some rows; return how many, and the watermark."""
-    rows = folds.rows_of_step()
+    rows = fold_sql.rows_of_step()
     with look() as connection:
-        folded: int = connection.execute(rollups.folded()).scalar_one()
-        first: int | None = connection.scalar(folds.first_above(folded))
+        folded: int = connection.execute(state.folded()).scalar_one()
+        first: int | None = connection.scalar(fold_sql.first_above(folded))
         if first is not None and first <= upto:
             given, quarters, new = _read_step(connection, folded, first, upto)
         began_again = (first is None or folded == NOTHING) and _began_again(connection, folded)
@@ -209,7 +209,7 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
         _add(connection, sums)
         last = given["upto"]
         note(connection, "folded", last)
-        if connection.execute(rollups.folded()).scalar_one() != last:
+        if connection.execute(state.folded()).scalar_one() != last:
             raise RollupsRefused
     return _requests(quarters), last
 
@@ -221,12 +221,12 @@ def _read_step(
 
     Rows of dimensions that are not known have no measures yet.
     """
-    rows = folds.rows_of_step()
+    rows = fold_sql.rows_of_step()
     last = min(first + STEP_ROWS - 1, upto)
     given = {"after": folded, "upto": last}
     quarters = connection.execute(rows.quarters, given).mappings().all()
     if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # there are ids without rows
-        last = connection.scalar(folds.last_of_step(folded, upto, STEP_ROWS)) or upto
+        last = connection.scalar(fold_sql.last_of_step(folded, upto, STEP_ROWS)) or upto
         given = {"after": folded, "upto": last}
         quarters = connection.execute(rows.quarters, given).mappings().all()
     if last - first + 1 == _requests(quarters):
@@ -243,26 +243,26 @@ def _number(connection: Connection, given: dict[str, int], quarters: Sequence[Ro
             "last": max(int(quarter["last"]) for quarter in quarters),
             "most": _MOST_BETWEEN,
         }
-        seen, found = connection.execute(folds.number_between(), given | between).one()
+        seen, found = connection.execute(fold_sql.number_between(), given | between).one()
         if seen < _MOST_BETWEEN:
             return int(found)
-    number: int = connection.execute(folds.rows_of_step().number, given).scalar_one()
+    number: int = connection.execute(fold_sql.rows_of_step().number, given).scalar_one()
     return number
 
 
 def held_watermark(connection: Connection) -> int:
     """The watermark, which nobody else moves before this transaction ends."""
-    folded: int | None = connection.scalar(folds.watermark())
+    folded: int | None = connection.scalar(fold_sql.watermark())
     if folded is None:  # the first of several folders enters it, and the others wait
         first = {"name": "folded", "value": NOTHING}
-        connection.execute(folds.note_first(backend_of(connection)), first)
-        folded = connection.scalar(folds.watermark())
+        connection.execute(fold_sql.note_first(backend_of(connection)), first)
+        folded = connection.scalar(fold_sql.watermark())
     return NOTHING if folded is None else folded
 
 
 def note(connection: Connection, name: str, value: int) -> None:
     """Set a value of the progress."""
-    connection.execute(folds.note(backend_of(connection)), {"name": name, "value": value})
+    connection.execute(fold_sql.note(backend_of(connection)), {"name": name, "value": value})
 
 
 def note_removed(connection: Connection) -> int | None:
@@ -294,14 +294,14 @@ def trim(
     look = look or begin
     while not stop():
         with look() as connection:
-            if connection.scalar(folds.days_gone(before_ms)) is None:
+            if connection.scalar(fold_sql.days_gone(before_ms)) is None:
                 return
         with begin() as connection:
             held_watermark(connection)
             days = _days_to_trim(connection, before_ms, note_removed(connection))
             if not days:
                 return
-            connection.execute(folds.trim(days))
+            connection.execute(fold_sql.trim(days))
 
 
 def can_trim(connection: Connection, before_ms: int) -> bool:
@@ -313,7 +313,7 @@ def can_trim(connection: Connection, before_ms: int) -> bool:
 def _days_to_trim(connection: Connection, before_ms: int, removed: int | None) -> list[int]:
     if removed is None:
         return []
-    return list(connection.scalars(folds.days_gone(min(before_ms, removed), _TRIM_DAYS)))
+    return list(connection.scalars(fold_sql.days_gone(min(before_ms, removed), _TRIM_DAYS)))
 
 
 def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
@@ -323,9 +323,9 @@ def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
         connection: In a transaction of its own.
         condition: Which rows; those above the watermark are in no roll-up.
     """
-    rows = folds.folded_rows(held_watermark(connection), condition)
+    rows = fold_sql.folded_rows(held_watermark(connection), condition)
     _add(connection, _summed(connection.execute(rows.quarters).mappings().all(), sign=-1))
-    connection.execute(folds.drop_empty())
+    connection.execute(fold_sql.drop_empty())
 
 
 def rebuild(
@@ -356,7 +356,7 @@ def rebuild(
         with begin() as connection:
             held_watermark(connection)
             kept_from = ceil_to(QUARTER_MS, note_removed(connection) or INSTANT_MIN_MS)
-            found = connection.execute(folds.first_from(after, kept_from)).one()
+            found = connection.execute(fold_sql.first_from(after, kept_from)).one()
             starts = [
                 floor_to(QUARTER_MS, int(instant)) for instant in found if instant is not None
             ]
@@ -373,8 +373,8 @@ def rebuild(
 
 def has_more(connection: Connection, start: int) -> bool:
     """Whether a quarter has more rows than the roll-ups know of it."""
-    given = rollups.quarter(start, held_watermark(connection))
-    counts = connection.execute(rollups.counts_of_quarter(), given).one()
+    given = state.quarter(start, held_watermark(connection))
+    counts = connection.execute(state.counts_of_quarter(), given).one()
     return bool(counts.there > counts.known)
 
 
@@ -388,20 +388,20 @@ def recount(connection: Connection, start: int) -> int | None:
     Raises:
         RollupsRefused: The roll-ups did not take what was counted.
     """
-    rows = folds.rows_of_quarter()
-    given = rollups.quarter(start, held_watermark(connection))
+    rows = fold_sql.rows_of_quarter()
+    given = state.quarter(start, held_watermark(connection))
     starts = {span: floor_to(span, start) for span in SPANS_MS}
     connection.execute(rows.enter_dimensions, given)
     quarters = connection.execute(rows.quarters, given).mappings().all()
     # asked after the rows were read: who deletes some meanwhile has noted it
-    if connection.scalar(folds.deleted_upto(), {"start": start}) is not None:
+    if connection.scalar(fold_sql.deleted_upto(), {"start": start}) is not None:
         return None
-    connection.execute(folds.drop_buckets(starts))
+    connection.execute(fold_sql.drop_buckets(starts))
     _write(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
     if _requests_of(connection, QUARTER_MS, [start]) != _requests(quarters):
         raise RollupsRefused
     for span in SPANS_MS[1:]:
-        connection.execute(folds.sum_of_quarters(span, starts[span]))
+        connection.execute(fold_sql.sum_of_quarters(span, starts[span]))
     return _requests(quarters)
 
 
@@ -449,7 +449,7 @@ def _requests_of(connection: Connection, span_ms: int, starts: Sequence[int]) ->
     if not starts:
         return 0
     asked = {"span_ms": span_ms, "starts": starts}
-    return connection.scalar(folds.requests_of_buckets(), asked) or 0
+    return connection.scalar(fold_sql.requests_of_buckets(), asked) or 0
 
 
 def _write(connection: Connection, sums: Sequence[_Rollup]) -> None:
@@ -458,11 +458,11 @@ def _write(connection: Connection, sums: Sequence[_Rollup]) -> None:
     backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
-            values = [each[name] for each in sums for name in folds.ROLLUP]
-            rows = Rows(folds.ROLLUP, values)
-            bulk.execute_in_parts(connection, folds.add_text, rows, folds.MOST_ADDED)
+            values = [each[name] for each in sums for name in fold_sql.ROLLUP]
+            rows = Rows(fold_sql.ROLLUP, values)
+            bulk.execute_in_parts(connection, fold_sql.add_text, rows, fold_sql.MOST_ADDED)
         case Backend.POSTGRESQL:
-            lists = {name: [each[name] for each in sums] for name in folds.ROLLUP}
-            connection.execute(folds.add_to_rollups(), lists)
+            lists = {name: [each[name] for each in sums] for name in fold_sql.ROLLUP}
+            connection.execute(fold_sql.add_to_rollups(), lists)
         case _:
             assert_never(backend)

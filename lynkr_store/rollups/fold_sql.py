@@ -27,13 +27,13 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql.dml import ReturningDelete
 
-from lynkr_store import measures
 from lynkr_store.backend import Backend
 from lynkr_store.db.functions import count_of, each_row, inserting, same, unindexed, whole_number
 from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
-from lynkr_store.rollups import folded_in, in_domain
+from lynkr_store.rollups import measures
+from lynkr_store.rollups.buckets import SPANS_MS, floor_to
+from lynkr_store.rollups.state import folded_in, in_domain
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, QUARTER_MS
-from lynkr_store.spans import SPANS_MS, floor_to
 
 ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
 """The columns of a roll-up."""

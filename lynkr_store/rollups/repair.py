@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, select
 
-from lynkr_store import folding, folds, rollups
-from lynkr_store.answers import look as look_at
-from lynkr_store.answers import removed_before
-from lynkr_store.folding import Begin
-from lynkr_store.rollups import NOTHING
+from lynkr_store.rollups import fold_sql, state
+from lynkr_store.rollups.answer import look as look_at
+from lynkr_store.rollups.answer import removed_before
+from lynkr_store.rollups.buckets import ceil_to, floor_to
+from lynkr_store.rollups.fold import MEASURES, Begin, held_watermark, note, note_removed, recount
+from lynkr_store.rollups.state import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.spans import ceil_to, floor_to
 from lynkr_store.storage.write_lock import PAUSE_S
 
 _Stop = Callable[[], bool]
@@ -65,17 +65,17 @@ def apply_changes(
     """
     look = look or begin
     with look() as connection:
-        upto: int | None = connection.scalar(folds.newest_change())
+        upto: int | None = connection.scalar(fold_sql.newest_change())
     quarters, more = 0, upto is not None
     while more and not stop():
         with begin() as connection:
             began = time.monotonic()
-            folding.held_watermark(connection)
-            raw_from = folding.note_removed(connection)
+            held_watermark(connection)
+            raw_from = note_removed(connection)
             if raw_from is not None:  # retention leaves many, in one statement
-                connection.execute(folds.drop_changes(before=raw_from))
+                connection.execute(fold_sql.drop_changes(before=raw_from))
             while time.monotonic() - began < _STEP_S:
-                start: int | None = connection.scalar(folds.first_changed(), {"upto": upto})
+                start: int | None = connection.scalar(fold_sql.first_changed(), {"upto": upto})
                 if start is None:
                     more = False
                     break
@@ -87,17 +87,17 @@ def apply_changes(
 
 def _apply(connection: Connection, start: int) -> bool:
     """Take out what is noted of a quarter, and count it again unless retention removed its rows."""
-    noted = connection.scalars(folds.take_changes(), {"start": start})
+    noted = connection.scalars(fold_sql.take_changes(), {"start": start})
     deleted = max((instant for instant in noted if instant is not None), default=None)
     stands = look_at(connection)  # after that: rows that are gone by now were noted, or will be
     raw_from = stands.raw_from
     if stands.first_bucket is not None and stands.oldest_row is None:
         return False
     if deleted is not None and stands.oldest_row is not None and deleted < stands.oldest_row:
-        raw_from = folding.note_removed(connection)  # if the roll-ups knew them
+        raw_from = note_removed(connection)  # if the roll-ups knew them
     if start < (raw_from or NOTHING):
         return False
-    return folding.recount(connection, start) is not None
+    return recount(connection, start) is not None
 
 
 def compare_counts(begin: Begin, *, look: Begin, stop: _Stop) -> Mended:
@@ -126,11 +126,11 @@ def _pass(
     begin: Begin, look: Begin, stop: _Stop, name: str, rows: int, differing: _Compare
 ) -> Mended:
     with look() as connection:
-        noted: int | None = connection.scalar(select(rollups.noted(name)))
+        noted: int | None = connection.scalar(select(state.noted(name)))
     since, quarters = noted or INSTANT_MIN_MS, 0
     while since < INSTANT_MAX_MS and not stop():
         with look() as connection:
-            last = connection.scalar(folds.instant_after(), {"since": since, "rows": rows})
+            last = connection.scalar(fold_sql.instant_after(), {"since": since, "rows": rows})
             until = INSTANT_MAX_MS if last is None else floor_to(QUARTER_MS, last) + QUARTER_MS
             found = differing(connection, since, until)
         for number, start in enumerate(sorted(found)):
@@ -146,14 +146,14 @@ def _pass(
         since = INSTANT_MIN_MS
     if since != (noted or INSTANT_MIN_MS):
         with begin() as connection:
-            folding.note(connection, name, since)
+            note(connection, name, since)
     return Mended(quarters, done)
 
 
 def _of_other_counts(connection: Connection, since: int, until: int) -> set[int]:
     given = _between(connection, since, until)
-    there = dict(_pairs(connection, folds.counts_there(), given))
-    for start, requests in _pairs(connection, folds.counts_above(), given):
+    there = dict(_pairs(connection, fold_sql.counts_there(), given))
+    for start, requests in _pairs(connection, fold_sql.counts_above(), given):
         there[start] = there.get(start, 0) - requests
     return _differing(connection, there, given)
 
@@ -162,7 +162,7 @@ def _differing(connection: Connection, there: dict[int, int], given: dict[str, i
     kept_from = given["kept_from"]
     late = any(start < kept_from for start in there)  # hardly any, and of history there is much
     asked = given if late else given | {"since": max(given["since"], kept_from)}
-    known = dict(_pairs(connection, folds.counts_known(), asked))
+    known = dict(_pairs(connection, fold_sql.counts_known(), asked))
     return {
         start
         for start in there.keys() | known.keys()
@@ -179,8 +179,8 @@ def _of_other_measures(connection: Connection, since: int, until: int) -> set[in
     if kept_from >= until:
         return found
     given |= {"since": max(since, kept_from), "between_since": max(since, kept_from)}
-    there = _measures(connection, folds.rows_between().quarters, given)
-    known = _measures(connection, folds.known_quarters(), given)
+    there = _measures(connection, fold_sql.rows_between().quarters, given)
+    known = _measures(connection, fold_sql.known_quarters(), given)
     return found | {start for (start, _), _ in there.items() ^ known.items()}
 
 
@@ -207,7 +207,7 @@ def _measures(
     """The measures of quarters, by start and dimension."""
     return {
         (int(row["start"]), int(row["dimension_id"])): tuple(
-            int(row[name] or 0) for name in folding.MEASURES
+            int(row[name] or 0) for name in MEASURES
         )
         for row in connection.execute(statement, given).mappings()
     }
@@ -215,10 +215,10 @@ def _measures(
 
 def _mend(connection: Connection, start: int) -> bool:
     """Count a quarter again if it still differs and no entry says that it will be."""
-    folding.held_watermark(connection)
-    folding.note_removed(connection)
+    held_watermark(connection)
+    note_removed(connection)
     given = _between(connection, start, start + QUARTER_MS)
-    connection.execute(folds.rows_between().enter_dimensions, given)
+    connection.execute(fold_sql.rows_between().enter_dimensions, given)
     if start not in _of_other_measures(connection, start, start + QUARTER_MS):
         return False
-    return folding.recount(connection, start) is not None
+    return recount(connection, start) is not None
