@@ -25,7 +25,7 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.migrate.upgrade import not_ours, upgrade
-from lynkr_store.repository import RoutingRepository
+from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,
     Health,

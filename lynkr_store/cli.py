@@ -26,7 +26,7 @@ from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate import upgrade as migrate
-from lynkr_store.repository import LOOK_BACK, epoch_ms_now
+from lynkr_store.queries.repository import LOOK_BACK, epoch_ms_now
 from lynkr_store.schemas import Cursor, Health, epoch_ms
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import StoreSettings

@@ -24,7 +24,7 @@ from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.migrate import revisions
 from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
-from lynkr_store.repository import RoutingRepository, epoch_ms_now, policy_of
+from lynkr_store.queries.repository import RoutingRepository, epoch_ms_now, policy_of
 from lynkr_store.rollups.answer import Answer
 from lynkr_store.rollups.answer_sql import Question
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent

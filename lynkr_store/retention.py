@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Table
 
-from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, empty_wal, overwriting
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
+from lynkr_store.queries import pages
 from lynkr_store.rollups.fold import settled_id
 from lynkr_store.rollups.fold_sql import last_of_step, note, note_first
 from lynkr_store.rollups.state import GREATEST_ID, NOTHING
@@ -109,7 +109,7 @@ def any_older(database: Database, cutoff_ms: int) -> bool:
         StoreUnavailable: The database cannot be reached.
     """
     with translated(), database.looked() as connection:
-        return bool(connection.scalar(queries.count_older(TELEMETRY, cutoff_ms, most=1)))
+        return bool(connection.scalar(pages.count_older(TELEMETRY, cutoff_ms, most=1)))
 
 
 def delete_older(
@@ -138,17 +138,17 @@ def delete_older(
     Raises:
         StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
     """
-    last: queries.Place | None = None
+    last: pages.Place | None = None
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal last
         # PostgreSQL's index keeps what was deleted until it is vacuumed: go on behind it
-        older = queries.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
+        older = pages.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
         found = connection.execute(older.with_for_update(skip_locked=True)).all()
         if not found:
             return 0, False
         last = found[-1].timestamp, found[-1].id
-        done = connection.execute(queries.delete_rows(table, [row.id for row in found]))
+        done = connection.execute(pages.delete_rows(table, [row.id for row in found]))
         return done.rowcount, len(found) == limit
 
     return _in_steps(database, step, stop)
@@ -174,7 +174,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
     with translated():
         settled = settled_id(database.begun, database.looked)
     noted: _Place | None = None  # by us, and exactly
-    exactly: queries.Place = NOTHING, NOTHING
+    exactly: pages.Place = NOTHING, NOTHING
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal noted, exactly
@@ -190,14 +190,14 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
             place = place._replace(upto_id=last)
         else:
             after = exactly if place == noted else place.after
-            older = queries.older(
+            older = pages.older(
                 TELEMETRY, cutoff_ms, after=after, upto_id=place.upto_id, limit=limit
             )
             found = connection.execute(older).all()
             rows, more = _id.in_([row.id for row in found]), len(found) == limit
             exactly = (found[-1].timestamp, found[-1].id) if more else (cutoff_ms, NOTHING)
             noted = place = _Place(*_whole(*exactly), place.upto_id)
-        removed = connection.execute(queries.remove_texts(rows, cutoff_ms)).rowcount
+        removed = connection.execute(pages.remove_texts(rows, cutoff_ms)).rowcount
         connection.execute(note(backend_of(connection)), place.noted())
         return removed, more
 
@@ -216,7 +216,7 @@ class _Place(NamedTuple):
     upto_id: int = NOTHING
 
     @property
-    def after(self) -> queries.Place | None:
+    def after(self) -> pages.Place | None:
         """The place of the last row that was looked at; None before the first."""
         return None if self.before_ms == NOTHING else (self.before_ms, self.before_id)
 
@@ -230,7 +230,7 @@ class _Place(NamedTuple):
 def _place(connection: Connection, cutoff_ms: int, *, hold: bool) -> _Place:
     """How far it has come; where it is held, nobody else goes on before the transaction ends."""
     nothing = _Place().noted()
-    statement = queries.progress([noted["name"] for noted in nothing])
+    statement = pages.progress([noted["name"] for noted in nothing])
     if hold:  # the first of several enters it, and the others wait
         connection.execute(note_first(backend_of(connection)), nothing)
         statement = statement.with_for_update()
@@ -300,7 +300,7 @@ def _pragma(connection: Connection, name: str) -> int:
 
 def _count_rows(connection: Connection, cutoff_ms: int) -> int:
     statements = (
-        queries.count_older(table, cutoff_ms, most=_COUNTED) for table in (TELEMETRY, SAVINGS)
+        pages.count_older(table, cutoff_ms, most=_COUNTED) for table in (TELEMETRY, SAVINGS)
     )
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 
@@ -308,8 +308,8 @@ def _count_rows(connection: Connection, cutoff_ms: int) -> int:
 def _count_texts(connection: Connection, cutoff_ms: int) -> int:
     place = _place(connection, cutoff_ms, hold=False)
     statements = (
-        queries.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
-        queries.count_late(place.upto_id, place.before_ms, most=_COUNTED),
+        pages.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
+        pages.count_late(place.upto_id, place.before_ms, most=_COUNTED),
     )
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 

@@ -1,6 +1,6 @@
 """Store and AsyncStore, which differ in how they wait.
 
-What they answer is written once, in `lynkr_store.repository`; what they do, in `lynkr_store.core`.
+What they answer is written once, in `queries.repository`; what they do, in `lynkr_store.core`.
 """
 
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
 from lynkr_store.maintenance import BUDGET_S
 from lynkr_store.process.lifecycle import on_fork
 from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread
-from lynkr_store.repository import RoutingRepository, policy_of, set_policy
+from lynkr_store.queries.repository import RoutingRepository, policy_of, set_policy
 from lynkr_store.schemas import (
     Cursor,
     Health,

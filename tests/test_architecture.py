@@ -15,6 +15,7 @@ from lynkr_store import AsyncStore, Store
 PACKAGE = Path(lynkr_store.__file__).parent
 
 LEVELS = {
+    "queries": 0,
     "rollups": 0,
     "storage": 0,
     "migrate": 0,
@@ -69,7 +70,7 @@ LEVELS = {
     "db.models": 3,
     "migrate.revisions": 4,
     "migrate.upgrade": 5,
-    "queries": 4,
+    "queries.pages": 4,
     "rollups.measures": 4,
     "rollups.buckets": 1,
     "rollups.state": 4,
@@ -84,7 +85,7 @@ LEVELS = {
     "storage.identities": 4,
     "storage.diagnosis": 5,
     "storage.inserts": 6,
-    "repository": 7,
+    "queries.repository": 7,
     "restoring": 7.5,
     "storage.database": 8,
     "maintenance": 10,

@@ -16,12 +16,12 @@ from lynkr_store import (
     Window,
     create_store_engine,
     indexes,
-    queries,
 )
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.functions import unindexed
 from lynkr_store.db.models import INDEXES, TELEMETRY
 from lynkr_store.migrate.upgrade import upgrade
+from lynkr_store.queries import pages
 from tests.conftest import ON_DISK
 
 ROWS = 20_000
@@ -124,7 +124,7 @@ def page(engine, criteria, window=None, before=None, limit=PAGE, **options):
 def plan(engine, criteria, window=None, before=None):
     """The plan's lines, and the indexes in them that an index of ours or the gateway's could be."""
     window = window or Window()
-    statement, values = queries.rows(
+    statement, values = pages.rows(
         backend_of(engine),
         criteria,
         window.since_ms,
@@ -219,7 +219,7 @@ def test_texts_are_read_or_left_out_by_either_way(filled):
 
 
 def test_more_values_than_are_put_together_are_found_all_the_same(filled):
-    many = [f"none-{number}" for number in range(queries._MAX_HEADS)]
+    many = [f"none-{number}" for number in range(pages._MAX_HEADS)]
     criteria = RoutingFilter(tier=[*many, "RARE", "OLD"])
     assert [r.id for r in page(filled, criteria)] == expected(filled, criteria, None, None)
 

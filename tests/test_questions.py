@@ -6,7 +6,8 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.dialects.postgresql import psycopg
 
-from lynkr_store import Store, StoreSettings, Window, repository
+from lynkr_store import Store, StoreSettings, Window
+from lynkr_store.queries import repository
 from lynkr_store.rollups import answer_sql
 from lynkr_store.rollups.buckets import cover
 from lynkr_store.rollups.state import NOTHING

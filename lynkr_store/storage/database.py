@@ -51,7 +51,7 @@ from lynkr_store.migrate.upgrade import bring_to, foreign_owners
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
-from lynkr_store.repository import epoch_ms_now, policy_of, set_policy
+from lynkr_store.queries.repository import epoch_ms_now, policy_of, set_policy
 from lynkr_store.rollups import state
 from lynkr_store.schemas import LONG_FIELDS
 from lynkr_store.schemas.units import DAY_MS

@@ -8,13 +8,13 @@ from typing import Final
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, driver_of, ensure_begun
 from lynkr_store.db.errors import Fault, fault_of, refusal
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
 from lynkr_store.ingest.batch import Row
+from lynkr_store.queries import pages
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS
 from lynkr_store.storage import bulk
 from lynkr_store.storage.diagnosis import hindrance, whose, without_ids
@@ -77,9 +77,9 @@ def insert_once(
         Exception: A fault that is no row's.
     """
     ensure_begun(connection)
-    entry = queries.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
+    entry = pages.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
     if not connection.execute(entry).rowcount:
-        stored: int = connection.execute(queries.batch_rows(batch_id)).scalar_one()
+        stored: int = connection.execute(pages.batch_rows(batch_id)).scalar_one()
         return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
     if len(rows) > PART_ROWS:
         outcome = _insert_or_refuse(connection, rows, known_good, _insert_or_leave)
@@ -90,19 +90,19 @@ def insert_once(
         refused = insert_isolating(connection, rows, known_good=known_good)
     stored = len(rows) - refused.total()
     if refused:
-        connection.execute(queries.correct_batch(batch_id, stored))
+        connection.execute(pages.correct_batch(batch_id, stored))
     return stored, refused
 
 
 def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
     """Note that a batch is inserted in parts: as one of which no row is stored under its own id."""
     ensure_begun(connection)
-    connection.execute(queries.enter_batch(backend_of(connection), batch_id, 0, now_ms))
+    connection.execute(pages.enter_batch(backend_of(connection), batch_id, 0, now_ms))
 
 
 def has_expired(connection: Connection, now_ms: int) -> bool:
     """Whether the ledger has batches that are older than `LEDGER_DAYS`."""
-    return connection.scalar(queries.batches_before(forgotten_before(now_ms))) is not None
+    return connection.scalar(pages.batches_before(forgotten_before(now_ms))) is not None
 
 
 def forgotten_before(now_ms: int) -> int:
@@ -117,7 +117,7 @@ def expire_ledger(connection: Connection, now_ms: int) -> bool:
         connection: In a transaction that may write.
         now_ms: A present that can be trusted: a batch that is forgotten may be stored twice.
     """
-    expire = queries.expire_batches(forgotten_before(now_ms), _EXPIRED_ROWS)
+    expire = pages.expire_batches(forgotten_before(now_ms), _EXPIRED_ROWS)
     expired = connection.execute(expire)
     return expired.rowcount == _EXPIRED_ROWS
 

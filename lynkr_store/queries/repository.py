@@ -9,7 +9,6 @@ from typing import Any, Final, Literal, Self, overload
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import queries
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, require_utf8
 from lynkr_store.db.errors import translated
@@ -18,6 +17,7 @@ from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Gathering
 from lynkr_store.ingest.validation import TextPolicy, rows_of
+from lynkr_store.queries import pages
 from lynkr_store.rollups.answer import Answer, Part, ask
 from lynkr_store.rollups.answer_sql import Question
 from lynkr_store.rollups.measures import SUMMED, columns_of
@@ -188,7 +188,7 @@ class RoutingRepository:
         limit = checked_limit(limit)
         if limit == 0:
             return []
-        statement, values = queries.rows(
+        statement, values = pages.rows(
             backend,
             criteria,
             window.since_ms,
