@@ -26,10 +26,11 @@ from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate import upgrade as migrate
-from lynkr_store.queries.repository import LOOK_BACK, epoch_ms_now
+from lynkr_store.queries.repository import LOOK_BACK
 from lynkr_store.schemas import Cursor, Health, epoch_ms
+from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
-from lynkr_store.settings import StoreSettings
+from lynkr_store.settings import DatabaseSettings, StoreSettings
 from lynkr_store.storage import identities
 from lynkr_store.storage.database import looking_engine
 from lynkr_store.store import Store
@@ -381,11 +382,11 @@ def maintain(
 
 
 def _engine(url: str) -> AbstractContextManager[Engine]:
-    return disposing(create_store_engine(url, schema=StoreSettings().schema_name))
+    return disposing(create_store_engine(url, schema=DatabaseSettings().schema_name))
 
 
 def _target(url: str | None) -> str:
-    return url or StoreSettings().url
+    return url or DatabaseSettings().url
 
 
 def _reading(url: str | None) -> Store:

@@ -20,19 +20,21 @@ from lynkr_store.db.errors import translated
 from lynkr_store.db.urls import file_of, shown
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes
+from lynkr_store.ingest.validation import policy_of
 from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.migrate import revisions
 from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
-from lynkr_store.queries.repository import RoutingRepository, epoch_ms_now, policy_of
+from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.rollups.answer import Answer
 from lynkr_store.rollups.answer_sql import Question
 from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
+from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import Window, checked_age, checked_seconds, given
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.database import Database
-from lynkr_store.storage.inserts import LEDGER_DAYS
+from lynkr_store.storage.ledger import LEDGER_DAYS
 from lynkr_store.upkeep import Upkeep
 
 _T = TypeVar("_T")

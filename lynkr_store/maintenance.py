@@ -19,9 +19,9 @@ from lynkr_store.rollups import repair, state
 from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.storage import identities
+from lynkr_store.storage import identities, progress
 from lynkr_store.storage.database import Database
-from lynkr_store.storage.inserts import FORGOTTEN, expire_ledger, forgotten_before, has_expired
+from lynkr_store.storage.ledger import FORGOTTEN, expire_ledger, forgotten_before, has_expired
 from lynkr_store.storage.write_lock import PAUSE_S
 
 BUDGET_S: Final = 30.0
@@ -271,13 +271,13 @@ def _doubt(database: Database, now_ms: int, *, trust_clock: bool) -> str | None:
     """Why the clock may be wrong; None where it is trusted, which is then noted."""
     with translated():
         with database.looked() as connection:
-            trusted = connection.scalar(select(state.noted(clock_check.TRUSTED)))
+            trusted = connection.scalar(select(progress.value_of(clock_check.TRUSTED)))
             newest = clock_check.newest(clock_check.seen_upto(now_ms, trusted))
             seen = clock_check.Seen(*connection.execute(newest).one())
         doubt = None if trust_clock else clock_check.doubt(now_ms, trusted, seen)
         if doubt is None and clock_check.is_news(now_ms, trusted):
             with database.begun() as connection:
-                folding.note(connection, clock_check.TRUSTED, now_ms)
+                progress.write(connection, clock_check.TRUSTED, now_ms)
     return doubt
 
 
@@ -290,9 +290,9 @@ def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -
             return
         with database.begun() as connection:
             more = expire_ledger(connection, now_ms)
-            earlier = connection.scalar(select(state.noted(FORGOTTEN)))
+            earlier = connection.scalar(select(progress.value_of(FORGOTTEN)))
             latest = max(forgotten_before(now_ms), state.NOTHING if earlier is None else earlier)
-            folding.note(connection, FORGOTTEN, latest)
+            progress.write(connection, FORGOTTEN, latest)
         time.sleep(PAUSE_S)
 
 

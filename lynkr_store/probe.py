@@ -10,6 +10,7 @@ from typing import Final, assert_never
 from sqlalchemy import Connection, Text, cast, func, select
 from sqlalchemy.exc import DataError
 
+from lynkr_store import maintenance_sql
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of
@@ -21,7 +22,6 @@ from lynkr_store.process.files import identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import words_of
 from lynkr_store.process.waiting import Event
-from lynkr_store.queries import pages
 from lynkr_store.rollups import state
 from lynkr_store.schemas import Reading
 from lynkr_store.storage.database import Database
@@ -147,7 +147,7 @@ def _look(database: Database) -> Look:
         there = catalogue.tables(connection, (TELEMETRY.name, PROGRESS.name))
         oldest = lag = None
         if TELEMETRY.name in there:
-            oldest = connection.scalar(pages.oldest_timestamp())
+            oldest = connection.scalar(maintenance_sql.oldest_timestamp())
         size, free = _sizes(connection)
         if {TELEMETRY.name, PROGRESS.name} <= there:
             lag = _lag(connection)

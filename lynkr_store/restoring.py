@@ -15,12 +15,13 @@ from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
 from lynkr_store.migrate import revisions
-from lynkr_store.rollups import fold_sql, state
+from lynkr_store.rollups import state
 from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.rollups.fold import drop_from
 from lynkr_store.rollups.state import GREATEST_ID
 from lynkr_store.schemas.units import QUARTER_MS
-from lynkr_store.storage.inserts import FORGOTTEN
+from lynkr_store.storage import progress
+from lynkr_store.storage.ledger import FORGOTTEN
 
 _RAW_FROM: Final = "raw_from"
 _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)
@@ -88,5 +89,5 @@ def _keep_history(connection: Connection) -> None:
         counts.known > counts.there
     ):  # some rows of the oldest quarter were removed, and nothing would tell
         note = {"name": _RAW_FROM, "value": first}
-        connection.execute(fold_sql.note_first(backend_of(connection)), note)
+        connection.execute(progress.insert_if_absent(backend_of(connection)), note)
     drop_from(connection, start)

@@ -14,15 +14,17 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Table
 
+from lynkr_store import maintenance_sql
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, empty_wal, overwriting
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
-from lynkr_store.queries import pages
 from lynkr_store.rollups.fold import settled_id
-from lynkr_store.rollups.fold_sql import last_of_step, note, note_first
+from lynkr_store.rollups.fold_sql import last_of_step
 from lynkr_store.rollups.state import GREATEST_ID, NOTHING
+from lynkr_store.storage import progress
 from lynkr_store.storage.database import Database
+from lynkr_store.storage.progress import insert_if_absent, upsert
 from lynkr_store.storage.write_lock import PAUSE_S
 
 _STEP_S: Final = {  # what a step should take
@@ -109,7 +111,7 @@ def any_older(database: Database, cutoff_ms: int) -> bool:
         StoreUnavailable: The database cannot be reached.
     """
     with translated(), database.looked() as connection:
-        return bool(connection.scalar(pages.count_older(TELEMETRY, cutoff_ms, most=1)))
+        return bool(connection.scalar(maintenance_sql.count_older(TELEMETRY, cutoff_ms, most=1)))
 
 
 def delete_older(
@@ -138,17 +140,17 @@ def delete_older(
     Raises:
         StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
     """
-    last: pages.Place | None = None
+    last: maintenance_sql.Place | None = None
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal last
         # PostgreSQL's index keeps what was deleted until it is vacuumed: go on behind it
-        older = pages.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
+        older = maintenance_sql.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
         found = connection.execute(older.with_for_update(skip_locked=True)).all()
         if not found:
             return 0, False
         last = found[-1].timestamp, found[-1].id
-        done = connection.execute(pages.delete_rows(table, [row.id for row in found]))
+        done = connection.execute(maintenance_sql.delete_rows(table, [row.id for row in found]))
         return done.rowcount, len(found) == limit
 
     return _in_steps(database, step, stop)
@@ -174,7 +176,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
     with translated():
         settled = settled_id(database.begun, database.looked)
     noted: _Place | None = None  # by us, and exactly
-    exactly: pages.Place = NOTHING, NOTHING
+    exactly: maintenance_sql.Place = NOTHING, NOTHING
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal noted, exactly
@@ -190,15 +192,15 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
             place = place._replace(upto_id=last)
         else:
             after = exactly if place == noted else place.after
-            older = pages.older(
+            older = maintenance_sql.older(
                 TELEMETRY, cutoff_ms, after=after, upto_id=place.upto_id, limit=limit
             )
             found = connection.execute(older).all()
             rows, more = _id.in_([row.id for row in found]), len(found) == limit
             exactly = (found[-1].timestamp, found[-1].id) if more else (cutoff_ms, NOTHING)
             noted = place = _Place(*_whole(*exactly), place.upto_id)
-        removed = connection.execute(pages.remove_texts(rows, cutoff_ms)).rowcount
-        connection.execute(note(backend_of(connection)), place.noted())
+        removed = connection.execute(maintenance_sql.remove_texts(rows, cutoff_ms)).rowcount
+        connection.execute(upsert(backend_of(connection)), place.noted())
         return removed, more
 
     return _in_steps(database, step, stop)
@@ -216,7 +218,7 @@ class _Place(NamedTuple):
     upto_id: int = NOTHING
 
     @property
-    def after(self) -> pages.Place | None:
+    def after(self) -> maintenance_sql.Place | None:
         """The place of the last row that was looked at; None before the first."""
         return None if self.before_ms == NOTHING else (self.before_ms, self.before_id)
 
@@ -230,9 +232,9 @@ class _Place(NamedTuple):
 def _place(connection: Connection, cutoff_ms: int, *, hold: bool) -> _Place:
     """How far it has come; where it is held, nobody else goes on before the transaction ends."""
     nothing = _Place().noted()
-    statement = pages.progress([noted["name"] for noted in nothing])
+    statement = progress.values_of([noted["name"] for noted in nothing])
     if hold:  # the first of several enters it, and the others wait
-        connection.execute(note_first(backend_of(connection)), nothing)
+        connection.execute(insert_if_absent(backend_of(connection)), nothing)
         statement = statement.with_for_update()
     values = {row.name.removeprefix(_OF_TEXTS): row.value for row in connection.execute(statement)}
     place = _Place(**values)
@@ -300,7 +302,8 @@ def _pragma(connection: Connection, name: str) -> int:
 
 def _count_rows(connection: Connection, cutoff_ms: int) -> int:
     statements = (
-        pages.count_older(table, cutoff_ms, most=_COUNTED) for table in (TELEMETRY, SAVINGS)
+        maintenance_sql.count_older(table, cutoff_ms, most=_COUNTED)
+        for table in (TELEMETRY, SAVINGS)
     )
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 
@@ -308,8 +311,8 @@ def _count_rows(connection: Connection, cutoff_ms: int) -> int:
 def _count_texts(connection: Connection, cutoff_ms: int) -> int:
     place = _place(connection, cutoff_ms, hold=False)
     statements = (
-        pages.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
-        pages.count_late(place.upto_id, place.before_ms, most=_COUNTED),
+        maintenance_sql.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
+        maintenance_sql.count_late(place.upto_id, place.before_ms, most=_COUNTED),
     )
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 

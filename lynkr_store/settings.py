@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from lynkr_store.db.postgresql import checked_schema
+from lynkr_store.exceptions import BadArgument
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
 """Where the gateway itself keeps its telemetry, below the working directory."""
@@ -18,16 +18,31 @@ _TIB: Final = 2**40
 _LEAST_QUEUE_BYTES: Final = 2_048  # one of the units that records are measured in
 _YEAR_S: Final = 366 * 86_400
 _MOST_STATEMENT_S: Final = 2_147_483  # PostgreSQL counts milliseconds in 32 bits; 0 is no limit
+_SCHEMA_BYTES: Final = 63  # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 _LEAST_SPOOL_BYTES: Final = 32_768  # five pages of 4,096 bytes are an empty spool's
 
 
-class TextSettings(BaseSettings):
-    """What is kept of free texts: the part of `StoreSettings` that is needed without a store.
+def checked_schema(name: str | None) -> str | None:
+    """The schema's name; None for none, which ``""`` means too.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it wants.
+        BadArgument: PostgreSQL takes no schema of that name.
     """
+    if not name:
+        return None
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = 0
+    if "\0" in name or not 0 < size <= _SCHEMA_BYTES or name.startswith("pg_") or name == "$user":
+        raise BadArgument(
+            f"schema_name: give 1 to {_SCHEMA_BYTES} bytes of text without NUL, not starting "
+            "with pg_, and not $user"
+        )
+    return name
 
+
+class _Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="LYNKR_STORE_",
         env_ignore_empty=True,
@@ -37,19 +52,9 @@ class TextSettings(BaseSettings):
         validate_by_name=True,
     )
 
-    capture_text: bool = True
-    """Store what people and models wrote (``request_text``, ``response_text``)."""
-    text_max_chars: Annotated[int, Field(ge=0)] = 65_536
-    """Characters kept of each of the two texts."""
-    redact: Annotated[Callable[[str], str] | None, NoDecode] = None
-    """Takes each free text (the two, and the JSON of ``attributes``, ``candidates`` and
-    ``cache_decision``) and returns what is stored; for code only. It may be given what it
-    returned: rows of another process's spool are redacted again. Where it raises, the row is stored
-    without them and counted."""
 
-
-class StoreSettings(TextSettings):
-    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is made.
+class DatabaseSettings(_Settings):
+    """Which database: the part of `StoreSettings` that a migration needs.
 
     Raises:
         ValidationError: A ``ValueError`` that names the option and the value it wants.
@@ -64,6 +69,33 @@ class StoreSettings(TextSettings):
     ] = None
     """PostgreSQL: the schema of everything that is the store's, created where that is permitted;
     None or ``""``: where the server puts it. From the environment: ``LYNKR_STORE_SCHEMA``."""
+
+
+class TextSettings(_Settings):
+    """What is kept of free texts: the part of `StoreSettings` that is needed without a store.
+
+    Raises:
+        ValidationError: A ``ValueError`` that names the option and the value it wants.
+    """
+
+    capture_text: bool = True
+    """Store what people and models wrote (``request_text``, ``response_text``)."""
+    text_max_chars: Annotated[int, Field(ge=0)] = 65_536
+    """Characters kept of each of the two texts."""
+    redact: Annotated[Callable[[str], str] | None, NoDecode] = None
+    """Takes each free text (the two, and the JSON of ``attributes``, ``candidates`` and
+    ``cache_decision``) and returns what is stored; for code only. It may be given what it
+    returned: rows of another process's spool are redacted again. Where it raises, the row is stored
+    without them and counted."""
+
+
+class StoreSettings(TextSettings, DatabaseSettings):
+    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is made.
+
+    Raises:
+        ValidationError: A ``ValueError`` that names the option and the value it wants.
+    """
+
     upgrade_on_open: bool | None = None
     """Create, adopt and upgrade the schema on first use. Default: SQLite yes, PostgreSQL no."""
     cache_ttl_s: Annotated[float, Field(ge=0, le=_YEAR_S, allow_inf_nan=False)] = 5.0

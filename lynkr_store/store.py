@@ -24,11 +24,12 @@ from lynkr_store.db.errors import translated
 from lynkr_store.db.event_loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
+from lynkr_store.ingest.validation import policy_of
 from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
 from lynkr_store.maintenance import BUDGET_S
 from lynkr_store.process.lifecycle import on_fork
 from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread
-from lynkr_store.queries.repository import RoutingRepository, policy_of, set_policy
+from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,
     Health,
@@ -48,6 +49,7 @@ from lynkr_store.schemas.filters import (
     given,
 )
 from lynkr_store.settings import StoreSettings
+from lynkr_store.storage.text_policy import set_policy
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -22,7 +22,7 @@ from lynkr_store.db.engines import (
     parse_url,
     require_utf8,
 )
-from lynkr_store.db.postgresql import checked_schema, schema_of, script_lines, within
+from lynkr_store.db.postgresql import schema_of, script_lines, within
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.migrate import operations, upgrade
 from lynkr_store.migrate.lock import exclusively
@@ -35,9 +35,10 @@ from lynkr_store.migrate.revisions import (
 )
 from lynkr_store.process.log import say
 from lynkr_store.restoring import make_again
+from lynkr_store.settings import DatabaseSettings
 
 config = context.config
-schema = config.attributes.get("schema", checked_schema(os.environ.get("LYNKR_STORE_SCHEMA")))
+schema = config.attributes.get("schema", DatabaseSettings().schema_name)
 modules: list[Any] = [script.module for script in context.script.walk_revisions()]
 revisions = [(module, module.upgrade, module.downgrade) for module in modules]
 """As they are written; a migration that finds a lock in its way is tried again."""

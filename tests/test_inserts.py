@@ -13,7 +13,8 @@ from lynkr_store.db.engines import parse_url
 from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.migrate.upgrade import upgrade
-from lynkr_store.storage.inserts import LEDGER_DAYS, expire_ledger, insert_isolating, insert_once
+from lynkr_store.storage.inserts import insert_isolating, insert_once
+from lynkr_store.storage.ledger import LEDGER_DAYS, expire_ledger
 from tests.conftest import BACKENDS, ON_DISK
 
 NOW = 1_750_000_000_000

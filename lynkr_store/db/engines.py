@@ -21,14 +21,7 @@ from lynkr_store.backend import OLDEST, VERSION_TABLE, Backend
 from lynkr_store.db import psycopg_async
 from lynkr_store.db.errors import said_of_file
 from lynkr_store.db.forking import keep_out_of_children
-from lynkr_store.db.postgresql import (
-    TEMPORARY,
-    as_text,
-    checked_schema,
-    options_of,
-    path_of,
-    schema_of,
-)
+from lynkr_store.db.postgresql import TEMPORARY, as_text, options_of, path_of, schema_of
 from lynkr_store.db.urls import (
     REMEDY,
     is_memory,
@@ -48,6 +41,7 @@ from lynkr_store.exceptions import (
     UnsupportedDatabase,
 )
 from lynkr_store.process.files import identity_of, make_private
+from lynkr_store.settings import checked_schema
 
 _BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 _AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait

@@ -14,34 +14,13 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.schema import CreateSchema
 
 from lynkr_store.backend import Backend
-from lynkr_store.exceptions import BadArgument, SchemaError
+from lynkr_store.exceptions import SchemaError
 
 _SCHEMA: Final = "lynkr_store_schema"  # the execution option that names it
 TEMPORARY: Final = "pg_temp"
 """The schema of a session's temporary tables."""
 
-_MAX_BYTES: Final = 63  # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 _NOT_PERMITTED: Final = "42501"
-
-
-def checked_schema(name: str | None) -> str | None:
-    """The schema's name; None for none, which ``""`` means too.
-
-    Raises:
-        BadArgument: PostgreSQL takes no schema of that name.
-    """
-    if not name:
-        return None
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError:
-        size = 0
-    if "\0" in name or not 0 < size <= _MAX_BYTES or name.startswith("pg_") or name == "$user":
-        raise BadArgument(
-            f"schema_name: give 1 to {_MAX_BYTES} bytes of text without NUL, not starting with "
-            "pg_, and not $user"
-        )
-    return name
 
 
 def options_of(schema: str | None) -> dict[str, str | None]:

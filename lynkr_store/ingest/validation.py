@@ -18,6 +18,7 @@ from lynkr_store.schemas import (
     flag_number,
     mend_text,
 )
+from lynkr_store.settings import TextSettings
 
 _CAUSES: Final = {
     "missing": "no_provider",
@@ -214,3 +215,8 @@ def cause_of(error: ValidationError) -> str:
     """Why a record was rejected, in one word for the count of rejections."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return _CAUSES.get(first["type"], "wrong_type")
+
+
+def policy_of(settings: TextSettings) -> TextPolicy:
+    """What the settings keep of the texts."""
+    return TextPolicy(settings.capture_text, settings.text_max_chars, settings.redact)

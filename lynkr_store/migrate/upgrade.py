@@ -40,7 +40,7 @@ from lynkr_store.migrate.revisions import (
     standing,
     steps,
 )
-from lynkr_store.settings import StoreSettings
+from lynkr_store.settings import DatabaseSettings
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -201,7 +201,7 @@ def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
     """An engine for the target, that works in the schema which it or the environment names."""
     own = getattr(target, "sync_engine", target)
     schema = schema_of(own) if isinstance(own, Engine) else None
-    schema = schema or StoreSettings().schema_name
+    schema = schema or DatabaseSettings().schema_name
     if isinstance(target, Engine):
         yield target if schema_of(target) else in_schema(target, schema)
         return

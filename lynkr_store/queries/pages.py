@@ -1,6 +1,6 @@
 """Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from typing import Any, Final, NamedTuple, assert_never
@@ -9,39 +9,29 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     ColumnElement,
-    Delete,
-    Insert,
-    Label,
     Select,
-    Table,
-    Update,
     bindparam,
     column,
-    delete,
     func,
     literal,
-    or_,
     select,
     true,
     tuple_,
     type_coerce,
     union_all,
-    update,
 )
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.column_types import Real
-from lynkr_store.db.functions import as_real, each_id, inserting, measured, one_of, unindexed
-from lynkr_store.db.models import FAILED, LEDGER, PROGRESS, TELEMETRY
-from lynkr_store.schemas import TEXT_FIELDS, Cursor, RoutingRow, RoutingRowBrief
+from lynkr_store.db.functions import as_real, each_id, measured, one_of, unindexed
+from lynkr_store.db.models import FAILED, TELEMETRY
+from lynkr_store.schemas import Cursor, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.filters import RoutingFilter
 from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE
 
 _t: Final = TELEMETRY.c
 
-Place = tuple[Any, int]
-"""A row's stored timestamp and its id, by which rows are ordered."""
 
 _SEVERAL: Final = (
     "provider",
@@ -98,42 +88,6 @@ def _heads_of_errors() -> CTE:
 
 
 _HEADS_OF_ERRORS: Final = _heads_of_errors()
-
-
-def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) -> Insert:
-    """Enter a batch in the ledger; ``rowcount`` is 0 where it is there already.
-
-    An entry that another transaction has not yet committed is waited for.
-    """
-    values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
-    entry: Insert = inserting(backend, LEDGER).values(values).on_conflict_do_nothing()
-    return entry.execution_options(preserve_rowcount=True)
-
-
-def batch_rows(batch_id: str) -> Select[*tuple[Any, ...]]:
-    """How many rows of the batch were stored."""
-    return select(LEDGER.c.row_count).where(LEDGER.c.batch_id == batch_id)
-
-
-def correct_batch(batch_id: str, row_count: int) -> Update:
-    """Set how many rows of the batch were stored."""
-    return update(LEDGER).where(LEDGER.c.batch_id == batch_id).values(row_count=row_count)
-
-
-def batches_before(cutoff_ms: int) -> Select[*tuple[Any, ...]]:
-    """The id of one of the ledger's entries before the cutoff, if there is any."""
-    return select(LEDGER.c.batch_id).where(LEDGER.c.committed_at < cutoff_ms).limit(1)
-
-
-def expire_batches(cutoff_ms: int, limit: int) -> Delete:
-    """Delete up to ``limit`` of the ledger's entries before the cutoff, the oldest first."""
-    oldest = (
-        select(LEDGER.c.batch_id)
-        .where(LEDGER.c.committed_at < cutoff_ms)
-        .order_by(LEDGER.c.committed_at)
-        .limit(limit)
-    )
-    return delete(LEDGER).where(LEDGER.c.batch_id.in_(oldest))
 
 
 class _Shape(NamedTuple):
@@ -258,87 +212,6 @@ def _rows(shape: _Shape) -> Select[*tuple[Any, ...]]:
     # two steps, for the texts are then read of these alone
     newest = _newest_under(shape.backend, heads, under_head).limit(_LIMIT).correlate(None)
     return page.where(_t.id.in_(newest)).order_by(*_NEWEST)
-
-
-def older(
-    table: Table,
-    cutoff_ms: int,
-    *,
-    after: Place | None = None,
-    upto_id: int | None = None,
-    limit: int,
-) -> Select[*tuple[Any, ...]]:
-    """``id`` and stored ``timestamp`` of rows before the cutoff, by both, the oldest first.
-
-    Args:
-        table: One with these two columns.
-        cutoff_ms: The first moment that is not before.
-        after: Rows up to this place are left out.
-        upto_id: Rows of greater ids are left out.
-        limit: Rows at most.
-    """
-    timestamp = _stored(table)
-    statement = select(table.c.id, timestamp).where(timestamp < cutoff_ms)
-    if after is not None:
-        place = (literal(value, BigInteger) for value in after)
-        statement = statement.where(tuple_(timestamp, table.c.id) > tuple_(*place))
-    if upto_id is not None:
-        statement = statement.where(table.c.id <= upto_id)
-    return statement.order_by(timestamp, table.c.id).limit(limit)
-
-
-def count_older(
-    table: Table,
-    cutoff_ms: int,
-    *,
-    after: Place | None = None,
-    upto_id: int | None = None,
-    most: int,
-) -> Select[int]:
-    """How many rows `older` would give, counted up to ``most``."""
-    counted = older(table, cutoff_ms, after=after, upto_id=upto_id, limit=most)
-    return select(func.count()).select_from(counted.subquery())
-
-
-def remove_texts(rows: ColumnElement[bool], cutoff_ms: int) -> Update:
-    """Remove what people and models wrote from those of these rows that are before the cutoff.
-
-    Args:
-        rows: A condition on ``id``, by which they are looked for.
-        cutoff_ms: The first moment that is not before.
-    """
-    has_text = or_(*(_t[name].is_not(None) for name in TEXT_FIELDS))
-    return (
-        update(TELEMETRY)
-        .where(rows, unindexed(_t.timestamp) < cutoff_ms, has_text)
-        .values(dict.fromkeys(TEXT_FIELDS))
-    )
-
-
-def count_late(after_id: int, until_ms: int, *, most: int) -> Select[int]:
-    """How many rows above an id are not after an instant, of the first ``most`` above it."""
-    above = select(_stored(TELEMETRY)).where(_t.id > after_id).order_by(_t.id).limit(most)
-    return select(func.count()).where(above.subquery().c.timestamp <= until_ms)
-
-
-def progress(names: Iterable[str]) -> Select[*tuple[Any, ...]]:
-    """Values of the progress, by name."""
-    return select(PROGRESS.c.name, PROGRESS.c.value).where(PROGRESS.c.name.in_(names))
-
-
-def delete_rows(table: Table, ids: Sequence[int]) -> Delete:
-    """Delete the rows of these ids."""
-    return delete(table).where(table.c.id.in_(ids))
-
-
-def oldest_timestamp() -> Select[*tuple[Any, ...]]:
-    """The least stored timestamp."""
-    return select(func.min(_t.timestamp))
-
-
-def _stored(table: Table) -> Label[Any]:
-    """The timestamp as it was stored, not as an instant."""
-    return type_coerce(table.c.timestamp, BigInteger).label("timestamp")
 
 
 def _heads(shape: _Shape) -> CTE:

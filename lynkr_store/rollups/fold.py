@@ -23,7 +23,7 @@ from lynkr_store.rollups.buckets import SPANS_MS, ceil_to, floor_to
 from lynkr_store.rollups.measures import columns_of
 from lynkr_store.rollups.state import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.storage import bulk, identities
+from lynkr_store.storage import bulk, identities, progress
 from lynkr_store.storage.write_lock import PAUSE_S
 
 Begin = Callable[[], AbstractContextManager[Connection]]
@@ -100,10 +100,10 @@ def _begin_again(begin: Begin) -> None:
             start = floor_to(QUARTER_MS, oldest)
             drop_from(connection, start)
             connection.execute(fold_sql.drop_changes(since=start))
-            connection.execute(fold_sql.forget("raw_from"))
+            connection.execute(progress.remove("raw_from"))
             if look_at(connection).first_bucket is not None:
-                note(connection, "raw_from", start)
-        note(connection, "folded", NOTHING)
+                progress.write(connection, "raw_from", start)
+        progress.write(connection, "folded", NOTHING)
 
 
 def drop_from(connection: Connection, start: int) -> None:
@@ -208,7 +208,7 @@ def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
                 raise RollupsRefused  # the dimensions were not entered
         _add(connection, sums)
         last = given["upto"]
-        note(connection, "folded", last)
+        progress.write(connection, "folded", last)
         if connection.execute(state.folded()).scalar_one() != last:
             raise RollupsRefused
     return _requests(quarters), last
@@ -255,14 +255,9 @@ def held_watermark(connection: Connection) -> int:
     folded: int | None = connection.scalar(fold_sql.watermark())
     if folded is None:  # the first of several folders enters it, and the others wait
         first = {"name": "folded", "value": NOTHING}
-        connection.execute(fold_sql.note_first(backend_of(connection)), first)
+        connection.execute(progress.insert_if_absent(backend_of(connection)), first)
         folded = connection.scalar(fold_sql.watermark())
     return NOTHING if folded is None else folded
-
-
-def note(connection: Connection, name: str, value: int) -> None:
-    """Set a value of the progress."""
-    connection.execute(fold_sql.note(backend_of(connection)), {"name": name, "value": value})
 
 
 def note_removed(connection: Connection) -> int | None:
@@ -270,7 +265,7 @@ def note_removed(connection: Connection) -> int | None:
     stands = look_at(connection)
     removed = removed_before(connection, stands)
     if removed is not None and removed != stands.raw_from:
-        note(connection, "raw_from", removed)
+        progress.write(connection, "raw_from", removed)
     return removed
 
 

@@ -180,32 +180,9 @@ def add_text(count: int) -> str:
 
 
 def _adding(into: Any) -> Insert:
-    return _on_conflict(
-        into, {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.columns_of()}
-    )
-
-
-@cache
-def note(backend: Backend) -> Insert:
-    """Set a value of the progress; takes ``name`` and ``value``."""
-    into = inserting(backend, PROGRESS)
-    return _on_conflict(into, {"value": into.excluded.value})
-
-
-def note_first(backend: Backend) -> Insert:
-    """Enter a value of the progress, unless it is there; takes ``name`` and ``value``."""
-    statement: Insert = inserting(backend, PROGRESS).on_conflict_do_nothing()
-    return statement
-
-
-def forget(name: str) -> Delete:
-    """Delete a value of the progress."""
-    return delete(PROGRESS).where(PROGRESS.c.name == name)
-
-
-def _on_conflict(into: Any, values: dict[str, Any]) -> Insert:
+    sums = {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.columns_of()}
     statement: Insert = into.on_conflict_do_update(
-        index_elements=list(into.table.primary_key), set_=values
+        index_elements=list(ROLLUPS.primary_key), set_=sums
     )
     return statement
 

@@ -15,13 +15,15 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, select
 
-from lynkr_store.rollups import fold_sql, state
+from lynkr_store.rollups import fold_sql
 from lynkr_store.rollups.answer import look as look_at
 from lynkr_store.rollups.answer import removed_before
 from lynkr_store.rollups.buckets import ceil_to, floor_to
-from lynkr_store.rollups.fold import MEASURES, Begin, held_watermark, note, note_removed, recount
+from lynkr_store.rollups.fold import MEASURES, Begin, held_watermark, note_removed, recount
 from lynkr_store.rollups.state import NOTHING
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
+from lynkr_store.storage import progress
+from lynkr_store.storage.progress import write
 from lynkr_store.storage.write_lock import PAUSE_S
 
 _Stop = Callable[[], bool]
@@ -126,7 +128,7 @@ def _pass(
     begin: Begin, look: Begin, stop: _Stop, name: str, rows: int, differing: _Compare
 ) -> Mended:
     with look() as connection:
-        noted: int | None = connection.scalar(select(state.noted(name)))
+        noted: int | None = connection.scalar(select(progress.value_of(name)))
     since, quarters = noted or INSTANT_MIN_MS, 0
     while since < INSTANT_MAX_MS and not stop():
         with look() as connection:
@@ -146,7 +148,7 @@ def _pass(
         since = INSTANT_MIN_MS
     if since != (noted or INSTANT_MIN_MS):
         with begin() as connection:
-            note(connection, name, since)
+            write(connection, name, since)
     return Mended(quarters, done)
 
 

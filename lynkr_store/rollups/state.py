@@ -23,8 +23,9 @@ from sqlalchemy import (
 )
 
 from lynkr_store.db.functions import unindexed, whole_number, written_out
-from lynkr_store.db.models import CHANGES, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.models import CHANGES, ROLLUPS, TELEMETRY
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
+from lynkr_store.storage.progress import value_of
 
 NOTHING: Final = -(2**63)
 """The watermark before the first fold."""
@@ -77,7 +78,7 @@ def standing() -> Select[*tuple[Any, ...]]:
         select(
             folded().scalar_subquery().label("folded"),
             select(func.max(_t.id)).scalar_subquery().label("newest"),
-            noted("raw_from").label("raw_from"),
+            value_of("raw_from").label("raw_from"),
             first.label("first_bucket"),
             kept.order_by(ROLLUPS.c.start).scalar_subquery().label("first_kept"),
             quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
@@ -95,7 +96,7 @@ def lag() -> Select[*tuple[Any, ...]]:
     Never below 0: retention may have taken the row of the greatest id.
     """
     newest, oldest = (select(which(_t.id)).scalar_subquery() for which in (func.max, func.min))
-    watermark = noted("folded")
+    watermark = value_of("folded")
     above = newest - case((watermark >= oldest, watermark), else_=oldest - 1)
     return select(case((watermark > newest, literal(0, BigInteger)), else_=above))
 
@@ -103,12 +104,7 @@ def lag() -> Select[*tuple[Any, ...]]:
 @cache
 def folded() -> Select[*tuple[Any, ...]]:
     """The watermark, without a hold on it."""
-    return select(func.coalesce(noted("folded"), literal(NOTHING, BigInteger)))
-
-
-def noted(name: str) -> ScalarSelect[int]:
-    """A value of the progress, or NULL."""
-    return select(PROGRESS.c.value).where(PROGRESS.c.name == name).scalar_subquery()
+    return select(func.coalesce(value_of("folded"), literal(NOTHING, BigInteger)))
 
 
 def quarter(start: int, folded: int) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The common ground of the schemas: frozen models, instants, frozen mappings."""
 
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, TypeVar
@@ -60,3 +61,8 @@ def utc(ms: int) -> datetime:
         OverflowError: Beyond the years 1 to 9999.
     """
     return _EPOCH + timedelta(milliseconds=ms)
+
+
+def epoch_ms_now() -> int:
+    """The present in epoch milliseconds."""
+    return time.time_ns() // 1_000_000

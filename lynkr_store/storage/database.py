@@ -46,20 +46,22 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.ingest.batch import Row
 from lynkr_store.ingest.handoff import Away
+from lynkr_store.ingest.validation import policy_of
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import bring_to, foreign_owners
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
-from lynkr_store.queries.repository import epoch_ms_now, policy_of, set_policy
-from lynkr_store.rollups import state
 from lynkr_store.schemas import LONG_FIELDS
+from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.storage import bulk
+from lynkr_store.storage import bulk, progress
 from lynkr_store.storage.company import has_company
 from lynkr_store.storage.diagnosis import hindrance
-from lynkr_store.storage.inserts import FORGOTTEN, PART_ROWS, enter_parts, insert_once
+from lynkr_store.storage.inserts import PART_ROWS, insert_once
+from lynkr_store.storage.ledger import FORGOTTEN, enter_parts
+from lynkr_store.storage.text_policy import set_policy
 from lynkr_store.storage.write_lock import again_s, pause_s
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
@@ -321,7 +323,7 @@ class Database(Forkable):
         with translated():
             self.open(patience_s=_OPEN_WAIT_S)
             with self.looked() as connection:
-                before = connection.scalar(select(state.noted(FORGOTTEN)))
+                before = connection.scalar(select(progress.value_of(FORGOTTEN)))
         return before is not None and at_ms - DAY_MS < before  # a day for clocks that are set
 
     @contextmanager

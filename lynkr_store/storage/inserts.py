@@ -14,20 +14,9 @@ from lynkr_store.db.errors import Fault, fault_of, refusal
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
 from lynkr_store.ingest.batch import Row
-from lynkr_store.queries import pages
-from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS
-from lynkr_store.storage import bulk
+from lynkr_store.schemas.units import INSTANT_MIN_MS
+from lynkr_store.storage import bulk, ledger
 from lynkr_store.storage.diagnosis import hindrance, whose, without_ids
-
-LEDGER_DAYS: Final = 30
-"""Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost
-longer ago, is not tried again: whether it is stored can no longer be told."""
-
-FORGOTTEN: Final = "ledger_forgot_before_ms"
-"""The name, among the values of the progress, of the instant before which batches were forgotten.
-"""
-
-_EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
 
 PART_ROWS: Final = 100
 """Rows of a batch that are sorted out in one transaction when some are refused. Each then goes
@@ -77,9 +66,9 @@ def insert_once(
         Exception: A fault that is no row's.
     """
     ensure_begun(connection)
-    entry = pages.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
+    entry = ledger.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
     if not connection.execute(entry).rowcount:
-        stored: int = connection.execute(pages.batch_rows(batch_id)).scalar_one()
+        stored: int = connection.execute(ledger.batch_rows(batch_id)).scalar_one()
         return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
     if len(rows) > PART_ROWS:
         outcome = _insert_or_refuse(connection, rows, known_good, _insert_or_leave)
@@ -90,36 +79,8 @@ def insert_once(
         refused = insert_isolating(connection, rows, known_good=known_good)
     stored = len(rows) - refused.total()
     if refused:
-        connection.execute(pages.correct_batch(batch_id, stored))
+        connection.execute(ledger.correct_batch(batch_id, stored))
     return stored, refused
-
-
-def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
-    """Note that a batch is inserted in parts: as one of which no row is stored under its own id."""
-    ensure_begun(connection)
-    connection.execute(pages.enter_batch(backend_of(connection), batch_id, 0, now_ms))
-
-
-def has_expired(connection: Connection, now_ms: int) -> bool:
-    """Whether the ledger has batches that are older than `LEDGER_DAYS`."""
-    return connection.scalar(pages.batches_before(forgotten_before(now_ms))) is not None
-
-
-def forgotten_before(now_ms: int) -> int:
-    """The first instant whose batches the ledger remembers, in epoch milliseconds."""
-    return now_ms - LEDGER_DAYS * DAY_MS
-
-
-def expire_ledger(connection: Connection, now_ms: int) -> bool:
-    """Forget up to 1,000 batches that are older than `LEDGER_DAYS`; say whether there may be more.
-
-    Args:
-        connection: In a transaction that may write.
-        now_ms: A present that can be trusted: a batch that is forgotten may be stored twice.
-    """
-    expire = pages.expire_batches(forgotten_before(now_ms), _EXPIRED_ROWS)
-    expired = connection.execute(expire)
-    return expired.rowcount == _EXPIRED_ROWS
 
 
 def insert_isolating(

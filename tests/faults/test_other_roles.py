@@ -34,7 +34,7 @@ from lynkr_store.cli import app
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
 from lynkr_store.rollups.fold import subtract
-from lynkr_store.storage import diagnosis, identities, inserts
+from lynkr_store.storage import diagnosis, identities, ledger
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.planted import FEW_TYPES, TYPES, plant
@@ -202,7 +202,7 @@ def use_by_every_way(url: str, schema: str | None = None) -> None:
         runner.run(host_async.dispose())
     own = create_store_engine(url, schema=schema)
     with own.begin() as connection:
-        inserts.expire_ledger(connection, NOW * 2)
+        ledger.expire_ledger(connection, NOW * 2)
         subtract(connection, TELEMETRY.c.provider == "a")
         look_for_faults(connection, schema or "public")
         connection.rollback()

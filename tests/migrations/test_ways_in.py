@@ -401,6 +401,18 @@ def test_a_script_takes_any_schemas_name_as_it_is(new_url, monkeypatch, name):
         assert found.fetchall() == [(name,)]
 
 
+@pytest.mark.parametrize("way", ["upgrade", "alembic elsewhere", "lynkr-store"])
+def test_a_setting_that_is_wrong_and_not_needed_stops_no_migration(new_url, monkeypatch, way):
+    url = new_url("sqlite-file")
+    monkeypatch.setenv("LYNKR_STORE_URL", url)
+    monkeypatch.setenv("LYNKR_STORE_BATCH_MAX_ROWS", "nonsense")
+    if way == "upgrade":
+        upgrade(url)
+    else:
+        subprocess.run([*PROGRAMS[way][0], "upgrade", "head"], check=True, capture_output=True)
+    assert revision_of(url) == revisions.head()
+
+
 HOSTILE = "CREATE TABLE public.planted ()"
 HOSTILE_NAMES = [
     f"$make$; {HOSTILE}; --",

@@ -1,0 +1,94 @@
+"""The ledger: each batch is stored once, even when the answer to its commit was lost."""
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    Connection,
+    Delete,
+    Insert,
+    Select,
+    Update,
+    delete,
+    select,
+    update,
+)
+
+from lynkr_store.backend import Backend
+from lynkr_store.db.engines import backend_of, ensure_begun
+from lynkr_store.db.functions import inserting
+from lynkr_store.db.models import LEDGER
+from lynkr_store.schemas.units import DAY_MS
+
+LEDGER_DAYS: Final = 30
+"""Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost
+longer ago, is not tried again: whether it is stored can no longer be told."""
+
+FORGOTTEN: Final = "ledger_forgot_before_ms"
+"""The name, among the values of the progress, of the instant before which batches were forgotten.
+"""
+
+_EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
+
+
+def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
+    """Note that a batch is inserted in parts: as one of which no row is stored under its own id."""
+    ensure_begun(connection)
+    connection.execute(enter_batch(backend_of(connection), batch_id, 0, now_ms))
+
+
+def has_expired(connection: Connection, now_ms: int) -> bool:
+    """Whether the ledger has batches that are older than `LEDGER_DAYS`."""
+    return connection.scalar(batches_before(forgotten_before(now_ms))) is not None
+
+
+def forgotten_before(now_ms: int) -> int:
+    """The first instant whose batches the ledger remembers, in epoch milliseconds."""
+    return now_ms - LEDGER_DAYS * DAY_MS
+
+
+def expire_ledger(connection: Connection, now_ms: int) -> bool:
+    """Forget up to 1,000 batches that are older than `LEDGER_DAYS`; say whether there may be more.
+
+    Args:
+        connection: In a transaction that may write.
+        now_ms: A present that can be trusted: a batch that is forgotten may be stored twice.
+    """
+    expire = expire_batches(forgotten_before(now_ms), _EXPIRED_ROWS)
+    expired = connection.execute(expire)
+    return expired.rowcount == _EXPIRED_ROWS
+
+
+def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) -> Insert:
+    """Enter a batch in the ledger; ``rowcount`` is 0 where it is there already.
+
+    An entry that another transaction has not yet committed is waited for.
+    """
+    values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
+    entry: Insert = inserting(backend, LEDGER).values(values).on_conflict_do_nothing()
+    return entry.execution_options(preserve_rowcount=True)
+
+
+def batch_rows(batch_id: str) -> Select[*tuple[Any, ...]]:
+    """How many rows of the batch were stored."""
+    return select(LEDGER.c.row_count).where(LEDGER.c.batch_id == batch_id)
+
+
+def correct_batch(batch_id: str, row_count: int) -> Update:
+    """Set how many rows of the batch were stored."""
+    return update(LEDGER).where(LEDGER.c.batch_id == batch_id).values(row_count=row_count)
+
+
+def batches_before(cutoff_ms: int) -> Select[*tuple[Any, ...]]:
+    """The id of one of the ledger's entries before the cutoff, if there is any."""
+    return select(LEDGER.c.batch_id).where(LEDGER.c.committed_at < cutoff_ms).limit(1)
+
+
+def expire_batches(cutoff_ms: int, limit: int) -> Delete:
+    """Delete up to ``limit`` of the ledger's entries before the cutoff, the oldest first."""
+    oldest = (
+        select(LEDGER.c.batch_id)
+        .where(LEDGER.c.committed_at < cutoff_ms)
+        .order_by(LEDGER.c.committed_at)
+        .limit(limit)
+    )
+    return delete(LEDGER).where(LEDGER.c.batch_id.in_(oldest))

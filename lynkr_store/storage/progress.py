@@ -1,0 +1,48 @@
+"""Named numbers that tell how far the library's own work has come: the watermark, say."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from sqlalchemy import Connection, Delete, Insert, ScalarSelect, Select, delete, select
+
+from lynkr_store.backend import Backend
+from lynkr_store.db.engines import backend_of
+from lynkr_store.db.functions import inserting
+from lynkr_store.db.models import PROGRESS
+
+
+def value_of(name: str) -> ScalarSelect[int]:
+    """The value of that name, or NULL."""
+    return select(PROGRESS.c.value).where(PROGRESS.c.name == name).scalar_subquery()
+
+
+def values_of(names: Iterable[str]) -> Select[*tuple[Any, ...]]:
+    """The names that have a value, with it."""
+    return select(PROGRESS.c.name, PROGRESS.c.value).where(PROGRESS.c.name.in_(names))
+
+
+@cache
+def upsert(backend: Backend) -> Insert:
+    """Set a value; takes ``name`` and ``value``."""
+    into = inserting(backend, PROGRESS)
+    statement: Insert = into.on_conflict_do_update(
+        index_elements=[PROGRESS.c.name], set_={"value": into.excluded.value}
+    )
+    return statement
+
+
+def insert_if_absent(backend: Backend) -> Insert:
+    """Set a value that has none yet; takes ``name`` and ``value``."""
+    statement: Insert = inserting(backend, PROGRESS).on_conflict_do_nothing()
+    return statement
+
+
+def remove(name: str) -> Delete:
+    """Delete a value."""
+    return delete(PROGRESS).where(PROGRESS.c.name == name)
+
+
+def write(connection: Connection, name: str, value: int) -> None:
+    """Set a value, in the caller's transaction."""
+    connection.execute(upsert(backend_of(connection)), {"name": name, "value": value})
