@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store import maintenance
 from lynkr_store.cache import TTLCache
 from lynkr_store.db.engines import plan_for_any
 from lynkr_store.db.errors import translated
@@ -22,6 +21,8 @@ from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.ingest.writer import CLOSE_S, Writer
+from lynkr_store.maintenance import run
+from lynkr_store.maintenance.background import Upkeep
 from lynkr_store.migrate import revisions
 from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
@@ -35,7 +36,6 @@ from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.ledger import LEDGER_DAYS
-from lynkr_store.upkeep import Upkeep
 
 _T = TypeVar("_T")
 
@@ -80,7 +80,7 @@ class Core:
             has_forgotten=self._database.has_forgotten,
         )
         interval_s = settings.maintenance_interval_s
-        checks = maintenance.Regularly(interval_s)
+        checks = run.Regularly(interval_s)
         keep_up = partial(_keep_up, self._database, settings, self._clock, checks)
         self._upkeep = Upkeep(
             keep_up,
@@ -197,19 +197,19 @@ class Core:
         now_ms = self._clock()
         cutoff_ms = now_ms - checked_age(older_than) // timedelta(milliseconds=1)
         with self._maintaining():
-            return maintenance.cleanup(self._database, cutoff_ms, now_ms, trust_clock=trust_clock)
+            return run.cleanup(self._database, cutoff_ms, now_ms, trust_clock=trust_clock)
 
     def _do_maintain(
         self,
         budget_s: float,
-        on_step: maintenance.OnStep | None,
+        on_step: run.OnStep | None,
         *,
         rebuild: bool,
         trust_clock: bool,
     ) -> MaintenanceReport:
         budget_s = checked_seconds(budget_s, "budget_s")
         with self._maintaining():
-            return maintenance.maintain(
+            return run.maintain(
                 self._database,
                 self._settings,
                 self._clock,
@@ -226,7 +226,7 @@ class Core:
         if since >= until:
             return 0
         with self._maintaining():
-            return maintenance.recount(self._database, since, until)
+            return run.recount(self._database, since, until)
 
     @contextmanager
     def _maintaining(self) -> Iterator[None]:
@@ -314,11 +314,11 @@ def _keep_up(
     database: Database,
     settings: StoreSettings,
     clock: Callable[[], int],
-    checks: maintenance.Regularly,
+    checks: run.Regularly,
     stop: Callable[[], bool],
 ) -> None:
     with database.explained(), translated():
-        maintenance.keep_up(database, settings, clock, checks, stop)
+        run.keep_up(database, settings, clock, checks, stop)
 
 
 def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> None:

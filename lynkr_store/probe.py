@@ -10,13 +10,13 @@ from typing import Final, assert_never
 from sqlalchemy import Connection, Text, cast, func, select
 from sqlalchemy.exc import DataError
 
-from lynkr_store import maintenance_sql
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.exceptions import StoreUnavailable
+from lynkr_store.maintenance import retention_sql
 from lynkr_store.migrate import revisions
 from lynkr_store.process.files import identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
@@ -147,7 +147,7 @@ def _look(database: Database) -> Look:
         there = catalogue.tables(connection, (TELEMETRY.name, PROGRESS.name))
         oldest = lag = None
         if TELEMETRY.name in there:
-            oldest = connection.scalar(maintenance_sql.oldest_timestamp())
+            oldest = connection.scalar(retention_sql.oldest_timestamp())
         size, free = _sizes(connection)
         if {TELEMETRY.name, PROGRESS.name} <= there:
             lag = _lag(connection)

@@ -26,7 +26,7 @@ from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
-from lynkr_store.maintenance import BUDGET_S
+from lynkr_store.maintenance.run import BUDGET_S
 from lynkr_store.process.lifecycle import on_fork
 from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread
 from lynkr_store.queries.repository import RoutingRepository

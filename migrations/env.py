@@ -24,6 +24,7 @@ from lynkr_store.db.engines import (
 )
 from lynkr_store.db.postgresql import schema_of, script_lines, within
 from lynkr_store.exceptions import BadArgument, printable
+from lynkr_store.maintenance.restoration import make_again
 from lynkr_store.migrate import operations, upgrade
 from lynkr_store.migrate.lock import exclusively
 from lynkr_store.migrate.revisions import (
@@ -34,7 +35,6 @@ from lynkr_store.migrate.revisions import (
     standing,
 )
 from lynkr_store.process.log import say
-from lynkr_store.restoring import make_again
 from lynkr_store.settings import DatabaseSettings
 
 config = context.config

@@ -9,10 +9,10 @@ import pytest
 from sqlalchemy import delete, event, func, insert, select, text
 
 from lynkr_store import ClockAhead, LynkrStoreError, Store, StoreSettings, Window, cli
-from lynkr_store.clock_check import AHEAD_MS, Seen, doubt, is_news, newest, seen_upto
 from lynkr_store.db.models import LEDGER, ROLLUPS, SAVINGS, TELEMETRY
 from lynkr_store.ingest.batch import Rows
 from lynkr_store.ingest.spool import Spool
+from lynkr_store.maintenance.clock_check import AHEAD_MS, Seen, doubt, is_news, newest, seen_upto
 from tests.support.stores import adds_up, eventually, looked
 
 NOW = 1_750_000_000_000

@@ -9,17 +9,11 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import DropIndex
 
-from lynkr_store import (
-    Cursor,
-    RoutingFilter,
-    RoutingRepository,
-    Window,
-    create_store_engine,
-    indexes,
-)
+from lynkr_store import Cursor, RoutingFilter, RoutingRepository, Window, create_store_engine
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.functions import unindexed
 from lynkr_store.db.models import INDEXES, TELEMETRY
+from lynkr_store.maintenance import indexes
 from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.queries import pages
 from tests.conftest import ON_DISK

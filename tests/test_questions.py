@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.dialects.postgresql import psycopg
 
 from lynkr_store import Store, StoreSettings, Window
-from lynkr_store.queries import repository
+from lynkr_store.queries import statistics
 from lynkr_store.rollups import answer_sql
 from lynkr_store.rollups.buckets import cover
 from lynkr_store.rollups.state import NOTHING
@@ -15,7 +15,7 @@ from lynkr_store.schemas.units import DAY_MS, HOUR_MS
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
-QUESTIONS = [getattr(repository, name) for name in ("_STATS", "_PROVIDER_STATS", "_ACCURACY")]
+QUESTIONS = [statistics.STATS, statistics.PROVIDER_STATS, statistics.ACCURACY]
 ROWS = 20_000
 FILL = f"""
 INSERT INTO routing_telemetry (request_id, timestamp, provider, tier)

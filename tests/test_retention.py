@@ -15,8 +15,9 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import event, func, insert, select, text
 
-from lynkr_store import BadArgument, Store, StoreSettings, maintenance, retention
+from lynkr_store import BadArgument, Store, StoreSettings
 from lynkr_store.db.models import SAVINGS, TELEMETRY
+from lynkr_store.maintenance import retention, run
 from tests.conftest import POSTGRES
 from tests.support.stores import eventually, looked
 
@@ -107,7 +108,7 @@ def stop_after(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(retention, "time", clock)
-    monkeypatch.setattr(maintenance, "time", clock)
+    monkeypatch.setattr(run, "time", clock)
 
     def stop(steps):
         clock.steps = steps
@@ -441,7 +442,8 @@ def test_an_adopted_file_keeps_its_pages_for_new_rows(tmp_path):
 KILLED = """
 import sys
 from datetime import timedelta
-from lynkr_store import Store, StoreSettings, maintenance, retention
+from lynkr_store import Store, StoreSettings
+from lynkr_store.maintenance import retention
 retention.PAUSE_S = 0.001
 store = Store(settings=StoreSettings(url=sys.argv[1], retention_days=2, text_retention_days=1),
               clock=lambda: int(sys.argv[2]))

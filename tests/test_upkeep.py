@@ -8,7 +8,7 @@ import pytest
 
 from lynkr_store import Store, StoreSettings, Window
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.upkeep import WAKE_ROWS, Upkeep
+from lynkr_store.maintenance.background import WAKE_ROWS, Upkeep
 from tests.support.stores import eventually, looked
 
 LONG_S = 3_600.0

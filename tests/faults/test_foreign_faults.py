@@ -14,7 +14,7 @@ from lynkr_store.ingest.preparer import prepare
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import RESTARTED, Writer
-from lynkr_store.upkeep import Upkeep
+from lynkr_store.maintenance.background import Upkeep
 from tests.support.stores import adds_up, eventually
 from tests.test_writer import adds_up as account_adds_up
 

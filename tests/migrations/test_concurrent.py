@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, event, make_url, text
 
 from lynkr_store import AdoptionRefused, UpgradeTimeout, create_store_engine
 from lynkr_store.db.models import INDEXES
-from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.maintenance.indexes import build_missing_indexes
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.migrate.lock import ADVISORY_LOCK, exclusively

@@ -290,7 +290,7 @@ def test_an_upgrade_that_fails_makes_none_of_them(url, engine, monkeypatch):
         raise RuntimeError("half-way")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lynkr_store.restoring._count_again", fail)
+        patched.setattr("lynkr_store.maintenance.restoration._count_again", fail)
         with pytest.raises(RuntimeError, match="half-way"):
             upgrade(url)
     assert schema_of(engine) == before

@@ -13,7 +13,7 @@ from sqlalchemy import event, text
 
 from lynkr_store import create_store_engine
 from lynkr_store.db.models import INDEXES, Base
-from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.maintenance.indexes import build_missing_indexes
 from lynkr_store.migrate import adoption, revisions
 from lynkr_store.migrate.upgrade import drift, missing_indexes, upgrade, write_script
 from tests.conftest import ON_DISK

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 from sqlalchemy import event
 
-from lynkr_store import DowngradeRefused, StoreSettings, create_store_engine, indexes, retention
+from lynkr_store import DowngradeRefused, StoreSettings, create_store_engine
+from lynkr_store.maintenance import indexes, retention
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
 from lynkr_store.storage.database import Database

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import pytest
 
-from lynkr_store import Store, create_store_engine, indexes
+from lynkr_store import Store, create_store_engine
 from lynkr_store.db.models import TELEMETRY
+from lynkr_store.maintenance import indexes
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate import upgrade as migrate
 from tests.support.gateway import (

@@ -14,9 +14,10 @@ from alembic.config import main as alembic_main
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, make_url, text
 
-from lynkr_store import DowngradeRefused, LynkrStoreError, Store, create_store_engine, indexes
+from lynkr_store import DowngradeRefused, LynkrStoreError, Store, create_store_engine
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.db.models import Base
+from lynkr_store.maintenance import indexes
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
 from tests.factories import RecordFactory

@@ -31,7 +31,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.maintenance.indexes import build_missing_indexes
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import drift, missing_indexes, upgrade
 from tests.support import programs

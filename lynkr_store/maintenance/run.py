@@ -7,13 +7,13 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import select
 
-from lynkr_store import clock_check, retention
 from lynkr_store.backend import Backend
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead
-from lynkr_store.indexes import build_missing_indexes
+from lynkr_store.maintenance import clock_check, retention
+from lynkr_store.maintenance.indexes import build_missing_indexes
+from lynkr_store.maintenance.retention import Retained
 from lynkr_store.process.log import say
-from lynkr_store.retention import Retained
 from lynkr_store.rollups import fold as folding
 from lynkr_store.rollups import repair, state
 from lynkr_store.schemas import MaintenanceReport
@@ -233,10 +233,10 @@ def retain(
     *,
     trust_clock: bool = False,
 ) -> Retained:
-    """Apply the configured retention to rows, texts and roll-ups; see `lynkr_store.retention`.
+    """Apply the configured retention to rows, texts and roll-ups; see `retention`.
 
     The ledger of batches forgets here too. All of it waits while the clock may be wrong; see
-    `lynkr_store.clock_check`.
+    `clock_check`.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.

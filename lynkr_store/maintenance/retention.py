@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, Table
 
-from lynkr_store import maintenance_sql
 from lynkr_store.backend import Backend
 from lynkr_store.db.engines import backend_of, empty_wal, overwriting
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
+from lynkr_store.maintenance import retention_sql
 from lynkr_store.rollups.fold import settled_id
 from lynkr_store.rollups.fold_sql import last_of_step
 from lynkr_store.rollups.state import GREATEST_ID, NOTHING
@@ -111,7 +111,7 @@ def any_older(database: Database, cutoff_ms: int) -> bool:
         StoreUnavailable: The database cannot be reached.
     """
     with translated(), database.looked() as connection:
-        return bool(connection.scalar(maintenance_sql.count_older(TELEMETRY, cutoff_ms, most=1)))
+        return bool(connection.scalar(retention_sql.count_older(TELEMETRY, cutoff_ms, most=1)))
 
 
 def delete_older(
@@ -140,17 +140,17 @@ def delete_older(
     Raises:
         StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
     """
-    last: maintenance_sql.Place | None = None
+    last: retention_sql.Place | None = None
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal last
         # PostgreSQL's index keeps what was deleted until it is vacuumed: go on behind it
-        older = maintenance_sql.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
+        older = retention_sql.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
         found = connection.execute(older.with_for_update(skip_locked=True)).all()
         if not found:
             return 0, False
         last = found[-1].timestamp, found[-1].id
-        done = connection.execute(maintenance_sql.delete_rows(table, [row.id for row in found]))
+        done = connection.execute(retention_sql.delete_rows(table, [row.id for row in found]))
         return done.rowcount, len(found) == limit
 
     return _in_steps(database, step, stop)
@@ -176,7 +176,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
     with translated():
         settled = settled_id(database.begun, database.looked)
     noted: _Place | None = None  # by us, and exactly
-    exactly: maintenance_sql.Place = NOTHING, NOTHING
+    exactly: retention_sql.Place = NOTHING, NOTHING
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal noted, exactly
@@ -192,14 +192,14 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
             place = place._replace(upto_id=last)
         else:
             after = exactly if place == noted else place.after
-            older = maintenance_sql.older(
+            older = retention_sql.older(
                 TELEMETRY, cutoff_ms, after=after, upto_id=place.upto_id, limit=limit
             )
             found = connection.execute(older).all()
             rows, more = _id.in_([row.id for row in found]), len(found) == limit
             exactly = (found[-1].timestamp, found[-1].id) if more else (cutoff_ms, NOTHING)
             noted = place = _Place(*_whole(*exactly), place.upto_id)
-        removed = connection.execute(maintenance_sql.remove_texts(rows, cutoff_ms)).rowcount
+        removed = connection.execute(retention_sql.remove_texts(rows, cutoff_ms)).rowcount
         connection.execute(upsert(backend_of(connection)), place.noted())
         return removed, more
 
@@ -218,7 +218,7 @@ class _Place(NamedTuple):
     upto_id: int = NOTHING
 
     @property
-    def after(self) -> maintenance_sql.Place | None:
+    def after(self) -> retention_sql.Place | None:
         """The place of the last row that was looked at; None before the first."""
         return None if self.before_ms == NOTHING else (self.before_ms, self.before_id)
 
@@ -302,8 +302,7 @@ def _pragma(connection: Connection, name: str) -> int:
 
 def _count_rows(connection: Connection, cutoff_ms: int) -> int:
     statements = (
-        maintenance_sql.count_older(table, cutoff_ms, most=_COUNTED)
-        for table in (TELEMETRY, SAVINGS)
+        retention_sql.count_older(table, cutoff_ms, most=_COUNTED) for table in (TELEMETRY, SAVINGS)
     )
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 
@@ -311,8 +310,8 @@ def _count_rows(connection: Connection, cutoff_ms: int) -> int:
 def _count_texts(connection: Connection, cutoff_ms: int) -> int:
     place = _place(connection, cutoff_ms, hold=False)
     statements = (
-        maintenance_sql.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
-        maintenance_sql.count_late(place.upto_id, place.before_ms, most=_COUNTED),
+        retention_sql.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
+        retention_sql.count_late(place.upto_id, place.before_ms, most=_COUNTED),
     )
     return min(sum(connection.scalar(each) or 0 for each in statements), _COUNTED)
 

@@ -9,11 +9,11 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, select
 
-from lynkr_store.clock_check import TRUSTED
 from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.engines import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
+from lynkr_store.maintenance.clock_check import TRUSTED
 from lynkr_store.migrate import revisions
 from lynkr_store.rollups import state
 from lynkr_store.rollups.buckets import floor_to
