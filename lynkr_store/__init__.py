@@ -39,7 +39,7 @@ from lynkr_store.schemas import (
 )
 from lynkr_store.schemas.filters import RoutingFilter, Window
 from lynkr_store.settings import StoreSettings
-from lynkr_store.store import AsyncStore, Store
+from lynkr_store.store.sync import AsyncStore, Store
 from lynkr_store.version import __version__
 
 __all__ = [

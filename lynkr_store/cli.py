@@ -33,7 +33,7 @@ from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import DatabaseSettings, StoreSettings
 from lynkr_store.storage import identities
 from lynkr_store.storage.database import looking_engine
-from lynkr_store.store import Store
+from lynkr_store.store.sync import Store
 
 _LOOK_S: Final = 10.0  # a person can wait longer for the first look than a poll does
 _SLICES: Final = 48  # columns of the sparkline

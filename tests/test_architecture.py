@@ -15,6 +15,7 @@ from lynkr_store import AsyncStore, Store
 PACKAGE = Path(lynkr_store.__file__).parent
 
 LEVELS = {
+    "store": 0,
     "maintenance": 0,
     "queries": 0,
     "rollups": 0,
@@ -96,10 +97,10 @@ LEVELS = {
     "storage.database": 8,
     "maintenance.run": 10,
     "maintenance.retention": 9,
-    "probe": 9,
-    "core": 11,
+    "store.health": 9,
+    "store.base": 11,
     "render": 11,
-    "store": 12,
+    "store.sync": 12,
     "__init__": 13,
     "cli": 13,
     "__main__": 14,

@@ -424,7 +424,7 @@ def test_the_command_says_so_and_takes_the_word_of_a_person(url, monkeypatch, ca
         return int(ended.value.code or 0), *capsys.readouterr()
 
     monkeypatch.setenv("LYNKR_STORE_RETENTION_DAYS", "30")
-    monkeypatch.setattr("lynkr_store.core.epoch_ms_now", lambda: NOW + YEAR)
+    monkeypatch.setattr("lynkr_store.store.base.epoch_ms_now", lambda: NOW + YEAR)
     with Store(url, clock=lambda: NOW) as store:
         store.add_many([record(0), record(DAY), record(2 * DAY)])
     code, said, _ = run("maintain")

@@ -613,7 +613,7 @@ def test_health_does_not_wait_for_a_database_that_hangs(tmp_path, monkeypatch):
     release = threading.Event()
     with Store(f"sqlite:///{tmp_path}/t.db") as store:
         store.query()
-        monkeypatch.setattr("lynkr_store.probe._look", lambda _: release.wait(20))
+        monkeypatch.setattr("lynkr_store.store.health._look", lambda _: release.wait(20))
         began = time.monotonic()
         health = store.health()
         assert time.monotonic() - began < 1

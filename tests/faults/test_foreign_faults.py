@@ -310,14 +310,14 @@ def test_health_says_that_a_thread_was_restarted(url, monkeypatch):
 
 @pytest.mark.parametrize("kind", [ValueError, SystemExit])
 def test_a_probe_that_fails_says_no_words_of_others(url, kind, monkeypatch):
-    from lynkr_store import probe  # noqa: PLC0415 - what is patched
+    from lynkr_store.store import health  # noqa: PLC0415 - what is patched
 
     def look(_):
         raise kind(SECRET)
 
     with Store(settings=StoreSettings(url=url, upgrade_on_open=True)) as store:
         with monkeypatch.context() as patched:
-            patched.setattr(probe, "_look", look)
+            patched.setattr(health, "_look", look)
             eventually(lambda: store.health().last_error == kind.__name__)
         eventually(lambda: store.health().reachable)
 

@@ -998,7 +998,7 @@ def test_sigterm_at_random_moments_loses_nothing(program, new_url, backend, what
 ENUMERATED = """
     import shutil
     import lynkr_store
-    import lynkr_store.store
+    import lynkr_store.store.sync
 
     what, folder, stride = sys.argv[1], sys.argv[2], int(sys.argv[3])
     ours = (os.path.dirname(lynkr_store.__file__), threading.__file__)

@@ -1,6 +1,6 @@
 """Store and AsyncStore, which differ in how they wait.
 
-What they answer is written once, in `queries.repository`; what they do, in `lynkr_store.core`.
+What they answer is written once, in `queries.repository`; what they do, in `store.base`.
 """
 
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from sqlalchemy import Engine
 
 from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
-from lynkr_store.core import Core
 from lynkr_store.db.engines import (
     check_host_engine,
     create_store_async_engine,
@@ -50,6 +49,7 @@ from lynkr_store.schemas.filters import (
 )
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.text_policy import set_policy
+from lynkr_store.store.base import Core
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -24,7 +24,6 @@ from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.maintenance import run
 from lynkr_store.maintenance.background import Upkeep
 from lynkr_store.migrate import revisions
-from lynkr_store.probe import Probe
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.rollups.answer import Answer
@@ -36,6 +35,7 @@ from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.ledger import LEDGER_DAYS
+from lynkr_store.store.health import Probe
 
 _T = TypeVar("_T")
 
