@@ -39,7 +39,8 @@ from lynkr_store.schemas import (
 )
 from lynkr_store.schemas.filters import RoutingFilter, Window
 from lynkr_store.settings import StoreSettings
-from lynkr_store.store.sync import AsyncStore, Store
+from lynkr_store.store.aio import AsyncStore
+from lynkr_store.store.sync import Store
 from lynkr_store.version import __version__
 
 __all__ = [

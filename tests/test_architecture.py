@@ -101,6 +101,7 @@ LEVELS = {
     "store.base": 11,
     "render": 11,
     "store.sync": 12,
+    "store.aio": 12,
     "__init__": 13,
     "cli": 13,
     "__main__": 14,

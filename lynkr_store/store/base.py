@@ -4,17 +4,19 @@ import atexit
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store.cache import TTLCache
-from lynkr_store.db.engines import plan_for_any
+from lynkr_store.db.engines import (
+    plan_for_any,
+)
 from lynkr_store.db.errors import translated
 from lynkr_store.db.urls import file_of, shown
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
@@ -28,9 +30,19 @@ from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.rollups.answer import Answer
 from lynkr_store.rollups.answer_sql import Question
-from lynkr_store.schemas import Health, MaintenanceReport, RoutingEvent
+from lynkr_store.schemas import (
+    Health,
+    MaintenanceReport,
+    RoutingEvent,
+)
 from lynkr_store.schemas.base import epoch_ms_now
-from lynkr_store.schemas.filters import Window, checked_age, checked_seconds, given
+from lynkr_store.schemas.filters import (
+    Window,
+    checked_age,
+    checked_provider,
+    checked_seconds,
+    given,
+)
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.database import Database
@@ -38,6 +50,8 @@ from lynkr_store.storage.ledger import LEDGER_DAYS
 from lynkr_store.store.health import Probe
 
 _T = TypeVar("_T")
+
+PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
 
 
 class Core:
@@ -359,3 +373,16 @@ def _spool_maker(settings: StoreSettings, url: URL) -> Callable[[], Spool]:
             "a path of its own"
         )
     return lambda: Spool(path, settings.spool_max_bytes)
+
+
+def window_key(window: Window | None = None) -> Hashable:
+    """The question's window as it was asked: the default one stays one question as time goes."""
+    if window is None:
+        return None, None
+    asked = given(window, Window, "window")
+    return asked.since, asked.until
+
+
+def provider_key(provider: str, window: Window | None = None) -> Hashable:
+    """`window_key` of a question about one provider."""
+    return checked_provider(provider), window_key(window)

@@ -1,0 +1,298 @@
+"""AsyncStore: the store for coroutines, whose waiting blocks no event loop."""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+
+from lynkr_store.backend import Backend
+from lynkr_store.cache import cached
+from lynkr_store.db.engines import (
+    check_host_engine,
+    create_store_async_engine,
+    in_schema,
+    parse_url,
+    writing,
+)
+from lynkr_store.db.errors import translated
+from lynkr_store.db.event_loops import EnginePerLoop, Engines, HostsEngine
+from lynkr_store.db.forking import keep_out_of_children
+from lynkr_store.exceptions import BadArgument, StoreUnavailable
+from lynkr_store.ingest.validation import policy_of
+from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
+from lynkr_store.maintenance.run import BUDGET_S
+from lynkr_store.process.lifecycle import on_fork
+from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread
+from lynkr_store.queries.repository import RoutingRepository
+from lynkr_store.schemas import (
+    Cursor,
+    Health,
+    MaintenanceReport,
+    ProviderStats,
+    RoutingAccuracy,
+    RoutingEvent,
+    RoutingRow,
+    RoutingRowBrief,
+    RoutingStats,
+)
+from lynkr_store.schemas.filters import (
+    RoutingFilter,
+    Window,
+    checked_limit,
+)
+from lynkr_store.settings import StoreSettings
+from lynkr_store.storage.text_policy import set_policy
+from lynkr_store.store.base import Core
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+from lynkr_store.store.base import PAGE_ROWS, provider_key, window_key
+
+_T = TypeVar("_T")
+
+_THREADS: Final = 4
+"""Threads that read an SQLite database for coroutines: with the writer's connection they use the
+five that its engine keeps. As many add records, which may wait for the file's lock."""
+
+
+class AsyncStore(Core):
+    """`Store` for asyncio: the same names, with ``await``; `record` stays a plain call.
+
+    Any number of event loops may use it. Reads go to PostgreSQL over psycopg, on connections that
+    each loop has for itself, and to SQLite in a few threads of the store's own. Writing is the same
+    thread as in `Store`, on a connection of its own. What else must wait does so in threads of the
+    store's own; the event loop's default executor, which others may fill, is not used.
+
+    Args:
+        url: As in `Store`.
+        engine: The host's own AsyncEngine instead, which is used and never disposed; the writer
+            connects by its URL. Its connections belong to the event loop in which they were made.
+        settings: As in `Store`.
+        clock: As in `Store`.
+
+    Raises:
+        UnsupportedDatabase: The URL names no supported database or driver.
+        MissingDriver: A driver is not installed.
+        BadArgument: ``url`` and ``engine`` both, or an engine of SQLite in memory.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        engine: "AsyncEngine | None" = None,
+        settings: StoreSettings | None = None,
+        clock: Callable[[], int] | None = None,
+    ) -> None:
+        if engine is not None:
+            if url is not None:
+                raise BadArgument("url, engine: give one of the two")
+            url = _shareable_url(engine)
+        super().__init__(url, None, settings, clock)
+        self._engines: Engines | None = None
+        if engine is not None:
+            self._engines = HostsEngine(self._prepared(engine))
+        elif self._database.backend is Backend.POSTGRESQL:
+            self._engines = EnginePerLoop(partial(_new_engine, self._settings))
+            on_fork(self._engines)
+        self._opening = SharedCall("open")
+        self._reading = Workers(_THREADS, "read")
+        self._adding = Workers(_THREADS, "add")
+        for part in (self._opening, self._reading, self._adding):
+            on_fork(part)
+
+    def _prepared(self, engine: "AsyncEngine") -> "AsyncEngine":
+        """The host's engine, which works in the store's schema where the store uses it."""
+        check_host_engine(engine.sync_engine)
+        engine = type(engine)(in_schema(engine.sync_engine, self._settings.schema_name))
+        keep_out_of_children(engine.sync_engine)
+        set_policy(engine.sync_engine, self._policy)
+        return engine
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def flush(self, timeout_s: float = CLOSE_S) -> bool:
+        """See `Store.flush`."""
+        timeout_s, flushed = checked_timeout(timeout_s), Event()
+        self._writer.when_flushed(flushed.set)
+        try:
+            return await flushed.wait(timeout_s)
+        finally:
+            self._writer.forget_flush(flushed.set)
+
+    async def close(self, timeout_s: float = CLOSE_S) -> None:
+        """See `Store.close`. Any event loop may do it, also one that an exit handler runs.
+
+        Cancelled, it goes on in its thread.
+        """
+        await in_thread("close", self._do_close, timeout_s)
+        self._reading.finish()
+        self._adding.finish()
+        if self._engines is not None:
+            await self._engines.close()
+
+    @overload
+    async def query(
+        self,
+        criteria: RoutingFilter | None = None,
+        window: Window | None = None,
+        *,
+        limit: int = 100,
+        before: Cursor | None = None,
+        include_text: Literal[True] = True,
+    ) -> list[RoutingRow]: ...
+    @overload
+    async def query(
+        self,
+        criteria: RoutingFilter | None = None,
+        window: Window | None = None,
+        *,
+        limit: int = 100,
+        before: Cursor | None = None,
+        include_text: Literal[False],
+    ) -> list[RoutingRowBrief]: ...
+
+    async def query(
+        self,
+        criteria: RoutingFilter | None = None,
+        window: Window | None = None,
+        *,
+        limit: int = 100,
+        before: Cursor | None = None,
+        include_text: bool = True,
+    ) -> Sequence[RoutingRowBrief]:
+        """See `Store.query`."""
+        return await self._read(
+            lambda r: r.query(
+                criteria, window, limit=limit, before=before, include_text=include_text
+            )
+        )
+
+    async def iter_records(
+        self,
+        criteria: RoutingFilter | None = None,
+        window: Window | None = None,
+        *,
+        page_rows: int = PAGE_ROWS,
+    ) -> AsyncIterator[RoutingRow]:
+        """See `Store.iter_records`."""
+        page_rows = checked_limit(page_rows, "page_rows", least=1)
+        before = None
+        while page := await self.query(criteria, window, limit=page_rows, before=before):
+            for row in page:
+                yield row
+            before = page[-1].cursor
+
+    @cached(window_key)
+    async def get_stats(self, window: Window | None = None) -> RoutingStats | None:
+        """See `Store.get_stats`."""
+        return await self._read(lambda r: r.get_stats(window))
+
+    @cached(provider_key)
+    async def get_provider_stats(
+        self, provider: str, window: Window | None = None
+    ) -> ProviderStats | None:
+        """See `Store.get_provider_stats`."""
+        return await self._read(lambda r: r.get_provider_stats(provider, window))
+
+    @cached(window_key)
+    async def get_routing_accuracy(self, window: Window | None = None) -> RoutingAccuracy | None:
+        """See `Store.get_routing_accuracy`."""
+        return await self._read(lambda r: r.get_routing_accuracy(window))
+
+    async def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
+        """See `Store.add_many`."""
+        if self._database.backend is Backend.SQLITE:  # aiosqlite's own log would show the values
+            return await self._adding.run(self._do_add_many, records)
+        return await self._run(lambda r: r.add_many(records), to_write=True)
+
+    async def cleanup(
+        self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
+    ) -> int:
+        """See `Store.cleanup`. Cancelled, it goes on in its thread."""
+        return await in_thread("cleanup", self._do_cleanup, older_than, trust_clock=trust_clock)
+
+    async def maintain(
+        self,
+        *,
+        budget_s: float = BUDGET_S,
+        rebuild: bool = False,
+        trust_clock: bool = False,
+        on_step: Callable[[int], None] | None = None,
+    ) -> MaintenanceReport:
+        """See `Store.maintain`; ``on_step`` is called in a thread. Cancelled, it goes on there."""
+        return await in_thread(
+            "maintain",
+            self._do_maintain,
+            budget_s,
+            on_step,
+            rebuild=rebuild,
+            trust_clock=trust_clock,
+        )
+
+    async def recount(self, window: Window | None = None) -> int:
+        """See `Store.recount`."""
+        return await in_thread("recount", self._do_recount, window)
+
+    async def health(self) -> Health:
+        """See `Store.health`."""
+        if not self._closed:
+            await self._probe.refreshed()
+        return self._health()
+
+    async def _read(self, body: Callable[[RoutingRepository], _T]) -> _T:
+        if self._engines is None:
+            return await self._reading.run(self._do_read, body)
+        return await self._run(body)
+
+    async def _run(self, body: Callable[[RoutingRepository], _T], *, to_write: bool = False) -> _T:
+        """Run the body in one transaction, which is committed when it returns."""
+        from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
+
+        assert self._engines  # noqa: S101 - of PostgreSQL, or the host's
+        await self._be_open()
+        engine = await self._engines.engine()
+        try:
+            with translated():
+                async with (writing(engine) if to_write else engine).connect() as connection:
+                    try:
+                        async with AsyncSession(connection) as session, session.begin():
+                            return await session.run_sync(self._answer, body)
+                    finally:
+                        if self._closed:  # its pool may be gone by now
+                            await connection.invalidate()
+        except StoreUnavailable as error:
+            if error.unclear:
+                await in_thread("open", self._database.look_again)
+            raise
+
+    async def _be_open(self) -> None:
+        """Make sure that the database is open; all that find it closed wait for one thread."""
+        self._require_open()
+        if self._database.is_open:
+            self._upkeep.start()
+        else:
+            await self._opening.run(self._open)
+
+
+def _new_engine(settings: StoreSettings) -> "AsyncEngine":
+    engine: AsyncEngine = create_store_async_engine(
+        settings.url,
+        connect_timeout_s=settings.connect_timeout_s,
+        statement_timeout_s=settings.statement_timeout_s,
+        schema=settings.schema_name,
+        echo=settings.echo,
+    )
+    set_policy(engine.sync_engine, policy_of(settings))
+    return engine
+
+
+def _shareable_url(engine: "AsyncEngine") -> str:
+    url = parse_url(engine.url)
+    if url.get_backend_name() == "sqlite" and not url.database:
+        raise BadArgument("engine: SQLite in memory has one connection; give its url instead")
+    return url.render_as_string(hide_password=False)
