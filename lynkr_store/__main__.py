@@ -1,6 +1,6 @@
 """``python -m lynkr_store`` is the ``lynkr-store`` command."""
 
-from lynkr_store.cli import main
+from lynkr_store.cli.commands import main
 
 if __name__ == "__main__":
     main()

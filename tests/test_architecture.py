@@ -15,6 +15,7 @@ from lynkr_store import AsyncStore, Store
 PACKAGE = Path(lynkr_store.__file__).parent
 
 LEVELS = {
+    "cli": 0,
     "store": 0,
     "maintenance": 0,
     "queries": 0,
@@ -99,11 +100,11 @@ LEVELS = {
     "maintenance.retention": 9,
     "store.health": 9,
     "store.base": 11,
-    "render": 11,
+    "cli.render": 11,
     "store.sync": 12,
     "store.aio": 12,
     "__init__": 13,
-    "cli": 13,
+    "cli.commands": 13,
     "__main__": 14,
 }
 WITHOUT_DATABASE = [
@@ -216,7 +217,7 @@ def test_importing_has_no_side_effects(tmp_path):
     watch = (
         "import os, sys, threading, logging\n"
         "os.environ['LYNKR_STORE_URL'] = 'nonsense'\n"
-        "import lynkr_store, lynkr_store.cli\n"
+        "import lynkr_store, lynkr_store.cli.commands\n"
         "assert threading.active_count() == 1, 'a thread'\n"
         "assert not logging.getLogger('lynkr_store').handlers, 'logging set-up'\n"
         "assert not logging.getLogger().handlers, 'logging set-up'\n"

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from lynkr_store import Store, cli
+from lynkr_store import Store
+from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
@@ -39,7 +40,7 @@ def run(*arguments, **environment):
         patch.setattr(sys, "argv", ["lynkr-store", *map(str, arguments)])
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command sets
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
     return Finished(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
@@ -315,6 +316,6 @@ def test_a_database_out_of_reach_is_3(tmp_path):
 def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["lynkr-store", "stats", "--url", f"sqlite:///{tmp_path}/x"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == cli.Exit.UNREACHABLE
+        commands.main()
+    assert stopped.value.code == commands.Exit.UNREACHABLE
     assert "no such file" in capsys.readouterr().err

@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import delete, event, func, insert, select, text
 
-from lynkr_store import ClockAhead, LynkrStoreError, Store, StoreSettings, Window, cli
+from lynkr_store import ClockAhead, LynkrStoreError, Store, StoreSettings, Window
+from lynkr_store.cli import commands
 from lynkr_store.db.models import LEDGER, ROLLUPS, SAVINGS, TELEMETRY
 from lynkr_store.ingest.batch import Rows
 from lynkr_store.ingest.spool import Spool
@@ -420,7 +421,7 @@ def test_the_command_says_so_and_takes_the_word_of_a_person(url, monkeypatch, ca
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lynkr-store", *arguments, "--url", url])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         return int(ended.value.code or 0), *capsys.readouterr()
 
     monkeypatch.setenv("LYNKR_STORE_RETENTION_DAYS", "30")
@@ -428,15 +429,15 @@ def test_the_command_says_so_and_takes_the_word_of_a_person(url, monkeypatch, ca
     with Store(url, clock=lambda: NOW) as store:
         store.add_many([record(0), record(DAY), record(2 * DAY)])
     code, said, _ = run("maintain")
-    assert code == cli.Exit.NO
+    assert code == commands.Exit.NO
     assert "rows deleted: 0; remaining: 3" in said
     assert "retention waits: the clock is 365 days ahead" in said
     assert "--trust-clock" in said
     code, said, _ = run("maintain", "--json")
-    assert code == cli.Exit.NO
+    assert code == commands.Exit.NO
     assert '"retention_waits": "the clock is 365 days ahead' in said
     code, said, told = run("cleanup", "--older-than", "30d")
-    assert (code, said) == (cli.Exit.NO, "")
+    assert (code, said) == (commands.Exit.NO, "")
     assert "--trust-clock" in told
     assert run("cleanup", "--older-than", "367d", "--trust-clock") == (0, "0 rows deleted\n", "")
     with Store(url, clock=lambda: NOW) as store:

@@ -15,10 +15,10 @@ from lynkr_store import (
     Store,
     StoreSettings,
     UnsupportedDatabase,
-    cli,
     upgrade,
     writing,
 )
+from lynkr_store.cli import commands
 from tests.migrations.host import application
 from tests.migrations.host.catalogue import theirs
 from tests.support.stores import adds_up, looked
@@ -47,8 +47,8 @@ def another_encoding(request, postgres_url):
 def by_command(url, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lynkr-store", "upgrade", "--url", url])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == cli.Exit.WRONG_USE
+        commands.main()
+    assert ended.value.code == commands.Exit.WRONG_USE
     return capsys.readouterr().err
 
 

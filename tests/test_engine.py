@@ -33,10 +33,10 @@ from lynkr_store import (
     StoreUnavailable,
     UnsupportedDatabase,
     create_store_engine,
-    render,
     upgrade,
     writing,
 )
+from lynkr_store.cli import render
 from lynkr_store.db import forking
 from lynkr_store.db.engines import create_store_async_engine, parse_url, writing_at_once
 from lynkr_store.db.models import RoutingTelemetry

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lynkr_store import RollupsRefused, Store, StoreSettings, Window, create_store_engine
 from lynkr_store.backend import Backend
-from lynkr_store.cli import app
+from lynkr_store.cli.commands import app
 from lynkr_store.db import triggers
 from lynkr_store.db.engines import writing
 from lynkr_store.db.models import CHANGES, TELEMETRY

@@ -24,11 +24,11 @@ from lynkr_store import (
     RoutingRepository,
     Store,
     StoreSettings,
-    cli,
     create_store_engine,
     upgrade,
     writing,
 )
+from lynkr_store.cli import commands
 from lynkr_store.db.engines import create_store_async_engine
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes
@@ -330,7 +330,7 @@ def test_every_way_of_upgrading_works_in_the_schema(place, monkeypatch, way):
     monkeypatch.setattr(sys, "argv", ["lynkr-store", "upgrade", "--url", pooled])
     if way == "lynkr-store":
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         assert not ended.value.code
     elif way == "alembic":
         alembic_main(["-c", str(ROOT / "alembic.ini"), "-x", f"url={pooled}", "upgrade", "head"])

@@ -17,9 +17,9 @@ from lynkr_store import (
     Store,
     create_store_engine,
     exceptions,
-    render,
     writing,
 )
+from lynkr_store.cli import render
 from lynkr_store.exceptions import MissingDriver, printable
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import upgrade

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lynkr_store import RoutingFilter, Store, StoreSettings
-from lynkr_store.cli import app
+from lynkr_store.cli.commands import app
 from tests.support.recorded import ROOT
 
 README = (ROOT / "README.md").read_text()

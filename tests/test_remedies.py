@@ -107,7 +107,8 @@ def test_what_the_server_says_of_a_connection_is_said_with_what_to_check(app):
 
 _AS_NOBODY = """
 import contextlib, io, json, os, pwd, sys
-from lynkr_store import Store, cli
+from lynkr_store import Store
+from lynkr_store.cli import commands
 with Store("sqlite://") as store:  # all that is loaded late is loaded
     store.record(provider="p"), store.flush(30), store.maintain()
 nobody = pwd.getpwnam("nobody")
@@ -118,7 +119,7 @@ for arguments in json.loads(sys.argv[1]):
     sys.argv = ["lynkr-store", *arguments]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.main()
+            commands.main()
         except SystemExit as ended:
             answers.append([int(ended.code or 0), out.getvalue() + err.getvalue()])
 print(json.dumps(answers))

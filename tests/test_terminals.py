@@ -11,7 +11,8 @@ import warnings
 import pytest
 from rich.cells import cell_len
 
-from lynkr_store import Store, cli, render
+from lynkr_store import Store
+from lynkr_store.cli import commands, render
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
@@ -35,7 +36,7 @@ def url(request, new_url):
     return url
 
 
-def commands(url):
+def commands_of(url):
     """Each command and its exit code, those that change nothing first."""
     at = ["--url", url]
     yield from (
@@ -77,7 +78,7 @@ def ended(encoding, *arguments, columns=100):
         patch.setattr(sys, "stderr", streams[1])
         patch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command sets
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         for stream in streams:
             stream.flush()
     return int(ended.value.code or 0), *(stream.buffer.getvalue() for stream in streams)
@@ -85,7 +86,7 @@ def ended(encoding, *arguments, columns=100):
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_command_ends_with_the_answer_s_exit_code_in_every_encoding(url, encoding):
-    for arguments, code in commands(url):
+    for arguments, code in commands_of(url):
         found, out, err = ended(encoding, *arguments)
         assert found == code, (arguments, err)
         out.decode(encoding)
@@ -195,7 +196,7 @@ def test_a_program_in_an_old_encoding_ends_with_the_answer_s_exit_code(url):
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", LOCALES, ids=str)
 def test_every_command_as_a_program_in_every_encoding(url, environment):
-    for arguments, code in commands(url):
+    for arguments, code in commands_of(url):
         # what a command line's bytes become in an old locale is the interpreter's
         if all(argument.isascii() for argument in arguments):
             check_program(arguments, code, environment)

@@ -16,10 +16,10 @@ from lynkr_store import (
     StoreSettings,
     StoreUnavailable,
     UnsupportedDatabase,
-    cli,
     create_store_engine,
     upgrade,
 )
+from lynkr_store.cli import commands
 from lynkr_store.db.engines import create_store_async_engine, parse_url
 from lynkr_store.db.urls import settings_in, shown
 from tests.support.recorded import ROOT
@@ -86,7 +86,7 @@ def test_every_way_to_name_the_url_says_the_same(tmp_path, program, way):
         text=True,
         check=False,
     )
-    assert done.returncode == (1 if program == "alembic" else cli.Exit.WRONG_USE)
+    assert done.returncode == (1 if program == "alembic" else commands.Exit.WRONG_USE)
     assert "percent-encode the user and the password" in done.stderr
     assert "S3cr3t" not in done.stderr + done.stdout
 
@@ -141,7 +141,7 @@ def test_a_password_in_the_query_never_shows(tmp_path, query, caplog, capfd, mon
         said.append(open_(engine=host))
     monkeypatch.setattr(sys, "argv", ["lynkr-store", "upgrade", "--url", url])
     with pytest.raises(SystemExit):
-        cli.main()
+        commands.main()
     printed = capfd.readouterr()
     words = " ".join(f"{each} {each!r}" for each in said)
     assert str(tmp_path).replace("/", "%2F") in words, "it is the password that is hidden"

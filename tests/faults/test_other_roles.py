@@ -30,7 +30,7 @@ from lynkr_store import (
     Window,
     create_store_engine,
 )
-from lynkr_store.cli import app
+from lynkr_store.cli.commands import app
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
 from lynkr_store.rollups.fold import subtract

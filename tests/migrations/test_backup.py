@@ -26,10 +26,10 @@ from lynkr_store import (
     SchemaAhead,
     Store,
     StoreUnavailable,
-    cli,
     create_store_engine,
     upgrade,
 )
+from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
@@ -354,8 +354,8 @@ def test_the_command_refuses_it_as_wrong_use(postgres_url, monkeypatch, capsys):
     command = ["lynkr-store", "upgrade", "--backup", "--url", postgres_url]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == cli.Exit.WRONG_USE
+        commands.main()
+    assert ended.value.code == commands.Exit.WRONG_USE
     assert "backup" in capsys.readouterr().err
 
 
@@ -367,7 +367,7 @@ import os, resource, signal, sys
 from pathlib import Path
 from lynkr_store import StoreUnavailable, upgrade
 from lynkr_store.migrate import revisions
-import lynkr_store.cli
+import lynkr_store.cli.commands
 revisions.head()
 path, limit, user = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if limit:

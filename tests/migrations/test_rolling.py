@@ -33,10 +33,10 @@ from lynkr_store import (
     StoreSettings,
     Window,
     __version__,
-    cli,
     create_store_engine,
     writing,
 )
+from lynkr_store.cli import commands
 from lynkr_store.db.models import NOTES, TELEMETRY, Base
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import comparing, downgrade, upgrade, write_script
@@ -594,7 +594,7 @@ def command(monkeypatch, capsys, *arguments):
     """The exit code of ``lynkr-store``, and all it printed."""
     monkeypatch.setattr(sys, "argv", ["lynkr-store", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        commands.main()
     said = capsys.readouterr()
     return ended.value.code or 0, said.out + said.err
 

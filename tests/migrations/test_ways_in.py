@@ -30,10 +30,10 @@ from lynkr_store import (
     Store,
     StoreSettings,
     StoreUnavailable,
-    cli,
     create_store_engine,
     upgrade,
 )
+from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import downgrade, write_script
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
@@ -98,7 +98,7 @@ def lynkr_store(monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lynkr-store", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         return int(ended.value.code or 0)
 
     return run
@@ -306,7 +306,7 @@ def test_the_script_of_a_downgrade_must_say_from_where(revision):
 def test_the_command_refuses_a_wrong_revision_as_wrong_use(tmp_path, lynkr_store, capsys):
     url = f"sqlite:///{tmp_path}/telemetry.db"
     for arguments in (["upgrade", "nonsense"], ["upgrade", ""], ["downgrade", "nonsense"]):
-        assert lynkr_store(*arguments, "--url", url) == cli.Exit.WRONG_USE
+        assert lynkr_store(*arguments, "--url", url) == commands.Exit.WRONG_USE
         said = capsys.readouterr()
         assert "revision" in said.err
 
@@ -607,7 +607,7 @@ def test_no_way_in_repeats_the_password_when_the_server_refuses_it(
     with pytest.raises(StoreUnavailable) as refused:
         upgrade(url)
     code = lynkr_store("upgrade", "--url", url.render_as_string(hide_password=False))
-    assert code == cli.Exit.UNREACHABLE
+    assert code == commands.Exit.UNREACHABLE
     said = capfd.readouterr()
     for words in (str(refused.value), said.err, said.out, caplog.text):
         assert secret not in words
@@ -871,7 +871,7 @@ def test_a_schema_that_is_too_far_ahead_is_refused_by_every_way_with_the_release
     ):
         with pytest.raises(SchemaAhead, match=r"lynkr-store 9\.9 or newer"):
             way()
-    assert lynkr_store("upgrade", "--url", url) == cli.Exit.NO
+    assert lynkr_store("upgrade", "--url", url) == commands.Exit.NO
     assert "lynkr-store 9.9 or newer" in capfd.readouterr().err
     assert revision_of(url, schema) == "9998"
 

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from sqlalchemy import Engine
 
-from lynkr_store import render
+from lynkr_store.cli import render
 from lynkr_store.db.engines import create_store_engine, disposing
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
