@@ -14,175 +14,87 @@ from lynkr_store import AsyncStore, Store
 
 PACKAGE = Path(lynkr_store.__file__).parent
 
-LEVELS = {
-    "cli": 0,
-    "store": 0,
-    "maintenance": 0,
-    "queries": 0,
-    "rollups": 0,
-    "storage": 0,
-    "migrate": 0,
-    "db": 0,
-    "ingest": 0,
-    "process": 0,
-    "exceptions": 0,
-    "backend": 0,
-    "schemas.units": 0,
-    "db.triggers": 1,
-    "version": 0,
-    "maintenance.background": 2,
-    "ingest.account": 0,
-    "process.files": 0,
-    "storage.company": 1,
-    "storage.write_lock": 0,
-    "ingest.handoff": 0,
-    "ingest.batch": 0,
-    "schemas": 1,
-    "schemas.base": 1,
-    "schemas.events": 1,
-    "schemas.health": 1,
-    "schemas.rows": 1,
-    "schemas.statistics": 1,
-    "schemas.values": 1,
-    "db.errors": 1,
-    "process.lifecycle": 1.5,
-    "process.waiting": 2,
-    "db.psycopg_async": 2.2,
-    "db.event_loops": 2.2,
-    "process.log": 1,
-    "db.postgresql": 1,
-    "db.catalogue": 1,
-    "db.urls": 1,
-    "cache": 2,
-    "ingest.codec": 2,
-    "ingest.validation": 2.5,
-    "ingest.queue": 3,
-    "ingest.preparer": 4,
-    "schemas.filters": 2,
-    "settings": 2,
-    "db.column_types": 2,
-    "db.functions": 3,
-    "db.forking": 2,
-    "db.engines": 2.5,
-    "migrate.adoption": 2,
-    "ingest.spool": 3,
-    "ingest.writer": 5,
-    "migrate.operations": 3,
-    "migrate.lock": 3,
-    "migrate.backup": 3,
-    "db.models": 3,
-    "migrate.revisions": 4,
-    "migrate.upgrade": 5,
-    "queries.pages": 4,
-    "rollups.measures": 4,
-    "rollups.buckets": 1,
-    "rollups.state": 4.5,
-    "rollups.answer_sql": 5,
-    "maintenance.clock_check": 5,
-    "rollups.fold_sql": 5,
-    "rollups.answer": 6,
-    "rollups.fold": 7,
-    "rollups.repair": 7.5,
-    "maintenance.indexes": 6,
-    "storage.bulk": 4,
-    "storage.identities": 4,
-    "storage.diagnosis": 5,
-    "storage.inserts": 6,
-    "storage.progress": 4,
-    "storage.ledger": 5,
-    "storage.text_policy": 5,
-    "queries.statistics": 6.5,
-    "maintenance.retention_sql": 5,
-    "queries.repository": 7,
-    "maintenance.restoration": 7.5,
-    "storage.database": 8,
-    "maintenance.run": 10,
-    "maintenance.retention": 9,
-    "store.health": 9,
-    "store.base": 11,
-    "cli.render": 11,
-    "store.sync": 12,
-    "store.aio": 12,
-    "__init__": 13,
-    "cli.commands": 13,
-    "__main__": 14,
-}
-WITHOUT_DATABASE = [
-    "exceptions",
-    "backend",
-    "schemas.units",
-    "rollups.buckets",
-    "cache",
-    "schemas",
-    "ingest.validation",
-    "schemas.filters",
-    "settings",
-    "ingest.account",
-    "process.files",
-    "storage.company",
-    "storage.write_lock",
-    "process.lifecycle",
-    "process.log",
-    "ingest.codec",
-    "ingest.queue",
-    "ingest.preparer",
-    "ingest.spool",
-    "ingest.writer",
-    "maintenance.background",
-    "process.waiting",
-]
+ORDER = (
+    {"exceptions", "version", "backend"},
+    {"process"},
+    {"schemas", "cache"},
+    {"settings"},
+    {"ingest", "db"},
+    {"migrate"},
+    {"storage"},
+    {"rollups"},
+    {"queries", "maintenance"},
+    {"store"},
+    {"cli", "__init__"},
+    {"__main__"},
+)
+"""A package imports only packages of earlier lines; those of one line never import each other."""
+LEVEL = {package: level for level, packages in enumerate(ORDER) for package in packages}
+WITHOUT_DATABASE = ("exceptions", "version", "backend", "process", "schemas", "cache", "settings")
+WITHOUT_DATABASE += ("ingest",)
 
 
-def file_of(module):
-    path = PACKAGE.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+def modules(package):
+    """Each file of a package, or the one module, as a dotted name and a path."""
+    folder = PACKAGE / package
+    if not folder.is_dir():
+        return [(f"lynkr_store.{package}", PACKAGE / f"{package}.py")]
+    return [(f"lynkr_store.{package}.{file.stem}", file) for file in sorted(folder.glob("*.py"))]
 
 
-def modules():
-    """Each module's dotted name below the package's; a package's is that of its `__init__`."""
-    for file in PACKAGE.rglob("*.py"):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        if parts[0] != "_migrations":
-            yield ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-def imported(module):
-    """Every module name imported anywhere in a module; nothing is executed."""
-    file = file_of(module)
+def imported(file):
+    """Every name that a file imports, dotted, anywhere in it; nothing is executed."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: write absolute imports"
-            source = node.module or ""
-            yield source
-            if source.partition(".")[0] == "lynkr_store":
-                yield from (f"{source}.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def package_imports(module):
-    names = (name.removeprefix("lynkr_store.") for name in imported(module))
-    return {name for name in names if name in LEVELS} - {module}
+def test_every_package_has_its_place():
+    found = {path.stem for path in PACKAGE.glob("*.py")}
+    found |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"_migrations"}
+    assert found == LEVEL.keys()
 
 
-def test_every_module_has_a_level():
-    assert set(modules()) == LEVELS.keys(), "give the new module its level"
+@pytest.mark.parametrize("package", LEVEL)
+def test_imports_point_downward(package):
+    for _, file in modules(package):
+        for name in imported(file):
+            top, _, other = name.partition(".")
+            other = other.partition(".")[0]
+            if top == "lynkr_store" and other != package:
+                assert other in LEVEL, f"{file.name} imports {name}: import it where it is made"
+                assert LEVEL[other] < LEVEL[package], (
+                    f"{package}/{file.name} may not import {name}: move the shared part lower"
+                )
+    if package == "cache":
+        assert not {n for n in imported(PACKAGE / "cache.py") if "lynkr_store.schemas" in n}
 
 
-@pytest.mark.parametrize("module", LEVELS)
-def test_imports_point_downward(module):
-    for name in package_imports(module):
-        if name.partition(".")[0] == module.partition(".")[0]:
-            continue  # a package is in order by itself
-        assert LEVELS[name] < LEVELS[module], (
-            f"{module} may not import {name}; move the shared part lower"
-        )
+@pytest.mark.parametrize(
+    "package", sorted(path.name for path in PACKAGE.iterdir() if path.is_dir())
+)
+def test_a_package_says_what_it_is_for(package):
+    init = PACKAGE / package / "__init__.py"
+    if init.exists():
+        assert len(ast.get_docstring(ast.parse(init.read_text()))) > 150
 
 
-@pytest.mark.parametrize("module", WITHOUT_DATABASE)
-def test_the_rules_of_data_and_queue_need_no_database(module):
-    tops = {name.partition(".")[0] for name in imported(module)}
-    assert not tops & {"sqlalchemy", "alembic"}, "its tests must run without a database"
+def test_what_needs_no_database_loads_no_sqlalchemy():
+    names = [name for package in WITHOUT_DATABASE for name, _ in modules(package)]
+    look = (
+        "import importlib, sys, types\n"
+        "package = sys.modules['lynkr_store'] = types.ModuleType('lynkr_store')\n"
+        f"package.__path__ = [{str(PACKAGE)!r}]  # without what its __init__ imports\n"
+        f"for name in {names!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    for heavy in ('sqlalchemy', 'alembic'):\n"
+        "        assert heavy not in sys.modules, f'{name} loads {heavy}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_revisions_import_the_frozen_steps_alone():
