@@ -15,8 +15,8 @@ from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import RESTARTED, Writer
 from lynkr_store.maintenance.background import Upkeep
+from tests.ingest.test_writer import adds_up as account_adds_up
 from tests.support.stores import adds_up, eventually
-from tests.test_writer import adds_up as account_adds_up
 
 SECRET = "what somebody asked"  # noqa: S105 - a prompt
 KINDS = (ValueError, MemoryError, SystemExit, KeyboardInterrupt, GeneratorExit)

@@ -21,9 +21,9 @@ from lynkr_store import (
 from lynkr_store.db.errors import Fault, fault_of
 from lynkr_store.storage import identities
 from lynkr_store.storage.identities import Kind
+from tests.cli.test_commands import done, run
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
-from tests.test_cli import done, run
 
 SEQUENCE = "routing_telemetry_id_seq"
 GREATEST = 2**63 - 1

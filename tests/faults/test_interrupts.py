@@ -20,11 +20,11 @@ from lynkr_store import RoutingEvent, Store, StoreSettings
 from lynkr_store.cache import TTLCache
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import Writer
+from tests.ingest.test_writer import Sink
+from tests.ingest.test_writer import adds_up as account_adds_up
 from tests.support.interrupts import Interruption, interrupted, moments
 from tests.support.stores import adds_up, eventually
 from tests.test_cache import waits
-from tests.test_writer import Sink
-from tests.test_writer import adds_up as account_adds_up
 
 OURS = (str(lynkr_store.__path__[0]),)
 WITH_THREADING = (*OURS, threading.__file__)

@@ -17,14 +17,19 @@ from packaging.requirements import Requirement
 ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = (
     "tests/conformance",
-    *(
-        f"tests/test_{name}.py"
-        for name in (
-            *("architecture", "arguments", "bulk", "cache", "cli", "engine", "filters", "inserts"),
-            *("intake", "lists", "packing", "questions", "readme", "retention", "rollups", "rows"),
-            *("schemas", "spool", "values", "writer"),
-        )
-    ),
+    "tests/test_architecture.py",
+    "tests/test_cache.py",
+    "tests/test_readme.py",
+    "tests/cli/test_commands.py",
+    "tests/db/test_engines.py",
+    *(f"tests/ingest/test_{name}.py" for name in ("batch", "codec", "queue", "spool", "writer")),
+    "tests/maintenance/test_retention.py",
+    "tests/queries/test_pages.py",
+    "tests/rollups/test_answer_sql.py",
+    "tests/rollups/test_rollups.py",
+    *(f"tests/schemas/test_{name}.py" for name in ("arguments", "filters", "schemas", "values")),
+    "tests/storage/test_bulk.py",
+    "tests/storage/test_inserts.py",
 )
 """Those that use what is installed: every dependency is reached by several of them. Without tests
 of the writer's deadlines, which a machine that installs and tests beside them may miss."""

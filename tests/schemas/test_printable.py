@@ -23,10 +23,10 @@ from lynkr_store.cli import render
 from lynkr_store.exceptions import MissingDriver, printable
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import upgrade
+from tests.cli.test_commands import done, run
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
 from tests.support.recorded import gateway_file
-from tests.test_cli import done, run
 
 NOW = 1_750_000_000_000
 ODD = "\x1b]0;owned\x07\x9b31m\u202e[red]x[link=http://e]y[/link]:smile:\r\nok"

@@ -22,7 +22,7 @@ from lynkr_store.rollups import measures, repair
 from lynkr_store.rollups.answer import ask
 from lynkr_store.rollups.measures import SUMMED
 from lynkr_store.schemas.units import DAY_MS
-from tests.test_rollups import (
+from tests.rollups.test_rollups import (
     EVERYTHING,
     INSTANTS,
     NOW,

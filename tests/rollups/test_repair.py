@@ -22,8 +22,8 @@ from lynkr_store.rollups import fold, repair, state
 from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from tests.conftest import POSTGRES
+from tests.rollups.test_rollups import answered, from_rows, opener, put
 from tests.support.stores import eventually
-from tests.test_rollups import answered, from_rows, opener, put
 
 NOW = 1_750_000_000_000
 START = floor_to(DAY_MS, NOW) - DAY_MS

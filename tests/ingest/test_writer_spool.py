@@ -9,7 +9,7 @@ from lynkr_store.exceptions import OutcomeUnknown, StoreUnavailable
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import Writer
-from tests.test_writer import adds_up, eventually, has_ended
+from tests.ingest.test_writer import adds_up, eventually, has_ended
 
 
 class Ledger:

@@ -15,9 +15,9 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 from lynkr_store import SchemaError, Store, StoreSettings, upgrade
+from tests.cli.test_commands import done, run
 from tests.faults.test_disks import small_disk
 from tests.support.recorded import ROOT
-from tests.test_cli import done, run
 
 NO, UNREACHABLE = 1, 3
 

@@ -29,9 +29,9 @@ from lynkr_store import (
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.adoption import _words
 from lynkr_store.schemas import Reading
+from tests.cli.test_commands import run
 from tests.support.recorded import gateway_file, gateway_table
 from tests.support.stores import adds_up, looked
-from tests.test_cli import run
 
 NOW = 1_750_000_000_000
 SOON_S = 20  # on a busy machine; without a bound each would take minutes, or for ever
