@@ -4,7 +4,8 @@ One row for each routed request: which tier and provider was chosen and why, how
 what it cost, how good the answer was. Importing opens nothing, starts nothing, reads nothing.
 """
 
-from lynkr_store.db.engines import create_store_engine, writing
+from lynkr_store.db.dialect import writing
+from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.models import Base, IngestBatch, RoutingTelemetry, SavingsEvent
 from lynkr_store.exceptions import (
     AdoptionRefused,

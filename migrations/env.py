@@ -15,14 +15,10 @@ from sqlalchemy import Connection
 
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.engines import (
-    create_store_engine,
-    disposing,
-    ensure_begun,
-    parse_url,
-    require_utf8,
-)
-from lynkr_store.db.postgresql import schema_of, script_lines, within
+from lynkr_store.db.dialect import disposing, parse_url
+from lynkr_store.db.engines import create_store_engine
+from lynkr_store.db.postgresql import require_utf8, schema_of, script_lines, within
+from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.maintenance.restoration import make_again
 from lynkr_store.migrate import operations, upgrade

@@ -21,7 +21,8 @@ from rich.console import Console
 from sqlalchemy import Engine
 
 from lynkr_store.cli import render
-from lynkr_store.db.engines import create_store_engine, disposing
+from lynkr_store.db.dialect import disposing
+from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.migrate import revisions

@@ -19,9 +19,10 @@ from tenacity import (
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.engines import backend_of, by_itself, driver_of, is_direct, writing
+from lynkr_store.db.dialect import backend_of, driver_of, writing
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
+from lynkr_store.db.postgresql import by_itself, is_direct
 from lynkr_store.migrate.lock import is_in_the_way
 from lynkr_store.migrate.upgrade import missing_indexes
 from lynkr_store.storage.write_lock import GAP_S

@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import BigInteger, Connection, Table, cast, delete, func, select
 
 from lynkr_store.db import catalogue, triggers
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
 from lynkr_store.maintenance.clock_check import TRUSTED

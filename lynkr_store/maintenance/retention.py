@@ -15,9 +15,10 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, Table
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of, empty_wal, overwriting
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
+from lynkr_store.db.sqlite import empty_wal, overwriting
 from lynkr_store.maintenance import retention_sql
 from lynkr_store.rollups.fold import settled_id
 from lynkr_store.rollups.fold_sql import last_of_step

@@ -13,7 +13,7 @@ from sqlalchemy import URL, Engine, NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
 

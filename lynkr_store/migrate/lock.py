@@ -14,9 +14,10 @@ from sqlalchemy.exc import DBAPIError
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of, ensure_begun, writing
+from lynkr_store.db.dialect import backend_of, writing
 from lynkr_store.db.errors import is_busy
 from lynkr_store.db.postgresql import make_schema, require_schema, schema_of
+from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import UpgradeTimeout
 

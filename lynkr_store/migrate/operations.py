@@ -17,7 +17,8 @@ from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue, triggers
-from lynkr_store.db.engines import backend_of, overwriting
+from lynkr_store.db.dialect import backend_of
+from lynkr_store.db.sqlite import overwriting
 from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
 from lynkr_store.migrate.adoption import (
     adopted_revision,

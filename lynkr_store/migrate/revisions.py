@@ -27,7 +27,7 @@ from sqlalchemy.types import NullType
 
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.engines import backend_of, require_supported
+from lynkr_store.db.dialect import backend_of, require_supported
 from lynkr_store.db.models import NOTES, Base
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind, SchemaError
 from lynkr_store.version import __version__

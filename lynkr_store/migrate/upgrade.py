@@ -23,7 +23,8 @@ from sqlalchemy.schema import SchemaItem
 
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.db import catalogue, triggers
-from lynkr_store.db.engines import backend_of, create_store_engine, disposing, in_schema, parse_url
+from lynkr_store.db.dialect import backend_of, disposing, parse_url
+from lynkr_store.db.engines import create_store_engine, in_schema
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import INDEXES, TELEMETRY, Base
 from lynkr_store.db.postgresql import schema_of

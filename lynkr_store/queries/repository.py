@@ -7,9 +7,10 @@ from typing import Any, Final, Literal, overload
 from sqlalchemy.orm import Session
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of, require_utf8
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import TELEMETRY
+from lynkr_store.db.postgresql import require_utf8
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Gathering
 from lynkr_store.ingest.validation import TextPolicy, policy_of, rows_of

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, assert_never
 from sqlalchemy import ColumnElement, Connection, RowMapping, text
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import Rows

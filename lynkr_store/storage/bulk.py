@@ -16,8 +16,9 @@ from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue, triggers
-from lynkr_store.db.engines import backend_of, driver_of, overwriting
+from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.models import TELEMETRY
+from lynkr_store.db.sqlite import overwriting
 from lynkr_store.ingest.batch import Row, Rows
 from lynkr_store.ingest.handoff import Away
 

@@ -16,25 +16,13 @@ from sqlalchemy.schema import CreateView
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.engines import (
-    WAL_PAGES,
-    backend_of,
-    check_host_engine,
-    checkpoint,
-    checkpoint_after,
-    create_reading_engine,
-    create_store_engine,
-    disposing,
-    ensure_begun,
-    in_schema,
-    parse_url,
-    require_utf8,
-    writing,
-    writing_at_once,
-)
+from lynkr_store.db.dialect import backend_of, disposing, parse_url, writing, writing_at_once
+from lynkr_store.db.engines import check_host_engine, create_store_engine, in_schema
 from lynkr_store.db.errors import Fault, fault_of, is_busy, is_no_database, translated
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.db.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.postgresql import require_utf8
+from lynkr_store.db.sqlite import WAL_PAGES, checkpoint, checkpoint_after, ensure_begun
 from lynkr_store.db.urls import file_of, is_memory
 from lynkr_store.exceptions import (
     BadArgument,
@@ -61,6 +49,7 @@ from lynkr_store.storage.company import has_company
 from lynkr_store.storage.diagnosis import hindrance
 from lynkr_store.storage.inserts import PART_ROWS, insert_once
 from lynkr_store.storage.ledger import FORGOTTEN, enter_parts
+from lynkr_store.storage.read_only import create_reading_engine
 from lynkr_store.storage.text_policy import set_policy
 from lynkr_store.storage.write_lock import again_s, pause_s
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import Fault, fault_of, is_full, is_null_refused
 from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.exceptions import StoreUnavailable, raise_alone

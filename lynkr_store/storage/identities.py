@@ -28,7 +28,7 @@ from sqlalchemy import table as sql_table
 from sqlalchemy.dialects.postgresql import OID, REGCLASS
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import CHANGES, DIMENSIONS, SAVINGS, TELEMETRY
 from lynkr_store.migrate.adoption import is_autoincrement
 

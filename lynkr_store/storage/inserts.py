@@ -9,9 +9,10 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of, driver_of, ensure_begun
+from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.errors import Fault, fault_of, refusal
 from lynkr_store.db.models import TELEMETRY
+from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.exceptions import RowRejected, StoreUnavailable, raise_alone
 from lynkr_store.ingest.batch import Row
 from lynkr_store.schemas.units import INSTANT_MIN_MS

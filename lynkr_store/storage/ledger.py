@@ -14,9 +14,10 @@ from sqlalchemy import (
 )
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of, ensure_begun
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.functions import inserting
 from lynkr_store.db.models import LEDGER
+from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.schemas.units import DAY_MS
 
 LEDGER_DAYS: Final = 30

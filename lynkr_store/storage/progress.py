@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Delete, Insert, ScalarSelect, Select, delete, select
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.functions import inserting
 from lynkr_store.db.models import PROGRESS
 

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
-from lynkr_store.db.engines import (
-    check_host_engine,
-    create_store_async_engine,
-    in_schema,
-    parse_url,
-    writing,
-)
+from lynkr_store.db.dialect import parse_url, writing
+from lynkr_store.db.engines import check_host_engine, create_store_async_engine, in_schema
 from lynkr_store.db.errors import translated
 from lynkr_store.db.event_loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.db.forking import keep_out_of_children

@@ -14,10 +14,8 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store.cache import TTLCache
-from lynkr_store.db.engines import (
-    plan_for_any,
-)
 from lynkr_store.db.errors import translated
+from lynkr_store.db.postgresql import plan_for_any
 from lynkr_store.db.urls import file_of, shown
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes

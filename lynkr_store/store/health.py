@@ -12,7 +12,7 @@ from sqlalchemy.exc import DataError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.exceptions import StoreUnavailable

@@ -20,12 +20,12 @@ from lynkr_store import (
     writing,
 )
 from lynkr_store.db import forking
-from lynkr_store.db.engines import create_reading_engine
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.migrate import backup
 from lynkr_store.migrate.backup import back_up
 from lynkr_store.storage import database
+from lynkr_store.storage.read_only import create_reading_engine
 from tests.support.stores import Asynchronous, eventually
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

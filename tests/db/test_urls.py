@@ -20,7 +20,8 @@ from lynkr_store import (
     upgrade,
 )
 from lynkr_store.cli import commands
-from lynkr_store.db.engines import create_store_async_engine, parse_url
+from lynkr_store.db.dialect import parse_url
+from lynkr_store.db.engines import create_store_async_engine
 from lynkr_store.db.urls import settings_in, shown
 from tests.support.recorded import ROOT
 from tests.support.stores import looked

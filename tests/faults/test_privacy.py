@@ -23,7 +23,7 @@ from lynkr_store import (
     create_store_engine,
     writing,
 )
-from lynkr_store.db.engines import parse_url
+from lynkr_store.db.dialect import parse_url
 from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES

@@ -11,7 +11,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.exc import OperationalError
 
 from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine
-from lynkr_store.db.engines import overwriting
+from lynkr_store.db.sqlite import overwriting
 from lynkr_store.migrate.upgrade import downgrade
 
 NOW = 1_750_000_000_000

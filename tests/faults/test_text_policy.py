@@ -20,7 +20,8 @@ from lynkr_store import (
     create_store_engine,
     writing,
 )
-from lynkr_store.db.engines import create_store_async_engine, parse_url
+from lynkr_store.db.dialect import parse_url
+from lynkr_store.db.engines import create_store_async_engine
 from lynkr_store.db.models import RoutingTelemetry
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import row_of

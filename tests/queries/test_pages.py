@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.schema import DropIndex
 
 from lynkr_store import Cursor, RoutingFilter, RoutingRepository, Window, create_store_engine
-from lynkr_store.db.engines import backend_of
+from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.functions import unindexed
 from lynkr_store.db.models import INDEXES, TELEMETRY
 from lynkr_store.maintenance import indexes

@@ -15,7 +15,7 @@ from lynkr_store import RollupsRefused, Store, StoreSettings, Window, create_sto
 from lynkr_store.backend import Backend
 from lynkr_store.cli.commands import app
 from lynkr_store.db import triggers
-from lynkr_store.db.engines import writing
+from lynkr_store.db.dialect import writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
 from lynkr_store.migrate.upgrade import downgrade, drift, missing_triggers, upgrade
 from lynkr_store.rollups import fold, repair, state

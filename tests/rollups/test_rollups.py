@@ -14,7 +14,7 @@ from sqlalchemy import BigInteger, cast, delete, event, insert, select
 from sqlalchemy.orm import Session
 
 from lynkr_store import RoutingRepository, Store, StoreSettings, Window, create_store_engine
-from lynkr_store.db.engines import writing
+from lynkr_store.db.dialect import writing
 from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.rollups import answer_sql, measures, state
 from lynkr_store.rollups import fold as folding

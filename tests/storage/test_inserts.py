@@ -9,7 +9,7 @@ from sqlalchemy import create_engine, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store import create_store_engine, writing
-from lynkr_store.db.engines import parse_url
+from lynkr_store.db.dialect import parse_url
 from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.migrate.upgrade import upgrade

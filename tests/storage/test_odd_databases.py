@@ -250,8 +250,8 @@ def _row(**values):
 def test_a_schema_that_takes_too_long_to_load_is_refused(tmp_path, monkeypatch):
     url = made(tmp_path / "a.db", *(f"CREATE TABLE t{n} (a)" for n in range(200)))
     settings = StoreSettings(url=url, statement_timeout_s=0.5)
-    monkeypatch.setattr("lynkr_store.db.engines._STEPS_OF_SCHEMA", 1)
-    monkeypatch.setattr("lynkr_store.db.engines._SCHEMA_S", 0.5)
+    monkeypatch.setattr("lynkr_store.db.sqlite._STEPS_OF_SCHEMA", 1)
+    monkeypatch.setattr("lynkr_store.db.sqlite._SCHEMA_S", 0.5)
     each_look_a_second_later = SimpleNamespace(monotonic=count().__next__)
     monkeypatch.setattr("lynkr_store.db.engines.time", each_look_a_second_later)
     with pytest.raises(StoreUnavailable, match="STATEMENT_TIMEOUT_S"):

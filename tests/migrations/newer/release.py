@@ -21,7 +21,7 @@ from alembic import command
 from sqlalchemy import Connection, Engine, event
 
 from lynkr_store import create_store_engine
-from lynkr_store.db.engines import disposing
+from lynkr_store.db.dialect import disposing
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.migrate.lock import exclusively

@@ -1,0 +1,119 @@
+"""Which backend a URL, an engine or a connection belongs to, and how its transactions begin."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol, Self, TypeVar
+
+from sqlalchemy import URL, Connection, Engine
+
+from lynkr_store.backend import OLDEST, Backend
+from lynkr_store.db.urls import (
+    REMEDY,
+    is_memory,
+    read_url,
+)
+from lynkr_store.exceptions import (
+    UnsupportedDatabase,
+)
+
+BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
+AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
+_DRIVERS: Final = {
+    Backend.SQLITE: ("pysqlite", "aiosqlite"),
+    Backend.POSTGRESQL: ("psycopg", "psycopg_async"),
+}
+_SYNC_DRIVER: Final = {
+    Backend.SQLITE: "sqlite+pysqlite",
+    Backend.POSTGRESQL: "postgresql+psycopg",
+}
+
+
+def parse_url(url: str | URL) -> URL:
+    """The URL of a supported database, with its driver and a file's whole path written out.
+
+    The whole path, because the engine opens the file again and again, and a process may change its
+    working directory in between.
+
+    Raises:
+        UnsupportedDatabase: Not a URL, another database, or a driver that is not supported.
+    """
+    parsed = read_url(url)
+    backend = backend_named(parsed.get_backend_name())
+    driver = parsed.get_dialect().driver
+    if "+" in parsed.drivername and driver not in _DRIVERS[backend]:
+        raise UnsupportedDatabase(f"url: the driver {driver} is not supported; {REMEDY}")
+    parsed = parsed.set(drivername=_SYNC_DRIVER[backend])
+    path = None if backend is not Backend.SQLITE or is_memory(parsed) else parsed.database
+    if path and not path.startswith("file:"):
+        parsed = parsed.set(database=str(Path(path).absolute()))
+    return parsed
+
+
+def backend_of(engine: Engine | Connection) -> Backend:
+    """The backend an engine or connection speaks to."""
+    return backend_named(engine.dialect.name)
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of SQLAlchemy's name for it.
+
+    Raises:
+        UnsupportedDatabase: Another database.
+    """
+    try:
+        return Backend(name)
+    except ValueError:
+        raise UnsupportedDatabase(f"url: {name} is not supported; {REMEDY}") from None
+
+
+def require_supported(connection: Connection) -> None:
+    """Make sure that the database is not too old.
+
+    Raises:
+        UnsupportedDatabase: It is; the message says which version is needed.
+    """
+    backend = backend_of(connection)
+    version, oldest = connection.dialect.server_version_info, OLDEST[backend]
+    if version is not None and version < oldest:
+        found, needed = (".".join(map(str, each)) for each in (version, oldest))
+        where = " (Python's sqlite3 brings it)" if backend is Backend.SQLITE else ""
+        raise UnsupportedDatabase(
+            f"{backend.value} {found} is too old: use version {needed} or newer{where}"
+        )
+
+
+class _Optioned(Protocol):
+    def execution_options(self, **options: Any) -> Self: ...
+
+
+_E = TypeVar("_E", bound=_Optioned)
+
+
+def writing(engine: _E) -> _E:
+    """The same engine and pool, whose SQLite transactions take the write lock at BEGIN.
+
+    A transaction that starts reading and then writes can fail half-way when another writer came
+    between; one that starts IMMEDIATE waits its turn instead.
+    """
+    return engine.execution_options(**{BEGIN: "IMMEDIATE"})
+
+
+def writing_at_once(engine: _E) -> _E:
+    """As `writing`, but BEGIN fails where another has the lock; see `storage.write_lock`."""
+    return engine.execution_options(**{BEGIN: "IMMEDIATE", AT_ONCE: True})
+
+
+def driver_of(connection: Connection) -> Any:
+    """The driver's own connection."""
+    pooled = connection.connection
+    return pooled.driver_connection or pooled.dbapi_connection  # the latter if detached
+
+
+@contextmanager
+def disposing(engine: Engine) -> Iterator[Engine]:
+    """The engine, disposed in the end."""
+    try:
+        yield engine
+    finally:
+        engine.dispose()
