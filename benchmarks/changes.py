@@ -104,6 +104,6 @@ def _through(store: Store, check: Callable[..., repair.Mended]) -> None:
         RuntimeError: It found something, so the time is not that of looking.
     """
     database = store._database  # noqa: SLF001 - this project's own
-    mended = check(database.begun, look=database.looked, stop=lambda: False)
+    mended = check(database.write_transaction, look=database.read, stop=lambda: False)
     if mended != (0, True):
         raise RuntimeError("roll-ups differed from their rows")

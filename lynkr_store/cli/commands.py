@@ -33,7 +33,7 @@ from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import DatabaseSettings, StoreSettings
 from lynkr_store.storage import identities
-from lynkr_store.storage.database import looking_engine
+from lynkr_store.storage.read_only import inspecting_engine
 from lynkr_store.store.sync import Store
 
 _LOOK_S: Final = 10.0  # a person can wait longer for the first look than a poll does
@@ -164,7 +164,7 @@ def downgrade(
 def check(*, url: _Url = None, as_json: _Json = False) -> None:
     """Say whether this release can work with the schema; exit 1 if not."""
     with (
-        disposing(looking_engine(StoreSettings(url=_target(url)))) as engine,
+        disposing(inspecting_engine(StoreSettings(url=_target(url)))) as engine,
         translated(of_rows=False),
         engine.connect() as connection,
     ):

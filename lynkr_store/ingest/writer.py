@@ -26,7 +26,7 @@ from typing import Final, Protocol
 from lynkr_store.exceptions import OutcomeUnknown, SpoolError
 from lynkr_store.ingest.account import Account
 from lynkr_store.ingest.batch import Gathering, Row
-from lynkr_store.ingest.handoff import Away, Turns
+from lynkr_store.ingest.gil import GilHandoff
 from lynkr_store.ingest.preparer import prepare
 from lynkr_store.ingest.queue import Intake, Queued
 from lynkr_store.ingest.spool import Entry, Spool, SpoolDamaged
@@ -66,13 +66,14 @@ _inherited: list[Spool] = []
 class Sink(Protocol):
     """Where batches go."""
 
-    def write(self, batch_id: str, rows: Sequence[Row], away: Away) -> Mapping[str, int]:
+    def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
         """Store the rows, in order and durably, unless an earlier try under this id did.
+
+        Enter `lynkr_store.ingest.gil.long_call` around calls that hardly need the interpreter.
 
         Args:
             batch_id: The same at every try.
             rows: One or more.
-            away: To be entered around calls that take long and hardly need the interpreter.
 
         Returns:
             Cause to number of rows refused for their own fault; the others are stored.
@@ -178,7 +179,7 @@ class Writer(Forkable):
         self._changed = threading.Condition(self._lock)
         self._freed = threading.Condition(self._lock)  # who flushes is woken for nothing else
         self._bell: SimpleQueue[None] = SimpleQueue()  # may be rung from a signal handler
-        self._turns = Turns()
+        self._gil = GilHandoff()
         self._account = Account()
         self._intake = Intake(
             self._clock,
@@ -555,7 +556,7 @@ class Writer(Forkable):
         if work.tries > _MOST_TRIES:
             self._lose_rest(work)
         while work.next < len(work.records):
-            with self._turns.second():
+            with self._gil.preparing():
                 some = work.records[work.next : work.next + _SLICE_ROWS]
                 rejected, mended = prepare(some, self._gathering, self._policy, self._new_id)
                 rejected, mended = work.rejected + rejected, work.mended + mended
@@ -815,8 +816,8 @@ class Writer(Forkable):
                 return False
             batch.asking = True
         try:
-            with self._turns.first():
-                batch.refused = self._sink.write(batch.id, batch.rows, self._turns.away)
+            with self._gil.delivering():
+                batch.refused = self._sink.write(batch.id, batch.rows)
         except BaseException as error:
             batch.unsure |= isinstance(error, OutcomeUnknown) or not isinstance(error, Exception)
             raise

@@ -111,7 +111,7 @@ def any_older(database: Database, cutoff_ms: int) -> bool:
     Raises:
         StoreUnavailable: The database cannot be reached.
     """
-    with translated(), database.looked() as connection:
+    with translated(), database.read() as connection:
         return bool(connection.scalar(retention_sql.count_older(TELEMETRY, cutoff_ms, most=1)))
 
 
@@ -175,7 +175,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
         StoreUnavailable: The database cannot be reached; what was removed before is gone.
     """
     with translated():
-        settled = settled_id(database.begun, database.looked)
+        settled = settled_id(database.write_transaction, database.read)
     noted: _Place | None = None  # by us, and exactly
     exactly: retention_sql.Place = NOTHING, NOTHING
 
@@ -321,7 +321,11 @@ def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
     """Take steps, each in a transaction, until one was the last; add up what they did."""
     total, rows, took_s = 0, _ROWS_FIRST, _STEP_S[database.backend]
     while not stop():
-        with translated(), database.begun(took_s) as connection, overwriting(connection):
+        with (
+            translated(),
+            database.write_transaction(took_s) as connection,
+            overwriting(connection),
+        ):
             began = time.monotonic()
             done, more = step(connection, rows)
         total += done

@@ -61,7 +61,9 @@ def maintain(
     rows = folded.rows
     if rebuild:
         with translated():
-            rows += folding.rebuild(database.begun, on_step=lambda more: on_step(rows + more)).rows
+            rows += folding.rebuild(
+                database.write_transaction, on_step=lambda more: on_step(rows + more)
+            ).rows
     mended = mend(database, budget_s) if folded.done else 0
     retained = retain(database, settings, clock, budget_s, trust_clock=trust_clock)
     if retained.retention_waits:
@@ -156,7 +158,7 @@ def set_sequences_forward(database: Database) -> tuple[str, ...]:
     """
     if database.backend is Backend.SQLITE:  # it looks at the ids itself
         return ()
-    with translated(), database.begun() as connection:
+    with translated(), database.write_transaction() as connection:
         return identities.set_forward(connection)
 
 
@@ -178,9 +180,9 @@ def fold(
         on_step(rows)
 
     with translated():
-        changed = repair.apply_changes(database.begun, look=database.looked, stop=stop)
+        changed = repair.apply_changes(database.write_transaction, look=database.read, stop=stop)
         folded = folding.fold(
-            database.begun_step, look=database.looked, stop=stop, on_step=after_step
+            database.write_step, look=database.read, stop=stop, on_step=after_step
         )
     return FoldReport(folded.rows, changed.quarters, folded.done and changed.done)
 
@@ -202,7 +204,7 @@ def mend(database: Database, budget_s: float, stop: Callable[[], bool] = lambda:
             return stop() or time.monotonic() >= deadline
 
         with translated():
-            quarters += check(database.begun, look=database.looked, stop=over).quarters
+            quarters += check(database.write_transaction, look=database.read, stop=over).quarters
     if quarters:
         say(
             logging.WARNING,
@@ -221,7 +223,7 @@ def recount(database: Database, since_ms: int, until_ms: int) -> int:
     """
     fold(database)
     with translated():
-        return folding.rebuild(database.begun, since=since_ms, until=until_ms).rows
+        return folding.rebuild(database.write_transaction, since=since_ms, until=until_ms).rows
 
 
 def retain(
@@ -257,10 +259,10 @@ def retain(
     )
     with translated():
         if doubt is None:
-            folding.trim(database.begun, rollups_before, look=database.looked, stop=stop)
+            folding.trim(database.write_transaction, rollups_before, look=database.read, stop=stop)
             _forget_batches(database, now, stop)
             return retained
-        with database.looked() as connection:
+        with database.read() as connection:
             due = folding.can_trim(connection, rollups_before)
     if due or retained.rows_remaining or retained.texts_remaining:
         return retained._replace(retention_waits=doubt)
@@ -270,25 +272,25 @@ def retain(
 def _doubt(database: Database, now_ms: int, *, trust_clock: bool) -> str | None:
     """Why the clock may be wrong; None where it is trusted, which is then noted."""
     with translated():
-        with database.looked() as connection:
+        with database.read() as connection:
             trusted = connection.scalar(select(progress.value_of(clock_check.TRUSTED)))
             newest = clock_check.newest(clock_check.seen_upto(now_ms, trusted))
             seen = clock_check.Seen(*connection.execute(newest).one())
         doubt = None if trust_clock else clock_check.doubt(now_ms, trusted, seen)
         if doubt is None and clock_check.is_news(now_ms, trusted):
-            with database.begun() as connection:
+            with database.write_transaction() as connection:
                 progress.write(connection, clock_check.TRUSTED, now_ms)
     return doubt
 
 
 def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -> None:
     """Take from the ledger what is older than it remembers, some of it now and the rest later."""
-    with database.looked() as connection:
+    with database.read() as connection:
         more = has_expired(connection, now_ms)
     for _ in range(_LEDGER_STEPS):
         if not more or stop():
             return
-        with database.begun() as connection:
+        with database.write_transaction() as connection:
             more = expire_ledger(connection, now_ms)
             earlier = connection.scalar(select(progress.value_of(FORGOTTEN)))
             latest = max(forgotten_before(now_ms), state.NOTHING if earlier is None else earlier)
@@ -316,7 +318,7 @@ def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: boo
 
 def folded_upto(database: Database) -> int:
     """The id up to which rows are in the roll-ups; others must not be deleted by retention."""
-    with translated(), database.looked() as connection:
+    with translated(), database.read() as connection:
         folded: int = connection.execute(state.folded()).scalar_one()
     return folded
 

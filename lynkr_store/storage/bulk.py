@@ -6,7 +6,6 @@ of a statement, and beside a thread that is at work waits up to 5 ms to get it b
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -20,13 +19,10 @@ from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.db.sqlite import overwriting
 from lynkr_store.ingest.batch import Row, Rows
-from lynkr_store.ingest.handoff import Away
+from lynkr_store.ingest.gil import long_call
 
 _MOST_ROWS: Final = 1_000  # of a statement, or half of it
 _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
-
-AWAY: Final = "lynkr_store_away"
-"""The execution option that holds an `Away`, which is entered around each long call."""
 
 _COUNTING: Final = {"preserve_rowcount": True}  # psycopg forgets it with the cursor
 
@@ -78,13 +74,12 @@ def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -
             the one that failed are inserted: go back to a SAVEPOINT, or roll back.
     """
     rows = Rows.of(rows)
-    away = connection.get_execution_options().get(AWAY, nullcontext)
     if backend_of(connection) is Backend.SQLITE:
         with overwriting(connection):  # it leaves copies of rows that it moves for new ones
-            return _insert(connection, _verb(connection) if leaves else _INSERT, rows, away)
+            return _insert(connection, _verb(connection) if leaves else _INSERT, rows)
     if connection.dialect.is_async:  # psycopg's COPY has to be awaited there
         return send_slowly(connection, rows)
-    return _copy(connection, rows, away)
+    return _copy(connection, rows)
 
 
 def is_not_copied(error: DBAPIError) -> bool:
@@ -92,12 +87,12 @@ def is_not_copied(error: DBAPIError) -> bool:
     return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
 
 
-def _insert(connection: Connection, verb: str, rows: Rows, away: Away) -> int:
+def _insert(connection: Connection, verb: str, rows: Rows) -> int:
     width = len(rows.columns)
     most = _MOST_ROWS if _MOST_ROWS * width <= _MOST_VALUES else _MOST_ROWS // 2
     text_of = partial(_insert_of, verb, rows.columns)
     try:
-        stored = execute_in_parts(connection, text_of, rows, most, away)
+        stored = execute_in_parts(connection, text_of, rows, most)
     except DBAPIError:
         connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
         raise
@@ -117,7 +112,6 @@ def execute_in_parts(
     text_of: Callable[[int], str],
     rows: Rows,
     most: int,
-    away: Away = nullcontext,
 ) -> int:
     """Execute statements of several rows each, on SQLite; return how many rows they changed.
 
@@ -126,7 +120,6 @@ def execute_in_parts(
         text_of: The statement for so many rows, which takes the values of one after the other.
         rows: In order.
         most: Rows of one statement.
-        away: Entered around each call.
 
     Raises:
         DBAPIError: With the statement for one row: the others repeat it.
@@ -135,7 +128,7 @@ def execute_in_parts(
     for at, count in _parts(len(rows), most):
         values = tuple(rows.values[at * width : (at + count) * width])
         try:
-            with away():
+            with long_call():
                 changed += connection.exec_driver_sql(
                     text_of(count), values, execution_options=_COUNTING
                 ).rowcount
@@ -184,12 +177,12 @@ def _into(dialect: Dialect, columns: Iterable[str]) -> str:
     return f"{names.format_table(TELEMETRY)} ({', '.join(map(names.quote, columns))})"
 
 
-def _copy(connection: Connection, rows: Rows, away: Away) -> int:
+def _copy(connection: Connection, rows: Rows) -> int:
     statement, types = _copy_of(rows.columns)
     driver = driver_of(connection)
     try:
         # the server takes longer than Python, which waits for it again and again
-        with driver.cursor() as cursor, away():
+        with driver.cursor() as cursor, long_call():
             with cursor.copy(statement) as copy:
                 copy.set_types(types)
                 for row in rows.tuples():

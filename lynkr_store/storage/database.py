@@ -1,83 +1,48 @@
-"""One database: its engine, opened on first use; where batches go."""
+"""One database: its engine, opened on first use, and its transactions."""
 
 import logging
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Final
 
-from sqlalchemy import URL, Connection, Engine, MetaData, Table, false, null, select
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DatabaseError, DBAPIError
 from sqlalchemy.pool import QueuePool
-from sqlalchemy.schema import CreateView
 
 from lynkr_store.backend import Backend
-from lynkr_store.db import catalogue
-from lynkr_store.db.dialect import backend_of, disposing, parse_url, writing, writing_at_once
+from lynkr_store.db.dialect import backend_of, parse_url, writing, writing_at_once
 from lynkr_store.db.engines import check_host_engine, create_store_engine, in_schema
-from lynkr_store.db.errors import Fault, fault_of, is_busy, is_no_database, translated
+from lynkr_store.db.errors import is_busy, is_no_database, translated
 from lynkr_store.db.forking import keep_out_of_children
-from lynkr_store.db.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.db.postgresql import require_utf8
-from lynkr_store.db.sqlite import WAL_PAGES, checkpoint, checkpoint_after, ensure_begun
+from lynkr_store.db.sqlite import WAL_PAGES, ensure_begun
 from lynkr_store.db.urls import file_of, is_memory
 from lynkr_store.exceptions import (
     BadArgument,
     OutcomeUnknown,
     SchemaBehind,
-    SchemaError,
     StoreUnavailable,
-    raise_alone,
 )
-from lynkr_store.ingest.batch import Row
-from lynkr_store.ingest.handoff import Away
+from lynkr_store.ingest.gil import long_call
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import bring_to, foreign_owners
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
-from lynkr_store.schemas import LONG_FIELDS
-from lynkr_store.schemas.base import epoch_ms_now
-from lynkr_store.schemas.units import DAY_MS
 from lynkr_store.settings import StoreSettings
-from lynkr_store.storage import bulk, progress
 from lynkr_store.storage.company import has_company
-from lynkr_store.storage.diagnosis import hindrance
-from lynkr_store.storage.inserts import PART_ROWS, insert_once
-from lynkr_store.storage.ledger import FORGOTTEN, enter_parts
-from lynkr_store.storage.read_only import create_reading_engine
+from lynkr_store.storage.read_only import open_read_only
 from lynkr_store.storage.text_policy import set_policy
-from lynkr_store.storage.write_lock import again_s, pause_s
+from lynkr_store.storage.write_lock import MANY_WAL_PAGES, WriteLock
 
-_NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
-_OF_ROLLUPS: Final = (
-    DIMENSIONS,
-    ROLLUPS,
-    PROGRESS,
-    CHANGES,
-)  # without them all is read from the rows
-_LONG_WAL_PAGES: Final = 10_000
-"""80 MB of a fresh file's pages in the WAL: as many as it may hold before the end of it is moved
-between two batches, so that it begins anew."""
-_BATCHES_WAL_PAGES: Final = 2 * _LONG_WAL_PAGES
-"""Pages from which on a commit of many rows moves them: a fifth of the time of writing. A fold does
-it before, beside the batches, and a batch does in the pause in which the lock is left alone."""
-_MANY_ROWS: Final = 100
-"""Rows from which on a batch is taken for one of many. Small ones write the same pages again and
-again: of these the WAL would hold many times what is in the file."""
 _NEEDED: Final = frozenset((TELEMETRY.name, LEDGER.name))
 """Tables without which no record can be stored; without others a store goes on storing them."""
 _OTHER_FILE: Final = "the file was removed, or another one was put in its place"
-_MEMORY: Final = 0.8
-_BUSY_S: Final = 3.0  # for another writer of an SQLite file, before the writer tries again later
 _UPGRADE_WAIT_S: Final = 5.0  # who opens a store waits for an answer; the writer tries again
-_OPEN_WAIT_S: Final = 1.0
-"""How long a writer waits for a thread that is opening the database. That may be one that a signal
-handler interrupted to close the store, which waits for the writer. Both may open it."""
 
 
 class Database(Forkable):
@@ -87,13 +52,12 @@ class Database(Forkable):
         settings: The store's options.
         engine: The host's own Engine, which is used and left open. Before a fork, and when an
             SQLite file was removed, its idle connections are closed.
-        clock: The present in epoch milliseconds, for the ledger.
         read_only: Alter nothing; a gateway's file is read as it is.
 
     Attributes:
         engine: For reading.
-        view: Read-only: columns of this release that the file lacks, read as NULL.
-        on_written: Called with the number of rows of each batch that was stored.
+        writing: The same for Sessions that write.
+        missing_columns: Read-only: columns of this release that the file lacks, read as NULL.
     """
 
     def __init__(
@@ -101,15 +65,11 @@ class Database(Forkable):
         settings: StoreSettings,
         engine: Engine | None = None,
         *,
-        clock: Callable[[], int] = epoch_ms_now,
         read_only: bool = False,
     ) -> None:
         self._owned = engine is None
-        self._clock = clock
         self.read_only = read_only
-        self._begin()
-        self.on_written: Callable[[int], None] = lambda _: None
-        self.view: tuple[str, ...] = ()
+        self.missing_columns: tuple[str, ...] = ()
         if engine is not None:
             check_host_engine(engine)
             if read_only:
@@ -118,7 +78,7 @@ class Database(Forkable):
             set_policy(engine, policy_of(settings))
             self.engine = in_schema(engine, settings.schema_name)
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
-            self.engine, self.view = _reading(settings)
+            self.engine, self.missing_columns = open_read_only(settings)
         else:
             self.engine = create_store_engine(
                 settings.url,
@@ -135,27 +95,23 @@ class Database(Forkable):
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
-        self._shared_file = self.backend is Backend.SQLITE and not self.in_memory
         self._path = file_of(self.engine.url)
         if self.backend is Backend.POSTGRESQL:
             # whatever a host's engine is set to: a batch is one transaction, and its second try
             # must see what the first committed meanwhile
             self.writing = self.writing.execution_options(isolation_level="READ COMMITTED")
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._opened = False
         self._opened_once = False
         self._lock = threading.Lock()
-        self._gate = threading.Lock()  # held while a batch is written
         self._file: Identity | None = None
         self._disposed = False
         self._using: set[Connection] = set()  # who has another of the engine's is somebody else
-        self._hold_s = 0.0  # how long the last batch held the lock
-        self._checkpointing = threading.Lock()
-        self._away: Away = nullcontext  # of the batch that is written
-        self._batch = ""  # the last one, and what was refused of it and its parts
-        self._tried: dict[str, Counter[str]] = {}
-        self._known_good: Row | None = None  # a row that was taken, without its texts
+        self._write_lock = None
+        if self.backend is Backend.SQLITE and not self.in_memory:
+            self._write_lock = WriteLock(sets_wal=self._owned, is_shared=self._is_shared)
 
     @property
     def in_memory(self) -> bool:
@@ -215,14 +171,18 @@ class Database(Forkable):
         if self._is_other_file():
             raise StoreUnavailable(f"{self._path}: {_OTHER_FILE}")
 
-    def look_again(self) -> None:
+    def forget_schema(self) -> None:
+        """Have the next `open` check the schema again, which may have been changed."""
+        self._opened = False
+
+    def check_again(self) -> None:
         """Name the remedy, where a statement failed because the schema was changed meanwhile.
 
         Raises:
             SchemaBehind: It was taken back, or lacks tables.
             SchemaAhead: A newer release changed it so that this one cannot work with it.
         """
-        self._opened = False
+        self.forget_schema()
         self.open()
         if not self.read_only:
             with self.connected(self.engine) as connection:
@@ -242,7 +202,7 @@ class Database(Forkable):
             yield
         except StoreUnavailable as error:
             if error.unclear:
-                self.look_again()
+                self.check_again()
             raise
 
     def _check_schema(self) -> None:
@@ -272,189 +232,56 @@ class Database(Forkable):
                 ) from error
             raise
 
-    def write(self, batch_id: str, rows: Sequence[Row], away: Away) -> Mapping[str, int]:
-        """Store a batch once; see `lynkr_store.ingest.writer.Sink`.
-
-        In one transaction, or, where a row of many is refused, in one for each part.
-        """
-        if not self._gate.acquire(blocking=False):  # going away costs the other thread's turn
-            with away():
-                self._gate.acquire()
-        try:
-            self._away = away
-            with translated():
-                try:
-                    self.open(patience_s=_OPEN_WAIT_S)
-                    refused = self._whole_or_parts(batch_id, rows)
-                except DBAPIError as error:
-                    if fault_of(error) is Fault.UNCLEAR:
-                        # the schema may have been changed: look again, to name the remedy
-                        self._opened = False
-                        with self.looked() as connection:
-                            words = hindrance(connection)
-                        if words:
-                            raise_alone(StoreUnavailable(words))
-                    raise
-        finally:
-            self._away = nullcontext
-            self._gate.release()
-        self.on_written(len(rows))
-        return refused
-
-    def has_forgotten(self, at_ms: int) -> bool:
-        """Whether the ledger may have forgotten a batch that was stored at an instant.
-
-        By what it did forget, not by the present, which may be wrong.
-
-        Raises:
-            StoreUnavailable: The database cannot be reached.
-        """
-        with translated():
-            self.open(patience_s=_OPEN_WAIT_S)
-            with self.looked() as connection:
-                before = connection.scalar(select(progress.value_of(FORGOTTEN)))
-        return before is not None and at_ms - DAY_MS < before  # a day for clocks that are set
-
     @contextmanager
-    def looked(self) -> Iterator[Connection]:
+    def read(self) -> Iterator[Connection]:
         """A transaction that reads."""
         with self.connected(self.engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
-    def begun(self, last_s: float = 0.02, *, wal_pages: int = WAL_PAGES) -> Iterator[Connection]:
-        """A transaction that may write, on SQLite with the write lock, and is committed at the end.
+    def write_transaction(
+        self, expected_s: float = 0.02, *, wal_pages: int = WAL_PAGES
+    ) -> Iterator[Connection]:
+        """A transaction that may write, which is committed at the end.
 
-        Whoever writes to a file that others share takes its turn here, and with this store's own
-        batches without waiting in vain.
+        On an SQLite file it has the write lock: it waits for this store's other transactions and
+        leaves other processes their chance. Where the block rolls back, nothing is committed.
 
         Args:
-            last_s: Seconds for which the lock was held the last time; it will be about as long.
+            expected_s: Seconds for which the lock will be held, about: as long as the last time.
             wal_pages: Pages in SQLite's WAL from which on the commit moves them to the file.
+
+        Raises:
+            OutcomeUnknown: The connection was lost while the commit was under way.
         """
-        gate = self._gate if self._shared_file else nullcontext()
-        with gate, self._begun(last_s, wal_pages=wal_pages) as connection:
+        lock = self._write_lock
+        engine = writing_at_once(self.engine) if lock else self.writing
+        with lock.turn() if lock else nullcontext(), self.connected(engine) as connection:
+            if lock:
+                lock.begin(connection, expected_s, wal_pages)
+            else:
+                connection.begin()
             ensure_begun(connection)  # on a host's engine too
             yield connection
+            _commit(connection)
 
     @contextmanager
-    def begun_step(self) -> Iterator[Connection]:
-        """As `begun`, one of many steps between which `checkpoint` is called."""
-        with self.begun(wal_pages=_BATCHES_WAL_PAGES) as connection:
+    def write_step(self) -> Iterator[Connection]:
+        """As `write_transaction`, one of many steps between which `checkpoint` is called."""
+        with self.write_transaction(wal_pages=MANY_WAL_PAGES) as connection:
             yield connection
 
     def checkpoint(self) -> None:
-        """Move what stands in SQLite's WAL to the file, most of it beside the batches."""
-        if not self._shared_file:
-            return
-        with self._checkpointing, self.connected(self.engine) as connection:
-            pages = checkpoint(connection)
-            if pages >= _LONG_WAL_PAGES:
-                for _ in range(2):  # of what came meanwhile, less each time
-                    checkpoint(connection)
-        if pages >= _LONG_WAL_PAGES:
-            # as a batch does: the lock first, then a connection, of which a host may have only one
-            with self._gate, self.connected(self.engine) as connection:
-                checkpoint(connection)
+        """Move what stands in SQLite's WAL to the file, most of it while batches are written."""
+        if self._write_lock:
+            self._write_lock.checkpoint(partial(self.connected, self.engine))
 
-    def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
-        if batch_id != self._batch:
-            self._batch = batch_id
-            self._tried.clear()
-        refused = self._store(batch_id, rows)
-        if refused is None:
-            refused = Counter()
-            for at in range(0, len(rows), PART_ROWS):
-                part = rows[at : at + PART_ROWS]
-                refused += self._store(f"{batch_id}.{at}", part, of=batch_id) or Counter()
-        return refused
-
-    def _store(
-        self, batch_id: str, rows: Sequence[Row], *, of: str | None = None
-    ) -> Counter[str] | None:
-        """Store a batch, or a part of one, in one transaction; None where it must go in parts."""
-        with self._begun_for_batch(len(rows)) as connection:
-            connection.execution_options(**{bulk.AWAY: self._away})
-            if of:
-                enter_parts(connection, of, self._clock())
-            refused = self._insert(connection, batch_id, rows)
-            if refused is None:
-                connection.rollback()
-                return None
-            if refused:  # by a rule that a newer release made? then the batch waits
-                try:
-                    revisions.require_head(connection)
-                except SchemaError:
-                    self._opened = False
-                    raise
-            try:
-                with self._away():
-                    connection.commit()
-            except DBAPIError as error:
-                if not error.connection_invalidated:
-                    raise
-                raise OutcomeUnknown("the connection was lost while a commit was under way") from (
-                    error
-                )
-        self.require_file()
-        return refused
-
-    @contextmanager
-    def _begun_for_batch(self, rows: int) -> Iterator[Connection]:
-        wal_pages = _BATCHES_WAL_PAGES if rows >= _MANY_ROWS else WAL_PAGES
-        with self._begun(self._hold_s, self._away, wal_pages) as connection:
-            began = time.monotonic()
-            yield connection
-            # a long one is remembered for some batches: what comes is like what came
-            self._hold_s = max(time.monotonic() - began, _MEMORY * self._hold_s)
-
-    @contextmanager
-    def _begun(
-        self, last_s: float, away: Away = nullcontext, wal_pages: int = WAL_PAGES
-    ) -> Iterator[Connection]:
-        if not self._shared_file:
-            with self.connected(self.writing) as connection, connection.begin():
-                yield connection
-            return
-        deadline = time.monotonic() + _BUSY_S
-        with self.connected(writing_at_once(self.engine)) as connection:
-            while True:
-                wait_s = pause_s(time.time(), last_s)
-                if wait_s and self._has_company():
-                    with away():
-                        self._pause(connection, wait_s, wal_pages)
-                try:
-                    connection.begin()
-                except OperationalError as error:
-                    if not is_busy(error) or time.monotonic() > deadline:
-                        raise
-                    time.sleep(again_s())
-                else:
-                    break
-            if self._owned:  # a host's connections are its own
-                checkpoint_after(connection, wal_pages)
-            yield connection
-            connection.commit()
-
-    def _has_company(self) -> bool:
-        """Whether somebody may wait for the file's lock who takes no turn at the gate."""
+    def _is_shared(self) -> bool:
+        """Whether another process may wait for the file's lock."""
         pool = self.engine.pool
         if not self._owned or not self._path or not isinstance(pool, QueuePool):
             return True
         return has_company(self._path, pool.checkedin() + len(self._using))
-
-    def _pause(self, connection: Connection, wait_s: float, wal_pages: int) -> None:
-        """Wait; where the WAL may be long, move it to the file meanwhile, which needs no lock.
-
-        Where it is short, those for whom the lock is left alone need not feel it.
-        """
-        until = time.monotonic() + wait_s
-        if wal_pages > WAL_PAGES and self._checkpointing.acquire(timeout=wait_s):
-            try:
-                checkpoint(connection)
-            finally:
-                self._checkpointing.release()
-        time.sleep(max(0.0, until - time.monotonic()))
 
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:
@@ -491,23 +318,6 @@ class Database(Forkable):
             if self._disposed:
                 pool.dispose()
 
-    def _insert(
-        self, connection: Connection, batch_id: str, rows: Sequence[Row]
-    ) -> Counter[str] | None:
-        now, good = self._clock(), self._known_good
-        done = insert_once(connection, batch_id, rows, now, known_good=good)
-        if done is None:
-            return None
-        stored, refused = done
-        missing = len(rows) - stored - refused.total()
-        if missing:  # an earlier try was committed without them
-            causes = self._tried.get(batch_id, Counter())
-            refused = causes if causes.total() == missing else Counter(refused_earlier=missing)
-        self._tried[batch_id] = refused
-        if not refused:
-            self._known_good = {**rows[-1], **_NO_TEXTS}
-        return refused
-
     def _identity(self) -> Identity | None:
         """Which file the path names: that of an SQLite database can be removed, or replaced."""
         return identity_of(self._path) if self._path else None
@@ -523,8 +333,8 @@ class Database(Forkable):
         self._file = None
 
     def after_fork_in_child(self) -> None:
-        """Start anew; the engine does so by itself."""
-        self._begin()
+        """Start with new locks and a schema to be checked; the engine does so by itself."""
+        self._reset()
 
     def dispose(self) -> None:
         """Close the engine's connections, unless it is the host's.
@@ -548,74 +358,11 @@ class Database(Forkable):
             thread.join()
 
 
-def looking_engine(settings: StoreSettings) -> Engine:
-    """An engine that alters nothing and shows what is there.
-
-    Raises:
-        UnsupportedDatabase: Another database or driver.
-        StoreUnavailable: There is no such file, or it is no database.
-    """
-    url = parse_url(settings.url)
-    if url.get_backend_name() == Backend.SQLITE:
-        return create_reading_engine(
-            _file_to_read(url), statement_timeout_s=settings.statement_timeout_s
-        )
-    engine = create_store_engine(url, schema=settings.schema_name)
-    return engine.execution_options(postgresql_readonly=True)
-
-
-def _file_to_read(url: URL) -> Path:
-    if is_memory(url) or url.database is None:
-        raise BadArgument("url: an empty database in memory cannot be read; give a file")
-    return Path(url.database)
-
-
-def _reading(settings: StoreSettings) -> tuple[Engine, tuple[str, ...]]:
-    """An engine that alters nothing, and the columns that its view supplies as NULL."""
-    path = _file_to_read(parse_url(settings.url))
-    timeout_s = settings.statement_timeout_s
-    names = (TELEMETRY.name, *(table.name for table in _OF_ROLLUPS))
-    with (
-        disposing(create_reading_engine(path, statement_timeout_s=timeout_s)) as engine,
-        translated(of_rows=False),
-        engine.connect() as connection,
-    ):
-        for name, kind in catalogue.not_plain(connection, names).items():
-            raise SchemaError(
-                f"{path}: {name} is a {kind} and no table, and a read of it could take any time "
-                "and memory: give a file that the gateway or this library made"
-            )
-        lost = [table for table in _OF_ROLLUPS if not catalogue.tables(connection, [table.name])]
-        there = catalogue.column_names(connection, TELEMETRY.name)
-        if not there:
-            raise SchemaBehind(
-                f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
-                f"{revisions.UPGRADE_COMMAND} to make one"
-            )
-        for name in names:
-            if computed := catalogue.generated_columns(connection, name):
-                raise SchemaError(
-                    f"{path}: {name}.{min(computed)} is a generated column, and a read of it could "
-                    "take any time and memory: give a file that the gateway or this library made"
-                )
-        missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)
-        views = [*map(_empty, lost), *([_view(there)] if missing else [])]
-        statements = [str(view.compile(engine)) for view in views]
-    engine = create_reading_engine(path, views=statements, statement_timeout_s=timeout_s)
-    return engine, missing
-
-
-def _view(there: Collection[str]) -> CreateView:
-    """A temporary view that hides the table of the same name and has all columns."""
-    main = TELEMETRY.to_metadata(MetaData(), schema="main")
-    columns = (
-        main.c[column.name] if column.name in there else null().label(column.name)
-        for column in TELEMETRY.c
-    )
-    return CreateView(select(*columns), TELEMETRY.name, temporary=True)
-
-
-def _empty(table: Table) -> CreateView:
-    """A temporary view in the place of a table that the file does not have, without rows."""
-    columns = (null().label(column.name) for column in table.c)
-    return CreateView(select(*columns).where(false()), table.name, temporary=True)
+def _commit(connection: Connection) -> None:
+    try:
+        with long_call():
+            connection.commit()
+    except DBAPIError as error:
+        if not error.connection_invalidated:
+            raise
+        raise OutcomeUnknown("the connection was lost while a commit was under way") from error

@@ -1,18 +1,35 @@
-"""Engines on SQLite files that are read and never altered, whoever made them."""
+"""Opens SQLite files to read them and never alters them: a gateway's of any version, too."""
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    false,
+    null,
+    select,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.schema import CreateView
 
-from lynkr_store.db.errors import said_of_file
+from lynkr_store.backend import Backend
+from lynkr_store.db import catalogue
+from lynkr_store.db.dialect import disposing, parse_url
+from lynkr_store.db.engines import create_store_engine
+from lynkr_store.db.errors import said_of_file, translated
 from lynkr_store.db.forking import keep_out_of_children
+from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.db.sqlite import (
     CONNECTION_PRAGMAS,
     Deadline,
@@ -21,10 +38,16 @@ from lynkr_store.db.sqlite import (
     require_regular_file,
     set_up,
 )
+from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import (
+    BadArgument,
+    SchemaBehind,
+    SchemaError,
     StoreUnavailable,
 )
+from lynkr_store.migrate import revisions
 from lynkr_store.process.files import identity_of
+from lynkr_store.settings import StoreSettings
 
 _OF_OTHERS_PRAGMAS: Final = (
     ("cell_size_check", "ON"),  # a damaged page is told when it is read, not while it is used
@@ -38,6 +61,8 @@ _OF_OTHERS_LIMITS: Final = {
     sqlite3.SQLITE_LIMIT_LENGTH: 64 * 2**20,
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
 }
+_ROLLUP_TABLES: Final = (DIMENSIONS, ROLLUPS, PROGRESS, CHANGES)
+"""Without them every answer is read from the rows."""
 _DEADLINE: Final = "lynkr_store_deadline"  # until when a statement may take
 _STEPS: Final = 100_000  # of SQLite's machine between two looks at the clock: some ms
 
@@ -118,3 +143,76 @@ def _reading_uris(path: Path) -> Iterator[str]:
     yield f"{uri}?mode=rw"
     yield f"{uri}?mode=ro"
     yield f"{uri}?mode=ro&immutable=1"  # in a folder where nothing may be made
+
+
+def inspecting_engine(settings: StoreSettings) -> Engine:
+    """An engine that alters nothing and shows what is there.
+
+    Raises:
+        UnsupportedDatabase: Another database or driver.
+        StoreUnavailable: There is no such file, or it is no database.
+    """
+    url = parse_url(settings.url)
+    if url.get_backend_name() == Backend.SQLITE:
+        return create_reading_engine(
+            _file_to_read(url), statement_timeout_s=settings.statement_timeout_s
+        )
+    engine = create_store_engine(url, schema=settings.schema_name)
+    return engine.execution_options(postgresql_readonly=True)
+
+
+def _file_to_read(url: URL) -> Path:
+    if is_memory(url) or url.database is None:
+        raise BadArgument("url: an empty database in memory cannot be read; give a file")
+    return Path(url.database)
+
+
+def open_read_only(settings: StoreSettings) -> tuple[Engine, tuple[str, ...]]:
+    """An engine that alters nothing, and the columns that its view supplies as NULL."""
+    path = _file_to_read(parse_url(settings.url))
+    timeout_s = settings.statement_timeout_s
+    names = (TELEMETRY.name, *(table.name for table in _ROLLUP_TABLES))
+    with (
+        disposing(create_reading_engine(path, statement_timeout_s=timeout_s)) as engine,
+        translated(of_rows=False),
+        engine.connect() as connection,
+    ):
+        for name, kind in catalogue.not_plain(connection, names).items():
+            raise SchemaError(
+                f"{path}: {name} is a {kind} and no table, and a read of it could take any time "
+                "and memory: give a file that the gateway or this library made"
+            )
+        lost = [table for table in _ROLLUP_TABLES if not catalogue.tables(connection, [table.name])]
+        there = catalogue.column_names(connection, TELEMETRY.name)
+        if not there:
+            raise SchemaBehind(
+                f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
+                f"{revisions.UPGRADE_COMMAND} to make one"
+            )
+        for name in names:
+            if computed := catalogue.generated_columns(connection, name):
+                raise SchemaError(
+                    f"{path}: {name}.{min(computed)} is a generated column, and a read of it could "
+                    "take any time and memory: give a file that the gateway or this library made"
+                )
+        missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)
+        views = [*map(_empty, lost), *([_view(there)] if missing else [])]
+        statements = [str(view.compile(engine)) for view in views]
+    engine = create_reading_engine(path, views=statements, statement_timeout_s=timeout_s)
+    return engine, missing
+
+
+def _view(there: Collection[str]) -> CreateView:
+    """A temporary view that hides the table of the same name and has all columns."""
+    main = TELEMETRY.to_metadata(MetaData(), schema="main")
+    columns = (
+        main.c[column.name] if column.name in there else null().label(column.name)
+        for column in TELEMETRY.c
+    )
+    return CreateView(select(*columns), TELEMETRY.name, temporary=True)
+
+
+def _empty(table: Table) -> CreateView:
+    """A temporary view in the place of a table that the file does not have, without rows."""
+    columns = (null().label(column.name) for column in table.c)
+    return CreateView(select(*columns).where(false()), table.name, temporary=True)

@@ -262,7 +262,7 @@ class AsyncStore(Core):
                             await connection.invalidate()
         except StoreUnavailable as error:
             if error.unclear:
-                await in_thread("open", self._database.look_again)
+                await in_thread("open", self._database.check_again)
             raise
 
     async def _be_open(self) -> None:

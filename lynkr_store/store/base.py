@@ -45,6 +45,7 @@ from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.ledger import LEDGER_DAYS
+from lynkr_store.storage.sink import DatabaseSink
 from lynkr_store.store.health import Probe
 
 _T = TypeVar("_T")
@@ -72,14 +73,15 @@ class Core:
         self._settings = settings
         self._clock = clock or epoch_ms_now
         self._policy = policy_of(settings)
-        self._database = Database(settings, engine, clock=self._clock, read_only=read_only)
+        self._database = Database(settings, engine, read_only=read_only)
+        self._sink = DatabaseSink(self._database, self._clock)
         make_spool = None
         if settings.spool_path and not read_only:
             make_spool = _spool_maker(settings, self._database.engine.url)
         self._cache = TTLCache(settings.cache_ttl_s)
         self._probe = Probe(self._database)
         self._writer = Writer(
-            self._database,
+            self._sink,
             policy=self._policy,
             clock=self._clock,
             max_rows=settings.queue_max_rows,
@@ -89,7 +91,7 @@ class Core:
             spool=make_spool,
             spool_after_s=settings.spool_after_s,
             forget_after_ms=(LEDGER_DAYS - 1) * DAY_MS,  # a day for clocks that are set
-            has_forgotten=self._database.has_forgotten,
+            has_forgotten=self._sink.has_forgotten,
         )
         interval_s = settings.maintenance_interval_s
         checks = run.Regularly(interval_s)
@@ -100,7 +102,7 @@ class Core:
             self._writer.note_restart,
             note_fault=partial(_note_refused, self._writer),
         )
-        self._database.on_written = self._upkeep.note_rows
+        self._sink.on_written = self._upkeep.note_rows
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
         # interrupted in its first health(), would keep the writer from opening the database
         revisions.head()
@@ -116,7 +118,14 @@ class Core:
         # not by the interpreter's own list of finalizers: where another thread makes one while it
         # is read, as SQLAlchemy does for each connection in use, CPython runs none of them
         self._finalizer.atexit = False
-        for part in (self._writer, self._database, self._upkeep, self._probe, self._cache):
+        for part in (
+            self._writer,
+            self._database,
+            self._sink,
+            self._upkeep,
+            self._probe,
+            self._cache,
+        ):
             on_fork(part)
         if settings.spool_path:
             self._writer.start()  # what an earlier process left is written without being asked
@@ -132,7 +141,7 @@ class Core:
     @property
     def missing_columns(self) -> tuple[str, ...]:
         """Opened read-only: columns that the file lacks, read as None."""
-        return self._database.view
+        return self._database.missing_columns
 
     def record(
         self,

@@ -24,7 +24,7 @@ from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.migrate import backup
 from lynkr_store.migrate.backup import back_up
-from lynkr_store.storage import database
+from lynkr_store.storage import write_lock
 from lynkr_store.storage.read_only import create_reading_engine
 from tests.support.stores import Asynchronous, eventually
 
@@ -408,8 +408,8 @@ def test_a_store_opened_read_only_does_not_read_another_file(tmp_path):
 def test_a_checkpoint_and_a_batch_share_a_pool_of_one(file, monkeypatch):
     """Each takes the lock first and the connection then: the other order held both up for 30 s."""
     engine = create_engine(file, pool_size=1, max_overflow=0, pool_timeout=20)
-    monkeypatch.setattr("lynkr_store.storage.database._LONG_WAL_PAGES", 0)
-    plain, passes, batch_waits = database.checkpoint, [], threading.Event()
+    monkeypatch.setattr("lynkr_store.storage.write_lock._LONG_WAL_PAGES", 0)
+    plain, passes, batch_waits = write_lock.checkpoint, [], threading.Event()
 
     def checkpoint(connection):
         passes.append(1)
@@ -420,7 +420,7 @@ def test_a_checkpoint_and_a_batch_share_a_pool_of_one(file, monkeypatch):
         return plain(connection)
 
     started = threading.Event()
-    monkeypatch.setattr(database, "checkpoint", checkpoint)
+    monkeypatch.setattr(write_lock, "checkpoint", checkpoint)
     with Store(engine=engine, settings=StoreSettings(flush_interval_s=0.01)) as store:
         store.query()
         upkeep = threading.Thread(target=store._database.checkpoint)

@@ -75,7 +75,7 @@ class Ledger:
         self._away = 1
         self.stored = {}
 
-    def write(self, batch_id, rows, _away):
+    def write(self, batch_id, rows):
         self._faults.at("sink")
         if self._away:
             self._away -= 1

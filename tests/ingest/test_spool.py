@@ -867,7 +867,7 @@ class Sink:
     def __init__(self):
         self.seen = []
 
-    def write(self, batch_id, batch, _away):
+    def write(self, batch_id, batch):
         self.seen.append((batch_id, [row["request_id"] for row in batch]))
         return {}
 

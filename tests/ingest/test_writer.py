@@ -25,7 +25,7 @@ class Sink:
         self.failures = []
         self.refuse = {}
 
-    def write(self, batch_id, rows, _away):
+    def write(self, batch_id, rows):
         self.entered.set()
         self.ids.append(batch_id)
         assert self.open.wait(20)

@@ -23,7 +23,7 @@ class Ledger:
         self.open.set()
         self.asked = 0
 
-    def write(self, batch_id, rows, _away):
+    def write(self, batch_id, rows):
         self.asked += 1
         assert self.open.wait(30)
         if self.away:

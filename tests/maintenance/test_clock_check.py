@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -308,14 +307,14 @@ def test_the_ledger_remembers_what_a_clock_a_year_ahead_calls_old(url):
     clock, rows = Clock(), Rows.of([record(0) | {"request_id": "r"}])
     settings = StoreSettings(url=url, maintenance_interval_s=3_600)
     with Store(settings=settings, clock=clock) as store:
-        store._database.write("first", rows, nullcontext)
+        store._sink.write("first", rows)
         store.maintain()
         clock.now += YEAR
         for number in range(101):
-            store._database.write(f"later {number}", rows, nullcontext)
+            store._sink.write(f"later {number}", rows)
         store.maintain()
         assert "first" in ledger()
-        store._database.write("first", rows, nullcontext)
+        store._sink.write("first", rows)
         assert len(store.query(limit=200)) == 102, "it was found in the ledger"
         store.maintain(trust_clock=True)
         assert "first" not in ledger()
@@ -359,7 +358,7 @@ def test_a_spooled_batch_is_tried_again_as_long_as_the_ledger_remembers(url, tmp
 
     with Store(url, clock=clock) as store:
         if stored:
-            store._database.write("b", rows, nullcontext)
+            store._sink.write("b", rows)
         assert store.maintain().retention_waits is None
         spooled()
         with Store(settings=settings, clock=lambda: NOW + YEAR) as replaying:

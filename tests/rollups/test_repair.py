@@ -523,7 +523,7 @@ def test_both_go_on_where_they_were_stopped(store, monkeypatch):
         total = 0
         while not mended.done:
             stop = partial(next, iter([False]), True)  # noqa: FBT003
-            mended = check(database.begun, look=database.looked, stop=stop)
+            mended = check(database.write_transaction, look=database.read, stop=stop)
             total += mended.quarters
             steps += 1
             assert steps < 50

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import create_engine
 
 from lynkr_store import Store
-from lynkr_store.storage import company, database
+from lynkr_store.storage import company, write_lock
 from lynkr_store.storage.company import has_company
 
 _USER = (
@@ -115,8 +115,8 @@ def by_the_stores_engine(path, engine):
 @pytest.mark.parametrize("beside", [in_another_process, in_this_process, by_the_stores_engine])
 def test_the_lock_is_left_alone_where_somebody_may_wait_for_it(path, monkeypatch, beside):
     pauses = []
-    monkeypatch.setattr(database, "pause_s", lambda *_: 0.001)
-    monkeypatch.setattr(database.Database, "_pause", lambda *_: pauses.append(1))
+    monkeypatch.setattr(write_lock, "pause_s", lambda *_: 0.001)
+    monkeypatch.setattr(write_lock.WriteLock, "_pause", lambda *_: pauses.append(1))
 
     def pauses_of_a_batch():
         pauses.clear()
@@ -134,8 +134,8 @@ def test_the_lock_is_left_alone_where_somebody_may_wait_for_it(path, monkeypatch
 
 def test_a_hosts_engine_may_have_other_users(path, monkeypatch):
     pauses = []
-    monkeypatch.setattr(database, "pause_s", lambda *_: 0.001)
-    monkeypatch.setattr(database.Database, "_pause", lambda *_: pauses.append(1))
+    monkeypatch.setattr(write_lock, "pause_s", lambda *_: 0.001)
+    monkeypatch.setattr(write_lock.WriteLock, "_pause", lambda *_: pauses.append(1))
     engine = create_engine(f"sqlite:///{path}")
     with Store(engine=engine) as store:
         store.record(provider="p")

@@ -253,7 +253,7 @@ def test_a_schema_that_takes_too_long_to_load_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("lynkr_store.db.sqlite._STEPS_OF_SCHEMA", 1)
     monkeypatch.setattr("lynkr_store.db.sqlite._SCHEMA_S", 0.5)
     each_look_a_second_later = SimpleNamespace(monotonic=count().__next__)
-    monkeypatch.setattr("lynkr_store.db.engines.time", each_look_a_second_later)
+    monkeypatch.setattr("lynkr_store.db.sqlite.time", each_look_a_second_later)
     with pytest.raises(StoreUnavailable, match="STATEMENT_TIMEOUT_S"):
         Store(settings=settings, read_only=True)
     with Store(url) as store, pytest.raises(StoreUnavailable, match="interrupted"):

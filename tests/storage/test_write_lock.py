@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynkr_store.storage.write_lock import GAP_S, PERIOD_S, again_s, pause_s
+from lynkr_store.storage.write_lock import GAP_S, PERIOD_S, pause_s, retry_s
 
 NOW = 1_750_000_000.0  # a whole number of periods
 
@@ -26,7 +26,7 @@ def test_writes_keep_out_of_the_gaps(into, expected, pause):
 
 
 @given(now=st.floats(0, 4e9), expected=st.floats(0, PERIOD_S / 2))
-def test_whoever_waits_finds_the_lock_free_once_a_period(now, expected):
+def test_a_waiting_writer_finds_the_lock_free_once_a_period(now, expected):
     pause = pause_s(now, expected)
     assert 0 <= pause <= PERIOD_S / 2 + GAP_S
     into = (now + pause + 1e-6) % PERIOD_S
@@ -35,4 +35,4 @@ def test_whoever_waits_finds_the_lock_free_once_a_period(now, expected):
 
 
 def test_processes_do_not_keep_step():
-    assert len({again_s() for _ in range(10)}) > 1
+    assert len({retry_s() for _ in range(10)}) > 1
