@@ -9,7 +9,6 @@ from typing import Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DatabaseError, DBAPIError
-from sqlalchemy.pool import QueuePool
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, parse_url, writing, writing_at_once
@@ -34,7 +33,6 @@ from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
 from lynkr_store.settings import StoreSettings
-from lynkr_store.storage.company import has_company
 from lynkr_store.storage.read_only import open_read_only
 from lynkr_store.storage.text_policy import set_policy
 from lynkr_store.storage.write_lock import MANY_WAL_PAGES, WriteLock
@@ -108,10 +106,9 @@ class Database(Forkable):
         self._lock = threading.Lock()
         self._file: Identity | None = None
         self._disposed = False
-        self._using: set[Connection] = set()  # who has another of the engine's is somebody else
         self._write_lock = None
         if self.backend is Backend.SQLITE and not self.in_memory:
-            self._write_lock = WriteLock(sets_wal=self._owned, is_shared=self._is_shared)
+            self._write_lock = WriteLock(sets_wal=self._owned)
 
     @property
     def in_memory(self) -> bool:
@@ -276,13 +273,6 @@ class Database(Forkable):
         if self._write_lock:
             self._write_lock.checkpoint(partial(self.connected, self.engine))
 
-    def _is_shared(self) -> bool:
-        """Whether another process may wait for the file's lock."""
-        pool = self.engine.pool
-        if not self._owned or not self._path or not isinstance(pool, QueuePool):
-            return True
-        return has_company(self._path, pool.checkedin() + len(self._using))
-
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:
         """A connection that is not used again after a fault, nor after `dispose`.
@@ -295,15 +285,12 @@ class Database(Forkable):
         """
         self.require_file()
         with self.closed_if_disposed(), engine.connect() as connection:
-            self._using.add(connection)
             try:
                 yield connection
             except Exception as error:
                 if not self.in_memory and not (isinstance(error, DBAPIError) and is_busy(error)):
                     connection.invalidate()
                 raise
-            finally:
-                self._using.discard(connection)
 
     @contextmanager
     def closed_if_disposed(self) -> Iterator[None]:

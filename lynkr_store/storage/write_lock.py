@@ -64,12 +64,10 @@ class WriteLock:
 
     Args:
         sets_wal: Whether the connections may be told when to move the WAL: a host's may not.
-        is_shared: Whether another process may be waiting for the lock.
     """
 
-    def __init__(self, *, sets_wal: bool, is_shared: Callable[[], bool]) -> None:
+    def __init__(self, *, sets_wal: bool) -> None:
         self._sets_wal = sets_wal
-        self._is_shared = is_shared
         self._turn = threading.Lock()
         self._checkpointing = threading.Lock()
 
@@ -98,7 +96,7 @@ class WriteLock:
         deadline = time.monotonic() + _BUSY_S
         while True:
             wait_s = pause_s(time.time(), expected_s)
-            if wait_s and self._is_shared():
+            if wait_s:
                 with long_call():
                     self._pause(connection, wait_s, wal_pages)
             try:
