@@ -14,7 +14,6 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
-from lynkr_store.db import catalogue, triggers
 from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.db.sqlite import overwriting
@@ -26,14 +25,8 @@ _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
 
 _COUNTING: Final = {"preserve_rowcount": True}  # psycopg forgets it with the cursor
 
-_INSERT: Final = "INSERT"
-
 _SQLITE: Final[Dialect] = sqlite.dialect()
 _POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
-
-_VERB: Final = "lynkr_store_verb"
-
-_OWN_TRIGGERS: Final = frozenset(triggers.NAMES[Backend.SQLITE])
 
 _ENDS_SESSION: Final = ("FATAL", "PANIC")
 """Severities of PostgreSQL: https://www.postgresql.org/docs/current/runtime-config-logging.html,
@@ -57,13 +50,12 @@ def send_slowly(connection: Connection, rows: Sequence[Row]) -> int:
     return _counted(result.rowcount, given)
 
 
-def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -> int:
+def send(connection: Connection, rows: Sequence[Row]) -> int:
     """Insert rows in order, in the transaction that was begun.
 
     Args:
         connection: Synchronous, or under an asynchronous one.
         rows: One or more. A column that none of them has takes the table's default.
-        leaves: A statement that fails may leave some rows inserted, for the caller rolls back.
 
     Returns:
         How many the database says that it stored: fewer than were given where a trigger of the
@@ -76,7 +68,7 @@ def send(connection: Connection, rows: Sequence[Row], *, leaves: bool = False) -
     rows = Rows.of(rows)
     if backend_of(connection) is Backend.SQLITE:
         with overwriting(connection):  # it leaves copies of rows that it moves for new ones
-            return _insert(connection, _verb(connection) if leaves else _INSERT, rows)
+            return _insert(connection, rows)
     if connection.dialect.is_async:  # psycopg's COPY has to be awaited there
         return send_slowly(connection, rows)
     return _copy(connection, rows)
@@ -87,15 +79,10 @@ def is_not_copied(error: DBAPIError) -> bool:
     return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
 
 
-def _insert(connection: Connection, verb: str, rows: Rows) -> int:
+def _insert(connection: Connection, rows: Rows) -> int:
     width = len(rows.columns)
     most = _MOST_ROWS if _MOST_ROWS * width <= _MOST_VALUES else _MOST_ROWS // 2
-    text_of = partial(_insert_of, verb, rows.columns)
-    try:
-        stored = execute_in_parts(connection, text_of, rows, most)
-    except DBAPIError:
-        connection.info.pop(_VERB, None)  # the reason may be a trigger that is new
-        raise
+    stored = execute_in_parts(connection, partial(_insert_of, rows.columns), rows, most)
     # SQLite does not count what the triggers of a view store in its place
     return len(rows) if stored < len(rows) and _is_view(connection) else stored
 
@@ -138,19 +125,6 @@ def execute_in_parts(
     return changed
 
 
-def _verb(connection: Connection) -> str:
-    """How SQLite inserts several rows without a copy of every page that they alter.
-
-    It keeps one to undo a statement that fails half-way, which OR FAIL leaves half done. Not where
-    the table has triggers of others, for whose statements the verb would hold too.
-    """
-    verb: str | None = connection.info.get(_VERB)
-    if verb is None:
-        others = catalogue.trigger_names(connection, TELEMETRY.name) - _OWN_TRIGGERS
-        verb = connection.info[_VERB] = _INSERT if others else f"{_INSERT} OR FAIL"
-    return verb
-
-
 def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
     """Where each part begins, and its size: of few sizes, so that statements stay prepared."""
     at = 0
@@ -161,9 +135,10 @@ def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 @lru_cache
-def _insert_of(verb: str, columns: tuple[str, ...], count: int) -> str:
+def _insert_of(columns: tuple[str, ...], count: int) -> str:
     row = f"({', '.join('?' * len(columns))})"
-    return f"{verb} INTO {_into(_SQLITE, columns)} VALUES {', '.join([row] * count)}"
+    into = _into(_SQLITE, columns)
+    return f"INSERT INTO {into} VALUES {', '.join([row] * count)}"  # noqa: S608 - our columns
 
 
 @lru_cache

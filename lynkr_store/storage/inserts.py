@@ -1,7 +1,7 @@
 """Puts rows into the table: each batch once, and a row that is refused costs that row alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -72,7 +72,7 @@ def insert_once(
         stored: int = connection.execute(ledger.batch_rows(batch_id)).scalar_one()
         return (stored, Counter()) if stored or len(rows) <= PART_ROWS else None
     if len(rows) > PART_ROWS:
-        outcome = _insert_or_refuse(connection, rows, known_good, _insert_or_leave)
+        outcome = _insert_or_refuse(connection, rows, known_good)
         if isinstance(outcome, Exception):
             return None
         refused = _skipped(rows, outcome)
@@ -104,7 +104,7 @@ def insert_isolating(
     Raises:
         Exception: A fault that is no row's.
     """
-    outcome = _insert_or_refuse(connection, rows, known_good, insert_all)
+    outcome = _insert_or_refuse(connection, rows, known_good)
     if not isinstance(outcome, Exception):
         return _skipped(rows, outcome)
     if len(rows) == 1:
@@ -152,17 +152,14 @@ def insert_or_reject(connection: Connection, rows: Sequence[Row]) -> int:
 
 
 def _insert_or_refuse(
-    connection: Connection,
-    rows: Sequence[Row],
-    known_good: Row | None,
-    insert: Callable[[Connection, Sequence[Row]], int],
+    connection: Connection, rows: Sequence[Row], known_good: Row | None
 ) -> int | Exception:
     """Insert the rows, return how many are stored; or the error if it is a row's, else raise it."""
     if not rows:
         return 0
     _require_ids(connection)
     try:
-        return insert(connection, rows)
+        return insert_all(connection, rows)
     except Exception as error:
         fault = _fault(connection, error)
         if fault is Fault.UNCLEAR:
@@ -198,17 +195,6 @@ def _require_ids(connection: Connection) -> None:
     if words := without_ids(connection):
         raise_alone(StoreUnavailable(words))
     connection.info[_GIVES_IDS] = True
-
-
-def _insert_or_leave(connection: Connection, rows: Sequence[Row]) -> int:
-    """Insert rows in order; after an error some may be there, and the caller rolls back.
-
-    To undo them alone, SQLite keeps a copy of every page that they alter: a microsecond a row.
-    """
-    if backend_of(connection) is Backend.SQLITE:
-        return bulk.send(connection, rows, leaves=True)
-    # which does nothing more after an error, and whose fault it is remains to be seen
-    return insert_all(connection, rows)
 
 
 @contextmanager
