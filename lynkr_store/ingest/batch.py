@@ -1,4 +1,4 @@
-"""Rows on their way to the database: what one holds by column, and many of them side by side."""
+"""Rows on their way to the database: one as a mapping, many as values by column or by row."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -18,11 +18,11 @@ def by_column(rows: Sequence[Row]) -> Columns:
     }
 
 
-class Rows(Sequence[Row]):
+class RowBatch(Sequence[Row]):
     """Rows of the same columns, kept as the drivers take them: values, one after the other.
 
     A dictionary of every column is 1.6 KB a row; the places of its 30 values here are 240 bytes.
-    Whoever asks for a row is given one.
+    Indexing makes a dictionary of one row, or a batch of a slice.
 
     Args:
         columns: Their names.
@@ -34,7 +34,7 @@ class Rows(Sequence[Row]):
         self.values = values
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Rows":
+    def of(cls, rows: Sequence[Row]) -> "RowBatch":
         """The same rows; what one of them lacks and another has is None."""
         if isinstance(rows, cls):
             return rows
@@ -47,11 +47,13 @@ class Rows(Sequence[Row]):
     @overload
     def __getitem__(self, at: int) -> Row: ...
     @overload
-    def __getitem__(self, at: slice) -> "Rows": ...
-    def __getitem__(self, at: int | slice) -> "Row | Rows":
+    def __getitem__(self, at: slice) -> "RowBatch": ...
+    def __getitem__(self, at: int | slice) -> "Row | RowBatch":
         which = range(len(self))[at]
         if isinstance(which, range):
-            return Rows(self.columns, [value for one in which for value in self._values_of(one)])
+            return RowBatch(
+                self.columns, [value for one in which for value in self._values_of(one)]
+            )
         return dict(zip(self.columns, self._values_of(which), strict=True))
 
     def _values_of(self, one: int) -> list[Any]:
@@ -63,8 +65,8 @@ class Rows(Sequence[Row]):
         return zip(*[iter(self.values)] * len(self.columns), strict=True)
 
 
-class Gathering:
-    """Makes `Rows` of one batch after another.
+class BatchBuilder:
+    """Makes one `RowBatch` after another.
 
     They have the columns in which any row so far had a value. Python's SQLite driver looks for an
     adapter of every None that it binds: that was 6 µs of the 16 that a row took, of whose 45
@@ -87,22 +89,22 @@ class Gathering:
         names, values = self._columns + new, self._values
         if new:
             more = (None,) * len(new)
-            so_far = Rows(self._columns, self._values).tuples()
+            so_far = RowBatch(self._columns, self._values).tuples()
             values = [value for one in so_far for value in (*one, *more)]
         used = (columns.get(name, nothing) for name in names)
         added = list(chain.from_iterable(zip(*used, strict=True)))
         values += added
         self._columns, self._values = names, values
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowBatch:
         """The batch, as far as it is."""
-        return Rows(self._columns, self._values)
+        return RowBatch(self._columns, self._values)
 
     def clear(self) -> None:
         """Begin another batch; the rows of this one stay whose they are."""
         self._values = []
 
-    def take(self) -> Rows:
+    def take(self) -> RowBatch:
         """The batch; what is added next belongs to another."""
         rows = self.rows()
         self.clear()

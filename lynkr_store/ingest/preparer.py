@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
-from lynkr_store.ingest.batch import Columns, Gathering, Row
+from lynkr_store.ingest.batch import BatchBuilder, Columns, Row
 from lynkr_store.ingest.codec import plain_columns
 from lynkr_store.ingest.queue import Queued, as_packed, as_submitted
 from lynkr_store.ingest.validation import TextPolicy, cause_of, checked, complete
@@ -29,7 +29,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    queued: Sequence[Queued], batch: Gathering, policy: TextPolicy, new_id: Callable[[], str]
+    queued: Sequence[Queued], batch: BatchBuilder, policy: TextPolicy, new_id: Callable[[], str]
 ) -> Prepared:
     """Add the rows of some records to a batch, in order.
 
@@ -58,7 +58,7 @@ def prepare(
 
 
 def _added(
-    queued: Sequence[Queued], batch: Gathering, policy: TextPolicy, new_id: Callable[[], str]
+    queued: Sequence[Queued], batch: BatchBuilder, policy: TextPolicy, new_id: Callable[[], str]
 ) -> Prepared:
     found = Prepared(Counter(), Counter())
     batch.add(columns_of(queued, policy, new_id, *found))

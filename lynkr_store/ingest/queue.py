@@ -85,7 +85,7 @@ class Taken(NamedTuple):
     units: int
 
 
-class Intake:
+class RecordQueue:
     """A queue, bounded in rows and bytes, that many threads fill and one empties.
 
     Args:

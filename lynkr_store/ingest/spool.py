@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lynkr_store.exceptions import SpoolError
-from lynkr_store.ingest.batch import Row, Rows
+from lynkr_store.ingest.batch import Row, RowBatch
 from lynkr_store.process.files import (
     Identity,
     identity_of,
@@ -563,7 +563,7 @@ def _renamed(path: Path) -> Path:
 
 
 def _encoded(rows: Sequence[Row]) -> bytes:
-    rows = Rows.of(rows)
+    rows = RowBatch.of(rows)
     table = {"columns": rows.columns, "rows": list(rows.tuples())}
     return json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from lynkr_store.ingest.batch import Columns, Gathering, Row, Rows, by_column
+from lynkr_store.ingest.batch import BatchBuilder, Columns, Row, RowBatch, by_column
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     LONG_FIELDS,
@@ -152,7 +152,7 @@ def complete(columns: Columns, policy: TextPolicy, new_id: Callable[[], str]) ->
     return mended
 
 
-def taken_over(rows: Sequence[Row], policy: TextPolicy) -> tuple[Rows, Counter[str]]:
+def taken_over(rows: Sequence[Row], policy: TextPolicy) -> tuple[RowBatch, Counter[str]]:
     """Apply the policy to rows that another process completed by its own, which may keep more.
 
     Args:
@@ -178,7 +178,7 @@ def taken_over(rows: Sequence[Row], policy: TextPolicy) -> tuple[Rows, Counter[s
     if policy.redact is not None:
         policy = replace(policy, redact=_counted(policy.redact, changed))
     changed.update(complete(columns, policy, new_ids().__next__))
-    gathering = Gathering()
+    gathering = BatchBuilder()
     gathering.add(columns)
     return gathering.take(), +changed
 

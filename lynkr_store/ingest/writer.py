@@ -25,10 +25,10 @@ from typing import Final, Protocol
 
 from lynkr_store.exceptions import OutcomeUnknown, SpoolError
 from lynkr_store.ingest.account import Account
-from lynkr_store.ingest.batch import Gathering, Row
+from lynkr_store.ingest.batch import BatchBuilder, Row
 from lynkr_store.ingest.gil import GilHandoff
 from lynkr_store.ingest.preparer import prepare
-from lynkr_store.ingest.queue import Intake, Queued
+from lynkr_store.ingest.queue import Queued, RecordQueue
 from lynkr_store.ingest.spool import Entry, Spool, SpoolDamaged
 from lynkr_store.ingest.validation import TextPolicy, new_ids, taken_over
 from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker, without_sigterm
@@ -140,7 +140,7 @@ class Writer(Forkable):
             wrong.
 
     Attributes:
-        submit: See `lynkr_store.ingest.queue.Intake.submit`.
+        submit: See `lynkr_store.ingest.queue.RecordQueue.submit`.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the composition
@@ -181,7 +181,7 @@ class Writer(Forkable):
         self._bell: SimpleQueue[None] = SimpleQueue()  # may be rung from a signal handler
         self._gil = GilHandoff()
         self._account = Account()
-        self._intake = Intake(
+        self._intake = RecordQueue(
             self._clock,
             self._max_rows,
             self._max_bytes,
@@ -196,7 +196,7 @@ class Writer(Forkable):
         self._spooling = False  # batches are on their way there
         self._delivery: _Batch | None = None
         self._ready: deque[_Batch] = deque()  # to be delivered next
-        self._gathering = Gathering()
+        self._gathering = BatchBuilder()
         self._preparation: _Preparation | None = None
         self._to_remove: deque[Entry] = deque()  # of the spool: they are accounted for
         self._new_id = new_ids().__next__

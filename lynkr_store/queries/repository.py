@@ -12,7 +12,7 @@ from lynkr_store.db.errors import translated
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.db.postgresql import require_utf8
 from lynkr_store.exceptions import BadArgument
-from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.validation import TextPolicy, policy_of, rows_of
 from lynkr_store.queries import pages
 from lynkr_store.queries.statistics import (
@@ -211,7 +211,7 @@ class RoutingRepository:
             StoreUnavailable: The database cannot be reached, or takes no record at all.
         """
         columns, _ = rows_of(records, self._clock(), self._policy())
-        gathering = Gathering()
+        gathering = BatchBuilder()
         gathering.add(columns)
         if not (rows := gathering.take()):
             return 0

@@ -15,7 +15,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
-from lynkr_store.ingest.batch import Rows
+from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
 from lynkr_store.rollups.answer import look as look_at
 from lynkr_store.rollups.answer import removed_before
@@ -454,7 +454,7 @@ def _write(connection: Connection, sums: Sequence[_Rollup]) -> None:
     match backend:
         case Backend.SQLITE:
             values = [each[name] for each in sums for name in fold_sql.ROLLUP]
-            rows = Rows(fold_sql.ROLLUP, values)
+            rows = RowBatch(fold_sql.ROLLUP, values)
             bulk.execute_in_parts(connection, fold_sql.add_text, rows, fold_sql.MOST_ADDED)
         case Backend.POSTGRESQL:
             lists = {name: [each[name] for each in sums] for name in fold_sql.ROLLUP}

@@ -17,7 +17,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.db.sqlite import overwriting
-from lynkr_store.ingest.batch import Row, Rows
+from lynkr_store.ingest.batch import Row, RowBatch
 from lynkr_store.ingest.gil import long_call
 
 _MOST_ROWS: Final = 1_000  # of a statement, or half of it
@@ -45,7 +45,7 @@ def insert_rows() -> Insert:
 
 def send_slowly(connection: Connection, rows: Sequence[Row]) -> int:
     """Insert rows in order by `insert_rows`, and return how many are stored."""
-    given = list(Rows.of(rows))
+    given = list(RowBatch.of(rows))
     result = connection.execute(insert_rows(), given, execution_options=_COUNTING)
     return _counted(result.rowcount, given)
 
@@ -65,7 +65,7 @@ def send(connection: Connection, rows: Sequence[Row]) -> int:
         Exception: Whatever the driver raised, as SQLAlchemy presents it. Rows of statements before
             the one that failed are inserted: go back to a SAVEPOINT, or roll back.
     """
-    rows = Rows.of(rows)
+    rows = RowBatch.of(rows)
     if backend_of(connection) is Backend.SQLITE:
         with overwriting(connection):  # it leaves copies of rows that it moves for new ones
             return _insert(connection, rows)
@@ -79,7 +79,7 @@ def is_not_copied(error: DBAPIError) -> bool:
     return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
 
 
-def _insert(connection: Connection, rows: Rows) -> int:
+def _insert(connection: Connection, rows: RowBatch) -> int:
     width = len(rows.columns)
     most = _MOST_ROWS if _MOST_ROWS * width <= _MOST_VALUES else _MOST_ROWS // 2
     stored = execute_in_parts(connection, partial(_insert_of, rows.columns), rows, most)
@@ -97,7 +97,7 @@ def _is_view(connection: Connection) -> bool:
 def execute_in_parts(
     connection: Connection,
     text_of: Callable[[int], str],
-    rows: Rows,
+    rows: RowBatch,
     most: int,
 ) -> int:
     """Execute statements of several rows each, on SQLite; return how many rows they changed.
@@ -152,7 +152,7 @@ def _into(dialect: Dialect, columns: Iterable[str]) -> str:
     return f"{names.format_table(TELEMETRY)} ({', '.join(map(names.quote, columns))})"
 
 
-def _copy(connection: Connection, rows: Rows) -> int:
+def _copy(connection: Connection, rows: RowBatch) -> int:
     statement, types = _copy_of(rows.columns)
     driver = driver_of(connection)
     try:

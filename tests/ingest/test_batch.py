@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynkr_store.ingest.batch import Gathering, Rows, by_column
+from lynkr_store.ingest.batch import BatchBuilder, RowBatch, by_column
 
 _rows = st.lists(
     st.dictionaries(st.sampled_from("abcd"), st.none() | st.integers(0, 9), max_size=4)
@@ -20,32 +20,32 @@ def whole(row):
 
 @given(_rows)
 def test_rows_are_what_they_were_made_of(given_rows):
-    rows = Rows.of(given_rows)
+    rows = RowBatch.of(given_rows)
     assert len(rows) == len(given_rows)
     assert [whole(row) for row in rows] == [whole(row) for row in given_rows]
     assert [dict(zip(rows.columns, one, strict=True)) for one in rows.tuples()] == list(rows)
-    assert Rows.of(rows) is rows
+    assert RowBatch.of(rows) is rows
 
 
 @given(_rows, st.slices(6))
 def test_a_part_of_rows_is_rows(given_rows, part):
-    rows = Rows.of(given_rows)
+    rows = RowBatch.of(given_rows)
     assert list(rows[part]) == list(rows)[part]
     assert rows[part].columns == rows.columns
 
 
 def test_a_row_that_is_not_there():
-    rows = Rows.of([{"a": 1}, {"b": 2}])
+    rows = RowBatch.of([{"a": 1}, {"b": 2}])
     assert rows[-1] == {"a": None, "b": 2}
     for at in (2, -3):
         with pytest.raises(IndexError):
             rows[at]
-    assert len(Rows.of([])) == 0 and not list(Rows.of([]).tuples())
+    assert len(RowBatch.of([])) == 0 and not list(RowBatch.of([]).tuples())
 
 
 @given(st.lists(st.lists(_rows, max_size=4), max_size=3))
 def test_batches_hold_what_was_added(batches):
-    gathering = Gathering()
+    gathering = BatchBuilder()
     seen = set()
     for batch in batches:
         for some in batch:
@@ -58,7 +58,7 @@ def test_batches_hold_what_was_added(batches):
 
 
 def test_columns_stay_where_they_are():
-    gathering = Gathering()
+    gathering = BatchBuilder()
     gathering.add({"b": [1], "c": [None]})
     assert gathering.take().columns == ("b",)
     gathering.add({"c": [1, None], "a": [None, 2]})

@@ -12,10 +12,10 @@ from ormsgpack import packb
 from pydantic import ValidationError
 
 from lynkr_store import RoutingEvent
-from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.codec import AS_IT_IS, STAMP, packable, plain_columns
 from lynkr_store.ingest.preparer import columns_of
-from lynkr_store.ingest.queue import Intake
+from lynkr_store.ingest.queue import RecordQueue
 from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
 from lynkr_store.schemas import FLAG_FIELDS, TEXT_FIELDS
 from tests.factories import EventFactory, RecordFactory
@@ -189,12 +189,12 @@ def test_records_together_are_the_rows_that_each_makes_alone(records, capture, r
         else:
             wanted.append({name: value for name, value in row.items() if value is not None})
             mended.update(causes)
-    intake = Intake(lambda: NOW, 10**6, 10**9, ring=lambda: None, after_close=lambda: True)
+    intake = RecordQueue(lambda: NOW, 10**6, 10**9, ring=lambda: None, after_close=lambda: True)
     for record in records:
         intake.submit(dict(record) if isinstance(record, dict) else record)
     found = Counter(), Counter()
     ids = map("id {}".format, count())
-    gathering = Gathering()
+    gathering = BatchBuilder()
     taken = intake.take(10**6, 10**9).records
     for some in (taken[:5], taken[5:]):
         if some:

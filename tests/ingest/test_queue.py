@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynkr_store import RoutingEvent
-from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.preparer import prepare
-from lynkr_store.ingest.queue import Intake, as_submitted
+from lynkr_store.ingest.queue import RecordQueue, as_submitted
 from lynkr_store.ingest.validation import TextPolicy
 
 UNIT = 2_048
@@ -40,7 +40,7 @@ class Bell:
 
 
 def intake_of(rows=1_000, units=1_000, *, bell=None, clock=lambda: NOW, after_close=lambda: False):
-    return Intake(clock, rows, units * UNIT, ring=bell or Bell(), after_close=after_close)
+    return RecordQueue(clock, rows, units * UNIT, ring=bell or Bell(), after_close=after_close)
 
 
 def in_threads(count, body):
@@ -429,7 +429,7 @@ def test_half_full_is_half_of_the_rows_or_of_the_bytes():
 
 def test_a_huge_bound_costs_nothing_until_records_come():
     tracemalloc.start()
-    intake = Intake(lambda: NOW, 10**9, 2**40, ring=Bell(), after_close=lambda: False)
+    intake = RecordQueue(lambda: NOW, 10**9, 2**40, ring=Bell(), after_close=lambda: False)
     assert tracemalloc.get_traced_memory()[0] < 16_384
     tracemalloc.stop()
     assert intake._max_units <= 2**20
@@ -629,7 +629,7 @@ def test_unknown_names_cost_what_they_take_in_the_queue():
         intake.submit(dict(record))
         queued = everything(intake).records
         tracemalloc.start()
-        rejected, _ = prepare(queued, Gathering(), TextPolicy(), "id".upper)
+        rejected, _ = prepare(queued, BatchBuilder(), TextPolicy(), "id".upper)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         cause = {"p": "unknown_name", None: "no_provider"}.get(record.get("provider"), "wrong_type")

@@ -10,7 +10,7 @@ from sqlalchemy import delete, event, func, insert, select, text
 from lynkr_store import ClockAhead, LynkrStoreError, Store, StoreSettings, Window
 from lynkr_store.cli import commands
 from lynkr_store.db.models import LEDGER, ROLLUPS, SAVINGS, TELEMETRY
-from lynkr_store.ingest.batch import Rows
+from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.maintenance.clock_check import AHEAD_MS, Seen, doubt, is_news, newest, seen_upto
 from tests.support.stores import adds_up, eventually, looked
@@ -304,7 +304,7 @@ def test_the_ledger_remembers_what_a_clock_a_year_ahead_calls_old(url):
         with store.engine.connect() as connection:
             return set(connection.scalars(select(LEDGER.c.batch_id)))
 
-    clock, rows = Clock(), Rows.of([record(0) | {"request_id": "r"}])
+    clock, rows = Clock(), RowBatch.of([record(0) | {"request_id": "r"}])
     settings = StoreSettings(url=url, maintenance_interval_s=3_600)
     with Store(settings=settings, clock=clock) as store:
         store._sink.write("first", rows)
@@ -348,7 +348,7 @@ def test_the_ledger_forgets_in_steps_by_a_clock_that_is_trusted(url):
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_spooled_batch_is_tried_again_as_long_as_the_ledger_remembers(url, tmp_path, stored):
     """One whose answer was lost; by a clock that is a year ahead the ledger would not know it."""
-    clock, rows = Clock(), Rows.of([record(0) | {"request_id": f"r{n}"} for n in range(5)])
+    clock, rows = Clock(), RowBatch.of([record(0) | {"request_id": f"r{n}"} for n in range(5)])
     settings = StoreSettings(url=url, spool_path=tmp_path / "spool.db")
 
     def spooled():
@@ -378,7 +378,7 @@ def test_a_spooled_batch_is_tried_again_as_long_as_the_ledger_remembers(url, tmp
 
 
 def test_a_ledger_that_is_away_keeps_an_old_batch_waiting(tmp_path):
-    rows, away = Rows.of([record(0) | {"request_id": "r"}]), tmp_path / "away"
+    rows, away = RowBatch.of([record(0) | {"request_id": "r"}]), tmp_path / "away"
     spool = Spool(tmp_path / "spool.db", 2**30)
     spool.enter("b", rows, NOW)
     spool.close()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from lynkr_store import Cursor, RoutingEvent, RoutingFilter, Window
-from lynkr_store.ingest.batch import Gathering
+from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.preparer import prepare
-from lynkr_store.ingest.queue import Intake, as_submitted
+from lynkr_store.ingest.queue import RecordQueue, as_submitted
 from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
 from lynkr_store.schemas import datetime_of
 from tests.support.values import (
@@ -46,9 +46,9 @@ def record_of(field, value):
 
 def written(record):
     """The row that a record becomes by way of the queue, or why it is rejected."""
-    intake = Intake(lambda: AT, 10, 10**6, ring=lambda: None, after_close=lambda: True)
+    intake = RecordQueue(lambda: AT, 10, 10**6, ring=lambda: None, after_close=lambda: True)
     assert intake.submit(dict(record))
-    batch = Gathering()
+    batch = BatchBuilder()
     rejected, _ = prepare(intake.take(10, 10**9).records, batch, TextPolicy(), iter("i").__next__)
     return next(iter(rejected)) if rejected else batch.take()[0]
 
@@ -249,7 +249,7 @@ def test_an_instant_of_any_library_is_the_same_instant(instant):
 
 
 def test_an_instant_holds_no_zone_of_another_library_in_the_queue():
-    intake = Intake(lambda: AT, 10, 10**6, ring=lambda: None, after_close=lambda: True)
+    intake = RecordQueue(lambda: AT, 10, 10**6, ring=lambda: None, after_close=lambda: True)
     for value in (
         pendulum.datetime(2025, 12, 31, 7, 0, 0, 123_000, tz="America/New_York"),
         noon(OwnArithmetic, NamedZone(), 14),

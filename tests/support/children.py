@@ -26,7 +26,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from lynkr_store import Health, Store, StoreSettings, create_store_engine
 from lynkr_store.ingest import spool, writer
-from lynkr_store.ingest.queue import Intake
+from lynkr_store.ingest.queue import RecordQueue
 from lynkr_store.storage.database import Database
 from tests.support import programs
 from tests.support.postgres import PgServer, _runnable, _unprivileged_user
@@ -245,7 +245,7 @@ class _Moments:
         for owner, names in (
             (DefaultDialect, ("do_commit",)),
             (Database, ("write",)),
-            (Intake, ("take", "release")),
+            (RecordQueue, ("take", "release")),
             (writer.Writer, ("_taken_records", "_prepared", "_enter", "_settle")),
             (spool.Spool, ("enter", "load", "mark_attempt", "remove", "close")),
             (spool._File, ("insert", "mark", "delete", "shrink")),
