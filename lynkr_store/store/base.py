@@ -1,4 +1,4 @@
-"""What both stores are made of: settings, one database, one writer, one cache, one account."""
+"""What both stores are made of: settings, one database, one writer, one cache, one counters."""
 
 import atexit
 import threading
@@ -269,25 +269,25 @@ class Core:
 
     def _health(self) -> Health:
         """What is known now, without another look at the database."""
-        account, looked = self._writer.account(), self._probe.last
+        counters, looked = self._writer.counters(), self._probe.last
         now, look = time.monotonic(), looked and looked.look
-        at, error = account.last_error_at, account.last_error
+        at, error = counters.last_error_at, counters.last_error
         if looked and looked.error and (at is None or looked.at > at):
             at, error = looked.at, looked.error
         if late_s := self._probe.late_s:
             at, error = now, f"StoreUnavailable: no answer for {late_s:.0f} s"
         return Health(
-            submitted=account.submitted,
-            recovered=account.recovered,
-            written=account.written,
-            rejected=account.rejected_by.total(),
-            dropped=account.dropped_by.total(),
-            spooled=account.spooled,
-            pending=account.pending,
-            rejected_by=account.rejected_by,
-            dropped_by=account.dropped_by,
-            mended_by=account.mended_by,
-            faults_by=account.faults_by,
+            submitted=counters.submitted,
+            recovered=counters.recovered,
+            written=counters.written,
+            rejected=counters.rejected_by.total(),
+            dropped=counters.dropped_by.total(),
+            spooled=counters.spooled,
+            pending=counters.pending,
+            rejected_by=counters.rejected_by,
+            dropped_by=counters.dropped_by,
+            mended_by=counters.mended_by,
+            faults_by=counters.faults_by,
             backend=self._database.backend,
             revision=look and look.revision,
             head=revisions.head(),

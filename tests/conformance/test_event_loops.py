@@ -259,7 +259,7 @@ def test_a_flush_ends_as_soon_as_the_rows_are_there(url):
                 await asyncio.sleep(0)
             assert await asyncio.gather(*waiting) == [True] * 3
             assert await store.flush(0) is True
-            assert not store._writer._flushes
+            assert not store._writer._handoff.flushes
 
     asyncio.run(main())
 
@@ -367,7 +367,7 @@ def test_a_cancelled_call_leaves_nothing_stuck(make):
                 await asyncio.gather(*(store.query() for _ in range(20)))
                 store.record(provider="p")
                 assert await store.flush(WAIT_S), name
-        assert not store._writer._flushes
+        assert not store._writer._handoff.flushes
         assert not store._reading._calls
         if store._engines:
             pool = (await store._engines.engine()).sync_engine.pool
@@ -387,7 +387,7 @@ def test_a_cancelled_close_closes(make):
         await asyncio.sleep(0)
         closing.cancel()
         await asyncio.gather(closing, return_exceptions=True)
-        await comes(lambda: not store._writer.account().pending)
+        await comes(lambda: not store._writer.counters().pending)
         await close(store)
         health = await store.health()
         assert (health.written, health.dropped) == (1, 0)

@@ -30,9 +30,9 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
-    monkeypatch.setattr("lynkr_store.ingest.writer._SPOOL_AGAIN_S", 0.05)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.spooling.SPOOL_AGAIN_S", 0.05)
 
 
 def said(caplog):
@@ -184,10 +184,10 @@ def test_a_disk_that_is_full_before_the_database_is_made_is_waited_for(disk, cap
 _LIMITED = """
 import json, resource, signal, sys, time
 from lynkr_store import Store
-from lynkr_store.ingest import writer
+from lynkr_store.ingest import deliverer
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-writer._FIRST_RETRY_S, writer._LAST_RETRY_S = 0.01, 0.1
+deliverer._FIRST_RETRY_S, deliverer._LAST_RETRY_S = 0.01, 0.1
 path, away = sys.argv[1], []
 with Store(f"sqlite:///{path}") as store:
     def record(prefix):
@@ -328,9 +328,9 @@ def test_records_stay_in_memory_while_the_spools_disk_is_full(
 _READ_ONLY = """
 import json, os, pathlib, pwd, sqlite3, stat, sys, time
 from lynkr_store import Store, StoreSettings
-from lynkr_store.ingest import writer
+from lynkr_store.ingest import deliverer
 
-writer._FIRST_RETRY_S, writer._LAST_RETRY_S = 0.01, 0.1
+deliverer._FIRST_RETRY_S, deliverer._LAST_RETRY_S = 0.01, 0.1
 folder, what, when = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 path = folder / "telemetry.db"
 with Store(f"sqlite:///{path}") as first:  # also: all that is loaded late is loaded

@@ -10,10 +10,11 @@ import pytest
 
 from lynkr_store import Store, StoreSettings
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.handoff import RESTARTED
+from lynkr_store.ingest.conversion import prepare
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import TextPolicy
-from lynkr_store.ingest.writer import RESTARTED, Writer
+from lynkr_store.ingest.writer import Writer
 from lynkr_store.maintenance.background import Upkeep
 from tests.ingest.test_writer import adds_up as account_adds_up
 from tests.support.stores import adds_up, eventually
@@ -162,15 +163,15 @@ def one_case(faults, tmp_path, monkeypatch, logger, *, spool):
         for n in range(5):
             assert writer.submit({"provider": str(n), "request_text": SECRET})
         assert writer.submit({"provider": 5, "request_text": SECRET})
-        assert writer.flush(60), writer.account()
-        writer._lost_said_at = -1e9
+        assert writer.flush(60), writer.counters()
+        writer._handoff._losses._said_at = -1e9
         assert writer.submit({"provider": "next", "request_text": SECRET})
         eventually(lambda: ledger.providers[-1:] == ["next"], 60)
-        eventually(lambda: writer.account().pending + writer.account().spooled == 0, 60)
-        account = writer.account()
+        eventually(lambda: writer.counters().pending + writer.counters().spooled == 0, 60)
+        account = writer.counters()
         writer.close(60)
     check(account, ledger)
-    assert account_adds_up(writer.account())
+    assert account_adds_up(writer.counters())
     return account
 
 
@@ -210,16 +211,16 @@ def test_a_fault_at_any_foreign_call_costs_no_record(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_that_cannot_be_checked_costs_itself(kind, monkeypatch, tmp_path, logger):
-    from lynkr_store.ingest import preparer  # noqa: PLC0415 - what is patched
+    from lynkr_store.ingest import conversion  # noqa: PLC0415 - what is patched
 
-    checked = preparer.plain_columns
+    checked = conversion.plain_columns
 
     def plain_columns(records):
         if any(b"3" in record[0] for record in records):
             raise kind(SECRET)
         return checked(records)
 
-    monkeypatch.setattr(preparer, "plain_columns", plain_columns)
+    monkeypatch.setattr(conversion, "plain_columns", plain_columns)
     faults = Faults("none", 0, kind)
     account = one_case(faults, tmp_path, monkeypatch, logger, spool=False)
     assert account.rejected_by == {"wrong_type": 1, "failed": 1}
@@ -229,7 +230,7 @@ def test_a_record_that_cannot_be_checked_costs_itself(kind, monkeypatch, tmp_pat
 def test_what_ends_the_thread_again_and_again_is_dropped_and_it_goes_on(
     monkeypatch, tmp_path, logger
 ):
-    from lynkr_store.ingest import writer as module  # noqa: PLC0415 - what is patched
+    from lynkr_store.ingest import preparer as module  # noqa: PLC0415 - what is patched
 
     fails = iter([SystemExit] * 3)
 
@@ -251,10 +252,10 @@ def test_what_ends_the_thread_again_and_again_is_dropped_and_it_goes_on(
     )
     writer.submit({"provider": "lost"})
     assert writer.flush(60)
-    assert writer.account().last_error == "thread_restarted: SystemExit"
+    assert writer.counters().last_error == "thread_restarted: SystemExit"
     writer.submit({"provider": "next"})
     assert writer.flush(60)
-    account = writer.account()
+    account = writer.counters()
     assert account_adds_up(account)
     assert account.dropped_by == {RESTARTED: 1}
     assert account.faults_by[RESTARTED] == 3

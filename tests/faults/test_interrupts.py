@@ -40,7 +40,7 @@ class TimeLimit(Exception):
 
 
 def written(writer):
-    return writer.account().pending == 0
+    return writer.counters().pending == 0
 
 
 def fresh(sink, **options):
@@ -122,11 +122,11 @@ def test_record_is_right_whatever_interrupts_it(kind, stride):
     for moment in moments(stride):
         sink = Sink()
         writer = make(sink)
-        before = writer.account()
+        before = writer.counters()
         error = (Interruption, TimeLimit)[moment % 2]()
         one = record()
         came = interrupted(lambda: writer.submit(one), moment, OURS, everywhere=True, error=error)
-        account = writer.account()
+        account = writer.counters()
         assert account_adds_up(account)
         assert account.submitted - before.submitted in (0, 1), moment
         sink.open.set()
@@ -137,11 +137,11 @@ def test_record_is_right_whatever_interrupts_it(kind, stride):
         if make in (with_a_batch_to_fill, without_room_for_a_row):
             writer.flush(30)
         eventually(lambda: written(writer), 30)
-        account = writer.account()
+        account = writer.counters()
         assert account_adds_up(account)
         assert account.written == len(sink.providers)
         assert sink.providers[-1] == "next"
-        assert len(writer._intake) == writer._intake._units.tell() == 0, "every place is free"
+        assert len(writer._queue) == writer._queue._units.tell() == 0, "every place is free"
         writer.close(30)
         if not came:
             break
@@ -166,7 +166,7 @@ def test_a_stores_record_is_right_whatever_interrupts_it(tmp_path, event, stride
             store.record(provider="next")
             eventually(lambda: store.health().pending == 0)
             assert adds_up(store.health())
-            assert store._writer._intake._units.tell() == 0
+            assert store._writer._queue._units.tell() == 0
             if not came:
                 break
         assert moment > 40
@@ -200,13 +200,13 @@ def test_an_interrupted_flush_holds_nothing_up(stride):
             writer.submit({"provider": str(n)})
         threading.Timer(0.01, sink.open.set).start()
         came = interrupted(lambda: writer.flush(30), moment, WITH_THREADING, everywhere=False)
-        assert is_free(writer._lock)
+        assert is_free(writer._handoff.lock)
         sink.open.set()
         eventually(lambda: written(writer))
         assert writer.submit({"provider": "next"})
         assert writer.flush(30)
         assert sink.providers == ["first", *map(str, range(25)), "next"]
-        assert account_adds_up(writer.account())
+        assert account_adds_up(writer.counters())
         writer.close(30)
         if not came:
             break
@@ -224,7 +224,7 @@ def test_an_interrupted_close_is_finished_at_the_end_of_the_interpreter(tmp_path
         for n in range(100):
             assert store.record(provider="p", request_id=str(n))
         came = interrupted(lambda: store.close(30), moment, WITH_THREADING, everywhere=False)
-        assert is_free(store._writer._lock)
+        assert is_free(store._writer._handoff.lock)
         store._finalizer()  # what the interpreter calls when it ends
         health = store.health()
         assert adds_up(health)
@@ -250,7 +250,7 @@ def test_a_close_without_time_that_is_interrupted_counts_each_record_once():
         assert sink.entered.wait(30)
         came = interrupted(lambda: writer.close(0), moment, OURS, everywhere=False)
         writer.close(0)
-        account = writer.account()
+        account = writer.counters()
         assert account_adds_up(account)
         assert (account.written, account.pending) == (1, 0)
         assert account.dropped_by.keys() <= {"deadline", "outcome_unknown"}

@@ -115,7 +115,7 @@ def test_what_a_flush_confirmed_survives_a_kill_at_any_moment(place, backend, st
     )
     if step == 1:
         # two threads reach their moments in another order each time: one side may be missed
-        for name in ("DefaultDialect.do_commit", "Writer._settle", "RecordQueue.take"):
+        for name in ("DefaultDialect.do_commit", "Handoff.settle", "RecordQueue.take"):
             assert {f"before {name}", f"after {name}"} & labels
         assert {"begin", "before_cursor_execute", "after_cursor_execute", "checkin"} <= labels
 

@@ -216,7 +216,7 @@ def test_a_child_starts_with_nothing_and_the_parent_keeps_its_own(program, url, 
         locked, fork = threading.Event(), threading.Event()
 
         def hold():  # another thread has every lock there is at the fork
-            with (store._writer._lock, store._database._lock, store._probe._lock,
+            with (store._writer._handoff.lock, store._database._lock, store._probe._lock,
                   store._cache._lock):
                 locked.set()
                 fork.wait()
@@ -746,7 +746,7 @@ def test_a_store_that_is_forgotten_in_its_own_thread_writes_what_is_there(progra
         record(store, "r", 50)
         assert store.record(provider="p", request_id="r-50", request_text="t")
         record(store, "r", 5, first=51)
-        store._writer._hurry_to = 1
+        store._writer._handoff.hurry_to = 1
         last.append(store)
         del store
         account.__self__._ring()

@@ -48,8 +48,8 @@ def proxy(server):
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._LAST_RETRY_S", 0.1)
 
 
 @pytest.fixture

@@ -196,8 +196,8 @@ def finish(url, recorded, options, *, left):
 def test_a_connection_cut_at_any_message_costs_a_try(
     proxy, database, url, how, monkeypatch, capsys
 ):
-    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.05)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._LAST_RETRY_S", 0.05)
     kinds = set()
     for fatal in itertools.count(1):
         messages = itertools.count(1)

@@ -61,9 +61,9 @@ def secret(**fields):
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
-    monkeypatch.setattr("lynkr_store.ingest.writer._LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.counters._LOG_EVERY_S", 0.0)
 
 
 @pytest.fixture

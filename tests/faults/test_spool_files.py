@@ -336,7 +336,7 @@ SHARING = """
     for n in range(100):
         assert store.record(provider="p", request_id=f"{name}-{n}")
     until(lambda h: h.spooled == 100)
-    print("spooled", store._writer._spool._own.path, flush=True)
+    print("spooled", store._writer._handoff.spool._own.path, flush=True)
     how = sys.stdin.readline().strip()
     if how == "close":
         store.close(60)

@@ -25,8 +25,8 @@ NOW = 1_750_000_000_000
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch):
-    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
-    monkeypatch.setattr("lynkr_store.ingest.writer._LAST_RETRY_S", 0.1)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._LAST_RETRY_S", 0.1)
 
 
 def execute(engine, *statements):

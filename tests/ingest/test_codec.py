@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lynkr_store import RoutingEvent
 from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.codec import AS_IT_IS, STAMP, packable, plain_columns
-from lynkr_store.ingest.preparer import columns_of
+from lynkr_store.ingest.conversion import columns_of
 from lynkr_store.ingest.queue import RecordQueue
 from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
 from lynkr_store.schemas import FLAG_FIELDS, TEXT_FIELDS

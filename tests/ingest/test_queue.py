@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lynkr_store import RoutingEvent
 from lynkr_store.ingest.batch import BatchBuilder
-from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.conversion import prepare
 from lynkr_store.ingest.queue import RecordQueue, as_submitted
 from lynkr_store.ingest.validation import TextPolicy
 

@@ -646,9 +646,9 @@ def replays_all_but(make, path, batch_id, lost=None):
     """The batch alone is lost, the others are stored, and nothing is left for the next process."""
     sink = Sink()
     writer = replaying(path, sink, 11_000)
-    eventually(lambda: writer.account().recovered > 0 == writer.account().spooled)
+    eventually(lambda: writer.counters().recovered > 0 == writer.counters().spooled)
     writer.close(30)
-    account = writer.account()
+    account = writer.counters()
     assert account.written == 12
     assert sorted(batch for batch, _ in sink.seen) == sorted(
         {f"id-{n}" for n in range(5)} - {batch_id}
@@ -703,14 +703,14 @@ def test_a_batch_for_which_memory_is_short_waits_until_it_is_there(make, path, m
         return loads(payload)
 
     monkeypatch.setattr(json, "loads", loads_with_little_memory)
-    monkeypatch.setattr("lynkr_store.ingest.writer._SPOOL_AGAIN_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.spooling.SPOOL_AGAIN_S", 0.01)
     sink = Sink()
     writer = replaying(path, sink, 11_000)
-    eventually(lambda: writer.account().written == 15)
+    eventually(lambda: writer.counters().written == 15)
     writer.close(30)
     assert [batch for batch, _ in sink.seen] == [f"id-{n}" for n in range(5)], "in order"
-    assert writer.account().faults_by == {"MemoryError": 2}
-    assert writer.account().dropped_by == {}
+    assert writer.counters().faults_by == {"MemoryError": 2}
+    assert writer.counters().dropped_by == {}
 
 
 def test_batches_move_from_a_damaged_file_one_at_a_time(make, path, monkeypatch):
@@ -905,9 +905,9 @@ def test_a_batch_whose_answer_was_lost_longer_ago_than_the_ledger_remembers_is_d
     sink = Sink()
     with caplog.at_level(logging.WARNING, "lynkr_store"):
         writer = replaying(path, sink, 11_000, forget_after_ms=10_000)
-        eventually(lambda: writer.account().written == 6)
+        eventually(lambda: writer.counters().written == 6)
         writer.close(30)
-    account = writer.account()
+    account = writer.counters()
     assert [batch for batch, _ in sink.seen] == ["known", "never"]
     assert (account.submitted, account.recovered, account.written) == (0, 9, 6)
     assert account.dropped_by == {"outcome_unknown": 3}
@@ -922,9 +922,9 @@ def test_a_damaged_batch_costs_the_writer_its_rows_alone(make, path, caplog):
     sink = Sink()
     with caplog.at_level(logging.WARNING, "lynkr_store"):
         writer = replaying(path, sink, 11_000)
-        eventually(lambda: writer.account().written == 12)
+        eventually(lambda: writer.counters().written == 12)
         writer.close(30)
-    account = writer.account()
+    account = writer.counters()
     assert [batch for batch, _ in sink.seen] == ["id-0", "id-2", "id-3", "id-4"]
     assert (account.recovered, account.written, account.spooled) == (15, 12, 0)
     assert account.dropped_by == {"spool_damaged": 3}

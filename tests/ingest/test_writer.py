@@ -92,7 +92,7 @@ def test_records_arrive_in_order_and_in_batches(make, sink):
     assert writer.flush(5)
     assert sink.providers == [str(n) for n in range(95)]
     assert max(map(len, sink.batches)) == 10
-    assert writer.account().written == 95
+    assert writer.counters().written == 95
 
 
 def test_while_the_sink_hangs_some_batches_are_made_ready_and_what_is_wrong_is_told(make, sink):
@@ -102,12 +102,12 @@ def test_while_the_sink_hangs_some_batches_are_made_ready_and_what_is_wrong_is_t
     assert sink.entered.wait(5)
     for n in range(200):
         assert writer.submit({"provider": str(n)} if n % 10 else {})
-    eventually(lambda: writer.account().rejected_by.total() >= 8)
-    assert adds_up(writer.account())
+    eventually(lambda: writer.counters().rejected_by.total() >= 8)
+    assert adds_up(writer.counters())
     sink.open.set()
     assert writer.flush(5)
     assert sink.providers == ["first", *(str(n) for n in range(200) if n % 10)]
-    assert writer.account().rejected_by == {"no_provider": 20}
+    assert writer.counters().rejected_by == {"no_provider": 20}
 
 
 def test_a_batch_goes_after_the_interval_even_if_it_is_not_full(make, sink):
@@ -138,15 +138,15 @@ def eventually(holds, timeout_s=20):
 
 
 def test_what_does_not_fit_is_dropped_and_counted(make, sink, monkeypatch):
-    monkeypatch.setattr("lynkr_store.ingest.writer._READY", 1)
+    monkeypatch.setattr("lynkr_store.ingest.preparer._READY", 1)
     sink.open.clear()
     writer = make(max_rows=5, batch_rows=1)
     for name in ("in the sink", "prepared"):
         writer.submit({"provider": name})
-    eventually(lambda: writer.account().in_hand == 2)
+    eventually(lambda: writer.counters().in_hand == 2)
     accepted = [writer.submit({"provider": str(n)}) for n in range(8)]
     assert accepted == [True] * 5 + [False] * 3
-    account = writer.account()
+    account = writer.counters()
     assert (account.queued, account.in_hand) == (5, 2)
     assert account.dropped_by == {"queue_full": 3}
     assert adds_up(account)
@@ -167,7 +167,7 @@ def test_bytes_are_bounded_whatever_field_they_are_in(make, sink):
     ):
         accepted = [writer.submit(record) for _ in range(4)]
         assert not all(accepted)
-    account = writer.account()
+    account = writer.counters()
     assert account.dropped_by["queue_full"] >= 12
     assert adds_up(account)
 
@@ -189,7 +189,7 @@ def test_nested_containers_are_copied_and_endless_ones_rejected(make, sink):
     assert writer.submit({"provider": "p", "attributes": endless})
     assert writer.flush(5)
     assert [row["attributes"] for row in sink.batches[0]] == ['{"list":[1]}']
-    assert writer.account().rejected_by == {"wrong_type": 1}
+    assert writer.counters().rejected_by == {"wrong_type": 1}
 
 
 def test_values_whose_own_methods_fail_cost_their_row(make, sink):
@@ -211,7 +211,7 @@ def test_values_whose_own_methods_fail_cost_their_row(make, sink):
     writer.submit({"provider": "p", "latency_ms": HostileNumber()})
     writer.submit({"provider": "p"})
     assert writer.flush(5)
-    assert writer.account().rejected_by == {"wrong_type": 1}
+    assert writer.counters().rejected_by == {"wrong_type": 1}
     assert sink.providers == ["the text that it holds", "p"]
 
 
@@ -221,19 +221,19 @@ def test_rows_that_the_sink_refuses_are_counted_by_its_cause(make, sink):
     for _ in range(5):
         writer.submit({"provider": "p"})
     assert writer.flush(5)
-    account = writer.account()
+    account = writer.counters()
     assert (account.written, dict(account.rejected_by)) == (3, {"constraint": 2})
 
 
 def test_a_batch_stays_in_hand_until_the_sink_takes_it(make, sink, monkeypatch, caplog):
-    monkeypatch.setattr("lynkr_store.ingest.writer._FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr("lynkr_store.ingest.deliverer._FIRST_RETRY_S", 0.01)
     sink.failures = [StoreUnavailable("gone"), StoreUnavailable("gone"), OSError("a row's text")]
     writer = make()
     for n in range(7):
         writer.submit({"provider": str(n)})
     assert writer.flush(5)
     assert sink.providers == [str(n) for n in range(7)]
-    account = writer.account()
+    account = writer.counters()
     assert account.last_error == "OSError", "another library's words may repeat the row"
     assert [r.getMessage() for r in caplog.records] == [
         "records wait to be written: StoreUnavailable: gone",
@@ -282,16 +282,16 @@ def test_close_out_of_time_counts_what_is_left(make, sink):
     began = time.monotonic()
     writer.close(0.05)
     assert time.monotonic() - began < 1.5
-    account = writer.account()
+    account = writer.counters()
     assert dict(account.dropped_by) == {"outcome_unknown": 2, "deadline": 5}
     assert (account.queued, account.in_hand) == (0, 0)
     assert adds_up(account)
     sink.open.set()
     assert has_ended(writer)
-    assert adds_up(writer.account()), "a late answer is not counted again"
-    assert writer.account().written == 0
+    assert adds_up(writer.counters()), "a late answer is not counted again"
+    assert writer.counters().written == 0
     assert writer.submit({"provider": "p"}) is False
-    assert writer.account().dropped_by["closed"] == 1
+    assert writer.counters().dropped_by["closed"] == 1
 
 
 def test_close_while_the_sink_is_down_knows_that_nothing_was_written(make, sink):
@@ -300,10 +300,10 @@ def test_close_while_the_sink_is_down_knows_that_nothing_was_written(make, sink)
     for _ in range(3):
         writer.submit({"provider": "p"})
     assert sink.entered.wait(5)
-    while writer.account().last_error is None:
+    while writer.counters().last_error is None:
         time.sleep(0.001)
     writer.close(0.05)
-    assert dict(writer.account().dropped_by) == {"deadline": 3}
+    assert dict(writer.counters().dropped_by) == {"deadline": 3}
     assert has_ended(writer)
 
 
@@ -335,9 +335,9 @@ def test_a_thread_that_cannot_be_started_is_tried_again(make, sink, monkeypatch)
 def test_unreadable_values_are_counted(make):
     writer = make()
     writer.note_unreadable(0)
-    assert not writer.account().mended_by
+    assert not writer.counters().mended_by
     writer.note_unreadable(2)
-    assert writer.account().mended_by == {"unreadable_on_read": 2}
+    assert writer.counters().mended_by == {"unreadable_on_read": 2}
 
 
 def test_the_account_adds_up_at_every_moment(make, sink):
@@ -353,11 +353,11 @@ def test_the_account_adds_up_at_every_moment(make, sink):
     for thread in threads:
         thread.start()
     for _ in range(300):
-        assert adds_up(writer.account())
+        assert adds_up(writer.counters())
     stop.set()
     for thread in threads:
         thread.join(5)
     writer.close(5)
-    account = writer.account()
+    account = writer.counters()
     assert adds_up(account)
     assert account.written == len(sink.providers)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from lynkr_store import Cursor, RoutingEvent, RoutingFilter, Window
 from lynkr_store.ingest.batch import BatchBuilder
-from lynkr_store.ingest.preparer import prepare
+from lynkr_store.ingest.conversion import prepare
 from lynkr_store.ingest.queue import RecordQueue, as_submitted
 from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
 from lynkr_store.schemas import datetime_of
@@ -209,7 +209,8 @@ def test_records_and_questions_agree(field, value):
             refusal_of(lambda: asked(field, value))
         return
     taken = getattr(event, field)
-    if taken is None:  # it was mended: not a number
+    is_infinite = isinstance(value, float | Decimal) and not np.isfinite(float(value))
+    if taken is None or is_infinite:  # no number: it was taken for None, a flag for its default
         refusal_of(lambda: asked(field, value))
     elif field == "timestamp":
         assert Cursor(timestamp=value, id=1).timestamp == taken

@@ -25,9 +25,12 @@ from sqlalchemy import Engine, Pool, event, text
 from sqlalchemy.engine.default import DefaultDialect
 
 from lynkr_store import Health, Store, StoreSettings, create_store_engine
-from lynkr_store.ingest import spool, writer
+from lynkr_store.ingest import deliverer, spool
+from lynkr_store.ingest.handoff import Handoff
+from lynkr_store.ingest.preparer import Preparer
 from lynkr_store.ingest.queue import RecordQueue
-from lynkr_store.storage.database import Database
+from lynkr_store.ingest.spooling import SpoolMover
+from lynkr_store.storage.sink import DatabaseSink
 from tests.support import programs
 from tests.support.postgres import PgServer, _runnable, _unprivileged_user
 from tests.support.recorded import ROOT
@@ -215,8 +218,8 @@ def _told(health: Health) -> dict[str, Any]:
 
 def _hurry(last_retry_s: float) -> None:
     """Let the writer look sooner whether the database is back."""
-    writer._FIRST_RETRY_S = 0.01
-    writer._LAST_RETRY_S = last_retry_s
+    deliverer._FIRST_RETRY_S = 0.01
+    deliverer._LAST_RETRY_S = last_retry_s
 
 
 class _Moments:
@@ -244,9 +247,11 @@ class _Moments:
                 event.listen(target, name, self._listener(name))
         for owner, names in (
             (DefaultDialect, ("do_commit",)),
-            (Database, ("write",)),
+            (DatabaseSink, ("write",)),
             (RecordQueue, ("take", "release")),
-            (writer.Writer, ("_taken_records", "_prepared", "_enter", "_settle")),
+            (Handoff, ("take", "settle")),
+            (Preparer, ("_prepared",)),
+            (SpoolMover, ("_enter",)),
             (spool.Spool, ("enter", "load", "mark_attempt", "remove", "close")),
             (spool._File, ("insert", "mark", "delete", "shrink")),
         ):
@@ -365,7 +370,7 @@ def _story(story: dict[str, Any], fatal: int, say: Say) -> None:
     store = Store(settings=_settings(story))
     now = ""
     for there in story["rounds"]:
-        while there == "=" and store._writer.account().spooled:
+        while there == "=" and store._writer.counters().spooled:
             time.sleep(_POLL_S)
         if there == "=":
             continue

@@ -1,12 +1,18 @@
-"""Where every record is."""
+"""Counts where every record is, and logs what was lost."""
 
+import logging
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Final, Self
+
+from lynkr_store.process.log import say
+
+_LOG_EVERY_S: Final = 60.0  # one line a burst
 
 
 @dataclass
-class Account:
+class Counters:
     """One moment of a writer: ``submitted + recovered`` is the sum of the six other places."""
 
     submitted: int = 0
@@ -42,3 +48,22 @@ class Account:
             mended_by=Counter(self.mended_by),
             faults_by=Counter(self.faults_by),
         )
+
+
+class LossLog:
+    """Logs what was lost since the last line, at most one line a minute."""
+
+    def __init__(self) -> None:
+        self._said: Counter[str] = Counter()
+        self._said_at = -_LOG_EVERY_S
+
+    def is_due(self) -> bool:
+        """Whether a minute has passed since the last line."""
+        return time.monotonic() - self._said_at >= _LOG_EVERY_S
+
+    def say(self, lost: Counter[str]) -> None:
+        """Log the causes and numbers that are new, if there are any."""
+        fresh = lost - self._said
+        if fresh:
+            self._said, self._said_at = lost, time.monotonic()
+            say(logging.WARNING, "records lost, by cause: %s", dict(fresh))
