@@ -111,12 +111,7 @@ def insert_isolating(
         return Counter({refusal(outcome): 1})
     refused: Counter[str] = Counter()
     for row in rows:
-        try:
-            refused += _skipped([row], insert_all(connection, [row]))
-        except Exception as fault:
-            if _fault(connection, fault) is Fault.DATABASE:
-                raise
-            refused[refusal(fault)] += 1
+        refused += insert_isolating(connection, [row], known_good=known_good)
     return refused
 
 
@@ -162,11 +157,19 @@ def _insert_or_refuse(
         return insert_all(connection, rows)
     except Exception as error:
         fault = _fault(connection, error)
-        if fault is Fault.UNCLEAR:
-            samples = rows[:: max(1, len(rows) // _SAMPLES)]
-            good = {**_PLAIN_ROW, **(known_good or {})}  # every column may be what is wrong
-            fault = _whose(connection, [_PLAIN_ROW, good, *samples])
-        if fault is not Fault.ROW:
+        if fault is not Fault.UNCLEAR:
+            if fault is not Fault.ROW:
+                raise
+            return error
+        samples = rows[:: max(1, len(rows) // _SAMPLES)]
+        good = {**_PLAIN_ROW, **(known_good or {})}  # every column may be what is wrong
+        if _whose(connection, [_PLAIN_ROW, good, *samples]) is not Fault.ROW:
+            raise
+    try:
+        # the table works; where it was away before and somebody put it back, the rows work too
+        return insert_all(connection, rows)
+    except Exception as error:
+        if _fault(connection, error) is Fault.DATABASE:
             raise
         return error
 

@@ -10,8 +10,8 @@ import pytest
 
 from lynkr_store import Store, StoreSettings
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.ingest.handoff import RESTARTED
 from lynkr_store.ingest.conversion import prepare
+from lynkr_store.ingest.handoff import RESTARTED
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import Writer

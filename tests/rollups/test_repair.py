@@ -399,8 +399,9 @@ def test_rows_with_ids_that_were_passed_are_counted_after_a_maintenance(store, s
         for n, row in enumerate(minutes(100))
     ]
     by_sql(store, insert(TELEMETRY).values(rows))
-    report = store.maintain()
-    assert report.quarters_mended > 0
+    assert store.maintain().quarters_mended > 0
+    while store.maintain().quarters_mended:
+        pass  # on a busy machine one run has not the time for all quarters
     assert said(store) == (101, 50.5, "rows")
 
 
