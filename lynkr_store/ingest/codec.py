@@ -26,7 +26,7 @@ from lynkr_store.schemas import (
     encoded,
     flag_number,
     instant_in_domain,
-    mend_text,
+    sanitize_text,
 )
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
@@ -137,7 +137,7 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
         if type(value := getattr(event, name)) not in _TEXT:
             setattr(event, name, encoded(value))
     values: tuple[Any, ...] = msgspec.structs.astuple(event)
-    if mend_text("".join(filter(None, _texts(values))))[1]:
+    if sanitize_text("".join(filter(None, _texts(values))))[1]:
         raise ValueError
     return values
 

@@ -16,7 +16,7 @@ from lynkr_store.schemas import (
     TEXT_FIELDS,
     RoutingEvent,
     flag_number,
-    mend_text,
+    sanitize_text,
 )
 from lynkr_store.settings import TextSettings
 
@@ -185,7 +185,7 @@ def taken_over(rows: Sequence[Row], policy: TextPolicy) -> tuple[RowBatch, Count
 
 def _counted(redact: Callable[[str], str], changed: Counter[str]) -> Callable[[str], str]:
     def redacted(text: str) -> str:
-        kept, _ = mend_text(redact(text))
+        kept, _ = sanitize_text(redact(text))
         changed["redacted"] += kept != text
         return kept
 
@@ -202,7 +202,8 @@ def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
     for at, texts in enumerate(rows):
         try:
             rows[at] = tuple(
-                None if text is None else str.__str__(mend_text(redact(text))[0]) for text in texts
+                None if text is None else str.__str__(sanitize_text(redact(text))[0])
+                for text in texts
             )
         except BaseException:  # noqa: BLE001 - the caller's own function; this thread goes on
             rows[at] = (None,) * len(texts)

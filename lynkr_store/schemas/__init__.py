@@ -15,7 +15,7 @@ from lynkr_store.schemas.events import (
     encoded,
     flag_number,
     instant_in_domain,
-    mend_text,
+    sanitize_text,
 )
 from lynkr_store.schemas.health import Health, MaintenanceReport
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
@@ -43,7 +43,7 @@ __all__ = [
     "epoch_ms",
     "flag_number",
     "instant_in_domain",
-    "mend_text",
     "plain",
+    "sanitize_text",
     "utc",
 ]

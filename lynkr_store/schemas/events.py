@@ -46,7 +46,7 @@ LONG_FIELDS: Final = (*TEXT_FIELDS, *JSON_FIELDS)
 """The fields of free text: those two, and the JSON ones."""
 
 
-def mend_text(text: str) -> tuple[str, str | None]:
+def sanitize_text(text: str) -> tuple[str, str | None]:
     """Replace what a database cannot hold, one U+FFFD for each character.
 
     PostgreSQL's text holds no NUL, and UTF-8 has no form for a lone surrogate. Both backends get
@@ -137,7 +137,7 @@ def _as_json(value: object, causes: list[str]) -> str:
             text = encoded(_expressible(value, causes))
     except Exception:  # noqa: BLE001 - a part's own methods may raise anything
         raise ValueError(_NO_JSON) from None
-    text, cause = mend_text(text)
+    text, cause = sanitize_text(text)
     if cause:
         causes.append(cause)
     return text
@@ -313,7 +313,7 @@ def _mend(name: str, value: Any, causes: list[str]) -> Any:
             value = values.plain(value)
     kind = type(value)
     if kind is str:
-        value, cause = mend_text(value)
+        value, cause = sanitize_text(value)
         if cause:
             causes.append(cause)
         if len(value) > NAME_MAX_CHARS and name not in LONG_FIELDS:

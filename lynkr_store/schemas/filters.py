@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import epoch_ms, values
 from lynkr_store.schemas.base import FrozenInput
-from lynkr_store.schemas.events import NAME_MAX_CHARS, mend_text
+from lynkr_store.schemas.events import NAME_MAX_CHARS, sanitize_text
 
 _MAX_VALUES: Final = 1_000  # well below what one statement can bind on either backend
 
@@ -83,7 +83,7 @@ def _several(value: object, convert: Callable[[object], Any], say: str) -> list[
 def _texts(value: object) -> object:
     texts = _several(value, values.text, "a text")
     # mended as records are on their way in, so that a text finds what was recorded with it
-    return texts and tuple(sorted({mend_text(text)[0][:NAME_MAX_CHARS] for text in texts}))
+    return texts and tuple(sorted({sanitize_text(text)[0][:NAME_MAX_CHARS] for text in texts}))
 
 
 def _codes(value: object) -> object:
