@@ -20,7 +20,7 @@ from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.postgresql import require_utf8, schema_of, script_lines, within
 from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.exceptions import BadArgument, printable
-from lynkr_store.maintenance.restoration import make_again
+from lynkr_store.maintenance.restoration import recreate_tables
 from lynkr_store.migrate import operations, upgrade
 from lynkr_store.migrate.lock import exclusively
 from lynkr_store.migrate.revisions import (
@@ -129,7 +129,7 @@ def _migrate(connection: Connection) -> None:
         with upgrade.comparing(), context.begin_transaction():
             context.run_migrations()
             if lost:
-                in_path(make_again)(connection, lost)
+                in_path(recreate_tables)(connection, lost)
 
 
 if context.is_offline_mode():

@@ -28,7 +28,7 @@ _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)
 """What the table of progress says of times and not of ids."""
 
 
-def make_again(connection: Connection, lost: Collection[str]) -> None:
+def recreate_tables(connection: Connection, lost: Collection[str]) -> None:
     """Make the lost tables, in the transaction that the caller commits.
 
     Args:
