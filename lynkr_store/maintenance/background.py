@@ -18,7 +18,7 @@ _FINISH_S: Final = 0.2
 _AGAIN_S: Final = 0.1  # until the thread goes on that something ended
 
 
-class Upkeep(Forkable):
+class BackgroundMaintenance(Forkable):
     """Does some work again and again: at intervals, and when enough rows were written.
 
     Args:
@@ -56,13 +56,13 @@ class Upkeep(Forkable):
         with self._lock:
             if self._thread is not None or self._stopped:
                 return
-            thread = threading.Thread(target=self._run, name="lynkr-store-upkeep", daemon=True)
+            thread = threading.Thread(target=self._run, name="lynkr-store-maintenance", daemon=True)
             # no more threads: then next time
             with suppress(RuntimeError, MemoryError), without_sigterm():
                 thread.start()
                 self._thread = thread
 
-    def note_rows(self, count: int) -> None:
+    def rows_written(self, count: int) -> None:
         """So many rows were written."""
         self.start()
         self._rows += count
@@ -110,4 +110,4 @@ class Upkeep(Forkable):
                 self._note_fault(error)
             before, self._said = self._said, said
             if said and said != before and not self._stopped:
-                say(logging.WARNING, "upkeep will be tried again: %s", said)
+                say(logging.WARNING, "background maintenance will be retried: %s", said)

@@ -269,7 +269,7 @@ class AsyncStore(Core):
         """Make sure that the database is open; all that find it closed wait for one thread."""
         self._require_open()
         if self._database.is_open:
-            self._upkeep.start()
+            self._background.start()
         else:
             await self._opening.run(self._open)
 

@@ -22,7 +22,7 @@ from lynkr_store.ingest.spool import Spool, clashes
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.maintenance import run
-from lynkr_store.maintenance.background import Upkeep
+from lynkr_store.maintenance.background import BackgroundMaintenance
 from lynkr_store.migrate import revisions
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.queries.repository import RoutingRepository
@@ -96,13 +96,13 @@ class Core:
         interval_s = settings.maintenance_interval_s
         checks = run.Regularly(interval_s)
         keep_up = partial(_keep_up, self._database, settings, self._clock, checks)
-        self._upkeep = Upkeep(
+        self._background = BackgroundMaintenance(
             keep_up,
             interval_s,
             self._writer.note_restart,
             note_fault=partial(_note_refused, self._writer),
         )
-        self._sink.on_written = self._upkeep.note_rows
+        self._sink.on_written = self._background.rows_written
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler
         # interrupted in its first health(), would keep the writer from opening the database
         revisions.head()
@@ -111,7 +111,7 @@ class Core:
             self._writer.close(0)
         self._sigterm = SigtermHandler(_closing(self)) if settings.handle_sigterm else None
         # also when the store is forgotten, and when the interpreter exits
-        parts = (self._writer, self._upkeep, self._probe)
+        parts = (self._writer, self._background, self._probe)
         self._at_exit = partial(_close, *parts, CLOSE_S)
         atexit.register(self._at_exit)
         self._finalizer = weakref.finalize(self, _forget, self._at_exit)
@@ -122,7 +122,7 @@ class Core:
             self._writer,
             self._database,
             self._sink,
-            self._upkeep,
+            self._background,
             self._probe,
             self._cache,
         ):
@@ -181,7 +181,7 @@ class Core:
     def _do_close(self, timeout_s: float) -> None:
         timeout_s = checked_seconds(timeout_s, "timeout_s")
         self._closed = True
-        _close(self._writer, self._upkeep, self._probe, timeout_s)
+        _close(self._writer, self._background, self._probe, timeout_s)
         if self._sigterm:  # only now: the signal may come meanwhile
             self._sigterm.remove()
         self._finalizer.detach()  # last: an interrupted close is finished at the end
@@ -307,7 +307,7 @@ class Core:
             raise BadArgument("the store was opened read-only; open it without read_only")
         self._database.open()
         if not self._database.read_only:
-            self._upkeep.start()
+            self._background.start()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -325,7 +325,7 @@ class _OwnRepository(RoutingRepository):
 def _note_refused(writer: Writer, error: Exception) -> None:
     """Have `health` say that roll-ups were refused; of other faults the probe tells.
 
-    A function of the module: by a method, the thread of the upkeep would hold the store.
+    A function of the module: by a method, the maintenance thread would hold the store.
     """
     if isinstance(error, RollupsRefused):
         writer.note_fault(error)
@@ -342,13 +342,15 @@ def _keep_up(
         run.keep_up(database, settings, clock, checks, stop)
 
 
-def _close(writer: Writer, upkeep: Upkeep, probe: Probe, timeout_s: float) -> None:
-    if writer.is_this_thread or upkeep.is_this_thread:
+def _close(
+    writer: Writer, background: BackgroundMaintenance, probe: Probe, timeout_s: float
+) -> None:
+    if writer.is_this_thread or background.is_this_thread:
         # the collector found a forgotten store in here; this thread must not wait for itself
-        threading.Thread(target=_close, args=(writer, upkeep, probe, timeout_s)).start()
+        threading.Thread(target=_close, args=(writer, background, probe, timeout_s)).start()
         return
     writer.close(timeout_s)
-    upkeep.finish()
+    background.finish()
     probe.finish()
     probe.database.dispose()
 

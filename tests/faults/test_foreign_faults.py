@@ -15,7 +15,7 @@ from lynkr_store.ingest.handoff import RESTARTED
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import Writer
-from lynkr_store.maintenance.background import Upkeep
+from lynkr_store.maintenance.background import BackgroundMaintenance
 from tests.ingest.test_writer import adds_up as account_adds_up
 from tests.support.stores import adds_up, eventually
 
@@ -264,7 +264,7 @@ def test_what_ends_the_thread_again_and_again_is_dropped_and_it_goes_on(
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
-def test_upkeep_goes_on_whatever_its_work_raises(kind):
+def test_background_maintenance_goes_on_whatever_its_work_raises(kind):
     noted, done = [], threading.Event()
     faults = iter([kind("a secret"), kind("a secret")])
 
@@ -273,20 +273,20 @@ def test_upkeep_goes_on_whatever_its_work_raises(kind):
             raise error
         done.set()
 
-    upkeep = Upkeep(work, 0.001, noted.append)
-    upkeep.start()
+    background = BackgroundMaintenance(work, 0.001, noted.append)
+    background.start()
     assert done.wait(60)
-    upkeep.finish()
+    background.finish()
     assert [type(error) for error in noted] == [kind, kind]
 
 
 @pytest.mark.parametrize("interval_s", [1e10, 1e300, float("inf")])
-def test_upkeep_waits_as_long_as_it_can(interval_s):
-    upkeep = Upkeep(lambda _: None, interval_s)
-    upkeep.start()
-    upkeep._thread.join(0.05)
-    assert upkeep._thread.is_alive()
-    upkeep.finish()
+def test_background_maintenance_waits_as_long_as_it_can(interval_s):
+    background = BackgroundMaintenance(lambda _: None, interval_s)
+    background.start()
+    background._thread.join(0.05)
+    assert background._thread.is_alive()
+    background.finish()
 
 
 def test_health_says_that_a_thread_was_restarted(url, monkeypatch):
@@ -295,11 +295,11 @@ def test_health_says_that_a_thread_was_restarted(url, monkeypatch):
         assert store.flush(60)
 
         def work(_):
-            monkeypatch.setattr(store._upkeep, "_work", lambda _: None)
+            monkeypatch.setattr(store._background, "_work", lambda _: None)
             raise SystemExit("a secret")
 
-        monkeypatch.setattr(store._upkeep, "_work", work)
-        store._upkeep._bell.put(None)
+        monkeypatch.setattr(store._background, "_work", work)
+        store._background._bell.put(None)
         eventually(lambda: store.health().faults_by.get(RESTARTED))
         health = store.health()
         assert health.last_error == "thread_restarted: SystemExit"

@@ -8,7 +8,7 @@ import pytest
 
 from lynkr_store import Store, StoreSettings, Window
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.maintenance.background import WAKE_ROWS, Upkeep
+from lynkr_store.maintenance.background import WAKE_ROWS, BackgroundMaintenance
 from tests.support.stores import eventually, looked
 
 LONG_S = 3_600.0
@@ -16,43 +16,43 @@ NOW = 1_750_000_000_000
 
 
 @pytest.fixture
-def begin_upkeep():
+def background_maintenance():
     """Begin one, which is ended with the test."""
     begun = []
 
     def begin(work, interval_s):
-        upkeep = Upkeep(work, interval_s)
-        begun.append(upkeep)
-        return upkeep
+        background = BackgroundMaintenance(work, interval_s)
+        begun.append(background)
+        return background
 
     yield begin
-    for upkeep in begun:
-        upkeep.finish()
-        if upkeep._thread:
-            upkeep._thread.join(30)
+    for background in begun:
+        background.finish()
+        if background._thread:
+            background._thread.join(30)
 
 
-def test_it_works_again_and_again(begin_upkeep):
+def test_it_works_again_and_again(background_maintenance):
     times = []
-    upkeep = begin_upkeep(lambda _: times.append(1), 0.001)
-    upkeep.start()
-    upkeep.start()
+    background = background_maintenance(lambda _: times.append(1), 0.001)
+    background.start()
+    background.start()
     eventually(lambda: len(times) > 3)
-    assert [t.name for t in threading.enumerate()].count("lynkr-store-upkeep") == 1
+    assert [t.name for t in threading.enumerate()].count("lynkr-store-maintenance") == 1
 
 
-def test_it_works_when_enough_was_written_and_not_before(begin_upkeep):
+def test_it_works_when_enough_was_written_and_not_before(background_maintenance):
     times = []
-    upkeep = begin_upkeep(lambda _: times.append(1), LONG_S)
-    upkeep.note_rows(WAKE_ROWS - 1)
-    assert upkeep._bell.empty()
+    background = background_maintenance(lambda _: times.append(1), LONG_S)
+    background.rows_written(WAKE_ROWS - 1)
+    assert background._bell.empty()
     assert not times
-    upkeep.note_rows(1)
+    background.rows_written(1)
     eventually(lambda: times)
     assert len(times) == 1
 
 
-def test_what_it_does_is_told_to_stop(begin_upkeep):
+def test_what_it_does_is_told_to_stop(background_maintenance):
     at_work, stopped = threading.Event(), threading.Event()
 
     def work(stop):
@@ -60,24 +60,24 @@ def test_what_it_does_is_told_to_stop(begin_upkeep):
         eventually(stop)
         stopped.set()
 
-    upkeep = begin_upkeep(work, 0.001)
-    upkeep.start()
+    background = background_maintenance(work, 0.001)
+    background.start()
     at_work.wait(30)
-    upkeep.finish()
+    background.finish()
     assert stopped.wait(30)
-    upkeep.start()
-    upkeep._thread.join(30)
-    assert not upkeep._thread.is_alive()
+    background.start()
+    background._thread.join(30)
+    assert not background._thread.is_alive()
 
 
-def test_one_that_was_ended_does_not_start(begin_upkeep):
-    upkeep = begin_upkeep(lambda _: None, 0.001)
-    upkeep.finish()
-    upkeep.start()
-    assert upkeep._thread is None
+def test_one_that_was_ended_does_not_start(background_maintenance):
+    background = background_maintenance(lambda _: None, 0.001)
+    background.finish()
+    background.start()
+    assert background._thread is None
 
 
-def test_a_fault_is_told_once_without_what_others_say_of_it(begin_upkeep, caplog):
+def test_a_fault_is_told_once_without_what_others_say_of_it(background_maintenance, caplog):
     caplog.set_level(logging.WARNING, "lynkr_store")
     faults = iter([ValueError("a secret"), ValueError("a secret"), StoreUnavailable("no server")])
     done = threading.Event()
@@ -88,36 +88,36 @@ def test_a_fault_is_told_once_without_what_others_say_of_it(begin_upkeep, caplog
             raise error
         done.set()
 
-    begin_upkeep(work, 0.001).start()
+    background_maintenance(work, 0.001).start()
     assert done.wait(30)
     assert [record.getMessage() for record in caplog.records] == [
-        "upkeep will be tried again: ValueError",
-        "upkeep will be tried again: StoreUnavailable: no server",
+        "background maintenance will be retried: ValueError",
+        "background maintenance will be retried: StoreUnavailable: no server",
     ]
 
 
-def test_without_threads_it_is_tried_the_next_time(begin_upkeep, monkeypatch):
+def test_without_threads_it_is_tried_the_next_time(background_maintenance, monkeypatch):
     def none_left(_):
         raise RuntimeError("can't start new thread")
 
     times = []
-    upkeep = begin_upkeep(lambda _: times.append(1), 0.001)
+    background = background_maintenance(lambda _: times.append(1), 0.001)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none_left)
-        upkeep.start()
-    assert upkeep._thread is None
-    upkeep.start()
+        background.start()
+    assert background._thread is None
+    background.start()
     eventually(lambda: times)
 
 
-def test_a_child_has_one_of_its_own(begin_upkeep):
-    upkeep = begin_upkeep(lambda _: None, LONG_S)
-    upkeep.note_rows(1)
-    parents, bell = upkeep._thread, upkeep._bell
-    upkeep.after_fork_in_child()
-    assert upkeep._thread is None
-    assert upkeep._rows == 0
-    upkeep.finish()
+def test_a_child_has_one_of_its_own(background_maintenance):
+    background = background_maintenance(lambda _: None, LONG_S)
+    background.rows_written(1)
+    parents, bell = background._thread, background._bell
+    background.after_fork_in_child()
+    assert background._thread is None
+    assert background._rows == 0
+    background.finish()
     bell.put(None)
     parents.join(30)
     assert not parents.is_alive()
@@ -152,7 +152,7 @@ def test_a_store_that_only_reads_folds_nothing(url):
     settings = StoreSettings(url=url, maintenance_interval_s=0.001)
     with Store(settings=settings, read_only=True) as store:
         assert store.query() == []
-        assert store._upkeep._thread is None
+        assert store._background._thread is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -401,13 +401,13 @@ def test_a_stores_own_retention_waits_too_and_says_so_once(url, caplog):
     settings = StoreSettings(url=url, retention_days=1, maintenance_interval_s=0.01)
     times = []
     with Store(settings=settings, clock=lambda: NOW + YEAR) as store:
-        work = store._upkeep._work
-        store._upkeep._work = lambda stop: (times.append(1), work(stop))
+        work = store._background._work
+        store._background._work = lambda stop: (times.append(1), work(stop))
         assert len(store.query()) == 20  # starts it
         eventually(lambda: len(times) > 3)
         assert looked(store).rollup_lag == 0, "it folds"
-    assert [line.getMessage()[:40] for line in caplog.records] == [
-        "upkeep will be tried again: ClockAhead: "
+    assert [line.getMessage()[:52] for line in caplog.records] == [
+        "background maintenance will be retried: ClockAhead: "
     ]
     with Store(url, clock=lambda: NOW) as store:
         assert len(store.query()) == 20

@@ -189,7 +189,7 @@ def test_a_store_that_closes_ends_its_own_retention(url, small_steps, monkeypatc
         eventually(lambda: sum("DELETE" in said for said in done) > 2)
         store.close()
         before = sum("DELETE" in said for said in done)
-        eventually(lambda: not any("upkeep" in t.name for t in threading.enumerate()))
+        eventually(lambda: not any("maintenance" in t.name for t in threading.enumerate()))
         assert sum("DELETE" in said for said in done) <= before + 1
 
 
