@@ -83,7 +83,7 @@ def maintain(
     )
 
 
-class Regularly:
+class IntervalTimer:
     """Tells when something is due that is asked about more often; it is due at first.
 
     Args:
@@ -121,7 +121,7 @@ def keep_up(
     database: Database,
     settings: StoreSettings,
     clock: Callable[[], int],
-    checks: Regularly,
+    checks: IntervalTimer,
     stop: Callable[[], bool],
 ) -> None:
     """What a store does by itself from time to time: fold, and retain where that is configured.

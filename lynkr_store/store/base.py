@@ -94,7 +94,7 @@ class Core:
             has_forgotten=self._sink.has_forgotten,
         )
         interval_s = settings.maintenance_interval_s
-        checks = run.Regularly(interval_s)
+        checks = run.IntervalTimer(interval_s)
         keep_up = partial(_keep_up, self._database, settings, self._clock, checks)
         self._background = BackgroundMaintenance(
             keep_up,
@@ -335,7 +335,7 @@ def _keep_up(
     database: Database,
     settings: StoreSettings,
     clock: Callable[[], int],
-    checks: run.Regularly,
+    checks: run.IntervalTimer,
     stop: Callable[[], bool],
 ) -> None:
     with database.explained(), translated():
