@@ -39,9 +39,10 @@ from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import (
     RoutingFilter,
     Window,
+    checked_criteria,
     checked_limit,
     checked_provider,
-    given,
+    checked_window,
 )
 from lynkr_store.settings import TextSettings
 from lynkr_store.storage.inserts import insert_or_reject
@@ -132,8 +133,8 @@ class RoutingRepository:
             BadArgument: A limit that is no whole number of rows, or another type.
             StoreUnavailable: The database cannot be reached.
         """
-        criteria = given(criteria, RoutingFilter, "criteria")
-        window = given(window, Window, "window")
+        criteria = checked_criteria(criteria)
+        window = checked_window(window)
         if before is not None and not isinstance(before, Cursor):
             raise BadArgument("before: give the cursor of the last row of the page before")
         backend = backend_of(self._session.get_bind(clause=TELEMETRY))
@@ -228,6 +229,6 @@ class RoutingRepository:
 
     def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
         now = self._clock()
-        since, until = given(window, Window, "window").resolved(now, LOOK_BACK)
+        since, until = checked_window(window).resolved(now, LOOK_BACK)
         with translated():
             return ask(self._session, question, since, until, now, **of)

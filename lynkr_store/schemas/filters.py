@@ -155,21 +155,25 @@ class RoutingFilter(FrozenInput):
         return self
 
 
-_Asked = TypeVar("_Asked", Window, RoutingFilter)
 _Value = TypeVar("_Value")
 
 
-def given(value: _Asked | None, kind: type[_Asked], name: str) -> _Asked:
-    """The argument, or the one that selects everything.
+def checked_window(window: Window | None) -> Window:
+    """The window; one without ends for None.
 
     Raises:
         BadArgument: Another type.
     """
-    if value is None:
-        return kind()
-    if not isinstance(value, kind):
-        raise BadArgument(f"{name}: give a {kind.__name__}")
-    return value
+    return _of_type("window", Window, window)
+
+
+def checked_criteria(criteria: RoutingFilter | None) -> RoutingFilter:
+    """The filter; one that matches every row for None.
+
+    Raises:
+        BadArgument: Another type.
+    """
+    return _of_type("criteria", RoutingFilter, criteria)
 
 
 def checked_provider(provider: object) -> str:
@@ -220,6 +224,14 @@ def checked_seconds(seconds: object, name: str) -> float:
     if not found >= 0:
         raise BadArgument(f"{name}: {words}")
     return found
+
+
+def _of_type(name: str, kind: type[_Value], value: _Value | None) -> _Value:
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise BadArgument(f"{name}: give a {kind.__name__}")
+    return value
 
 
 def _checked(name: str, words: str, convert: Callable[[object], _Value], value: object) -> _Value:

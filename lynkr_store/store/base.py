@@ -39,7 +39,7 @@ from lynkr_store.schemas.filters import (
     checked_age,
     checked_provider,
     checked_seconds,
-    given,
+    checked_window,
 )
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS
 from lynkr_store.settings import StoreSettings
@@ -241,7 +241,7 @@ class Core:
             )
 
     def _do_recount(self, window: Window | None) -> int:
-        asked = given(window, Window, "window")
+        asked = checked_window(window)
         since = max(INSTANT_MIN_MS, asked.since_ms or INSTANT_MIN_MS)
         until = INSTANT_MAX_MS if asked.until_ms is None else min(INSTANT_MAX_MS, asked.until_ms)
         if since >= until:
@@ -388,7 +388,7 @@ def window_key(window: Window | None = None) -> Hashable:
     """The question's window as it was asked: the default one stays one question as time goes."""
     if window is None:
         return None, None
-    asked = given(window, Window, "window")
+    asked = checked_window(window)
     return asked.since, asked.until
 
 
