@@ -1,5 +1,6 @@
-"""Questions of rows: lists in pages and the statistics, for a Session of whoever asks.
+"""Answers questions about rows, as pages and statistics, in a Session of the caller's.
 
-`pages` builds the statements of the lists, `repository` asks them and the statistics and gives
-back values of `schemas`. It opens no engine, starts no thread and keeps nothing between calls.
+`pages` builds the statements of the lists, `statistics` defines each statistic, and `repository`
+runs both and returns values of `schemas`. The package opens no engine, starts no thread and keeps
+nothing between calls.
 """

@@ -1,4 +1,4 @@
-"""Pure statement builders: a filter goes in, a statement comes out; nothing is executed here."""
+"""Builds the statement of a page of rows from a filter. Nothing is executed here."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -53,7 +53,7 @@ _BOUNDED: Final = {
 
 
 def _page(model: type[RoutingRowBrief]) -> Select[*tuple[Any, ...]]:
-    """The model's columns as they were stored: it knows what they mean."""
+    """The model's columns as stored; the model interprets them."""
     columns = (column for column in _t if column.name in model.model_fields)
     return select(
         *(
@@ -71,43 +71,44 @@ _VALUE: Final = column("value", BigInteger)
 _NEWEST: Final = (_t.timestamp.desc(), _t.id.desc())
 _BY_ERROR: Final = ("provider", "has_error")
 _INDEXED: Final = (("session_id",), ("model",), _BY_ERROR, ("tier",))
-"""Dimensions that an index has before the timestamp; first those of few rows to a value."""
+"""Filters whose columns stand before the timestamp in an index; first those with few rows a
+value."""
 _LIMIT: Final = bindparam("limit", type_=BigInteger)
-_MAX_HEADS: Final = 100  # SQLite takes 500 terms in one UNION ALL
+_MAX_PREFIXES: Final = 100  # SQLite allows 500 terms in one UNION ALL
 
 
-def _heads_of_errors() -> CTE:
-    """Every provider, found by a step in its index for each."""
+def _providers_with_errors() -> CTE:
+    """Every provider, found by one step in its index for each."""
     after = TELEMETRY.alias("after")
     first = select(func.min(after.c.provider).label("provider")).cte("providers", recursive=True)
     following = select(func.min(after.c.provider)).where(after.c.provider > first.c.provider)
     known = first.c.provider.is_not(None)
     providers = first.union_all(select(following.scalar_subquery()).where(known))
     named = providers.c.provider.is_not(None)
-    return select(providers.c.provider, literal(1).label("has_error")).where(named).cte("heads")
+    return select(providers.c.provider, literal(1).label("has_error")).where(named).cte("prefixes")
 
 
-_HEADS_OF_ERRORS: Final = _heads_of_errors()
+_PROVIDERS_WITH_ERRORS: Final = _providers_with_errors()
 
 
-class _Shape(NamedTuple):
-    """What the statement of a list depends on, beside the values that it takes.
+class _StatementKey(NamedTuple):
+    """What determines the text of a page's statement; its values are parameters.
 
     Attributes:
-        backend: Whose SQL it is.
-        include_text: With the two texts.
-        heads: What the first columns of an index are to equal: to the name of a dimension how many
-            values, to a flag's its value; None for any.
-        rest: What else is asked: to the name of a dimension whether it is given several values, to
-            a flag's its value, to a bound's False.
-        since: From an instant on.
-        until: Up to an instant.
-        before: After a cursor; whether its timestamp is a whole number.
+        backend: The backend.
+        include_text: Whether the two texts are read.
+        prefixes: Conditions on the first columns of an index: the filter's name and its number of
+            values, or a flag's value; None for any value.
+        rest: Other conditions: the filter's name and whether it has several values, or a flag's
+            value; False for a bound.
+        since: Whether the window has a beginning.
+        until: Whether the window has an end.
+        before: None without a cursor; otherwise whether the cursor's timestamp is a whole number.
     """
 
     backend: Backend
     include_text: bool
-    heads: tuple[tuple[str, int | None], ...]
+    prefixes: tuple[tuple[str, int | None], ...]
     rest: tuple[tuple[str, bool], ...]
     since: bool
     until: bool
@@ -124,22 +125,22 @@ def rows(
     before: Cursor | None,
     include_text: bool,
 ) -> tuple[Select[*tuple[Any, ...]], dict[str, Any]]:
-    """Rows by ``(timestamp, id)`` descending, those after the cursor in this order.
+    """Rows by ``(timestamp, id)`` descending, after the cursor in that order.
 
-    An index has the rows of one value in this order: at most ``limit`` are read of each value that
-    is asked for, and put together.
+    An index holds the rows of one value in this order. The statement reads at most ``limit`` rows
+    of each requested value and merges them.
 
     Returns:
-        A statement, and the values that it takes.
+        The statement, and its parameters.
     """
-    # Of two bounds from above SQLite's index takes either, so that which follows is left out; from
-    # another writer's odd timestamp nothing follows here.
+    # SQLite's index uses either of two upper bounds, so the redundant one is left out. A cursor
+    # with another writer's odd timestamp cannot be compared here, so both bounds stay.
     if until_ms is not None and before is not None and type(before.timestamp) is int:
         if before.timestamp < until_ms:
             until_ms = None
         else:
             before = None
-    heads, rest, values = _parted(criteria)
+    prefixes, rest, values = _split_criteria(criteria)
     values["limit"] = limit
     if since_ms is not None:
         values["since"] = since_ms
@@ -147,31 +148,31 @@ def rows(
         values["until"] = until_ms
     if before is not None:
         values |= {"before_timestamp": before.timestamp, "before_id": before.id}
-    shape = _Shape(
+    key = _StatementKey(
         backend,
         include_text,
-        heads,
+        prefixes,
         rest,
         since_ms is not None,
         until_ms is not None,
         None if before is None else type(before.timestamp) is int,
     )
-    return _rows(shape), values
+    return _rows(key), values
 
 
-def _parted(
+def _split_criteria(
     criteria: RoutingFilter,
 ) -> tuple[tuple[tuple[str, int | None], ...], tuple[tuple[str, bool], ...], dict[str, Any]]:
-    """The heads and the rest of a shape, and the values that are asked for."""
+    """The conditions for an index's first columns, the other conditions, and the values."""
     index = _index_for(criteria)
-    heads: dict[str, int | None] = dict.fromkeys(index)
+    prefixes: dict[str, int | None] = dict.fromkeys(index)
     rest: dict[str, bool] = {}
     values: dict[str, Any] = {}
     for name, value in criteria:
         if isinstance(value, bool):
-            (heads if name in heads else rest)[name] = value
-        elif name in heads and value is not None:
-            heads[name] = len(value)
+            (prefixes if name in prefixes else rest)[name] = value
+        elif name in prefixes and value is not None:
+            prefixes[name] = len(value)
             values |= {f"{name}_{number}": each for number, each in enumerate(value)}
         elif isinstance(value, tuple):
             rest[name] = len(value) > 1
@@ -179,50 +180,50 @@ def _parted(
         elif value is not None:
             rest[name] = False
             values[name] = value
-    return tuple(heads.items()), tuple(rest.items()), values
+    return tuple(prefixes.items()), tuple(rest.items()), values
 
 
 def _index_for(criteria: RoutingFilter) -> tuple[str, ...]:
-    """The dimensions of an index that begins with what is asked for.
+    """The filters of an index that begins with columns that are filtered.
 
-    Empty where none does, or the values are very many.
+    Empty if there is no such index, or if there are too many values.
     """
     if criteria.has_error and criteria.session_id is None and criteria.provider is None:
         return _BY_ERROR
     for index in _INDEXED:
-        heads = len(getattr(criteria, index[0]) or ())
+        number = len(getattr(criteria, index[0]) or ())
         if index is _BY_ERROR and criteria.has_error is None:
-            heads *= 2
-        if 0 < heads <= _MAX_HEADS:
+            number *= 2
+        if 0 < number <= _MAX_PREFIXES:
             return index
     return ()
 
 
 @lru_cache
-def _rows(shape: _Shape) -> Select[*tuple[Any, ...]]:
-    """The statement, made once: that took a quarter of the time of a page."""
-    page = _PAGE if shape.include_text else _BRIEF_PAGE
-    within = tuple(_within(shape))
-    if not shape.heads:
-        matching = _matching(shape.rest)
+def _rows(key: _StatementKey) -> Select[*tuple[Any, ...]]:
+    """Build the statement; cached, because building it took a quarter of the time of a page."""
+    page = _PAGE if key.include_text else _BRIEF_PAGE
+    within = tuple(_within(key))
+    if not key.prefixes:
+        matching = _matching(key.rest)
         return page.where(*matching, *within).order_by(*_NEWEST).limit(_LIMIT)
-    heads = _heads(shape)
-    matching = _matching(shape.rest, indexed=False)
-    under_head = _under(heads).where(*matching, *within).limit(_LIMIT)
-    # two steps, for the texts are then read of these alone
-    newest = _newest_under(shape.backend, heads, under_head).limit(_LIMIT).correlate(None)
+    prefixes = _prefixes(key)
+    matching = _matching(key.rest, indexed=False)
+    ids_under_prefix = _ids_under(prefixes).where(*matching, *within).limit(_LIMIT)
+    # ids first, then the rows: so the texts are read only of the rows that are returned
+    newest = _newest_ids(key.backend, prefixes, ids_under_prefix).limit(_LIMIT).correlate(None)
     return page.where(_t.id.in_(newest)).order_by(*_NEWEST)
 
 
-def _heads(shape: _Shape) -> CTE:
-    """Each combination of what the first columns are to equal, in columns named like them."""
-    if dict(shape.heads).get("provider", 0) is None:
-        return _HEADS_OF_ERRORS
-    heads = product(*(_head(name, asked) for name, asked in shape.heads))
-    return union_all(*(select(*head) for head in heads)).cte("heads")
+def _prefixes(key: _StatementKey) -> CTE:
+    """Each combination of values for an index's first columns, in columns of the same names."""
+    if dict(key.prefixes).get("provider", 0) is None:
+        return _PROVIDERS_WITH_ERRORS
+    prefixes = product(*(_prefix_values(name, asked) for name, asked in key.prefixes))
+    return union_all(*(select(*prefix) for prefix in prefixes)).cte("prefixes")
 
 
-def _head(name: str, asked: int | None) -> list[ColumnElement[Any]]:
+def _prefix_values(name: str, asked: int | None) -> list[ColumnElement[Any]]:
     type_ = _indexed(name).type
     if name == "has_error":
         flags = (False, True) if asked is None else (bool(asked),)
@@ -230,30 +231,30 @@ def _head(name: str, asked: int | None) -> list[ColumnElement[Any]]:
     return [bindparam(f"{name}_{n}", type_=type_).label(name) for n in range(asked or 0)]
 
 
-def _under(heads: CTE) -> Select[int]:
-    """The ids of the rows under one head, the newest first."""
-    (first, head), *others = ((_indexed(name), head) for name, head in heads.c.items())
+def _ids_under(prefixes: CTE) -> Select[int]:
+    """The ids of the rows with one prefix, newest first."""
+    (first, first_value), *others = ((_indexed(name), value) for name, value in prefixes.c.items())
     return (
         select(_t.id)
-        .where(first == one_of(head), *(other == value for other, value in others))
+        .where(first == one_of(first_value), *(column == value for column, value in others))
         .order_by(first.desc(), *_NEWEST)
-        .correlate(heads)
+        .correlate(prefixes)
     )
 
 
-def _newest_under(
-    backend: Backend, heads: CTE, under_head: Select[*tuple[Any, ...]]
+def _newest_ids(
+    backend: Backend, prefixes: CTE, ids_under_prefix: Select[*tuple[Any, ...]]
 ) -> Select[int]:
-    """The ids of what is under any of the heads, the newest first."""
+    """The ids of the rows with any of the prefixes, newest first."""
     match backend:
         case Backend.SQLITE:
-            found = each_id(under_head.scalar_subquery()).table_valued(_VALUE, name="value")
-            ids = select(found.c.value).select_from(heads.join(found, true()))
+            found = each_id(ids_under_prefix.scalar_subquery()).table_valued(_VALUE, name="value")
+            ids = select(found.c.value).select_from(prefixes.join(found, true()))
             return select(_t.id).where(_t.id.in_(ids)).order_by(*_NEWEST)
-        case Backend.POSTGRESQL:  # where each row's instant comes with it from the index
-            rows = under_head.add_columns(_t.timestamp).lateral()
+        case Backend.POSTGRESQL:  # the index supplies each row's timestamp
+            rows = ids_under_prefix.add_columns(_t.timestamp).lateral()
             newest = rows.c.timestamp.desc(), rows.c.id.desc()
-            return select(rows.c.id).select_from(heads.join(rows, true())).order_by(*newest)
+            return select(rows.c.id).select_from(prefixes.join(rows, true())).order_by(*newest)
         case _:
             assert_never(backend)
 
@@ -262,13 +263,13 @@ def _indexed(name: str) -> ColumnElement[Any]:
     return FAILED if name == "has_error" else _t[name]
 
 
-def _within(shape: _Shape) -> Iterator[ColumnElement[bool]]:
-    if shape.since:
+def _within(key: _StatementKey) -> Iterator[ColumnElement[bool]]:
+    if key.since:
         yield _t.timestamp >= bindparam("since", type_=BigInteger)
-    if shape.until:
+    if key.until:
         yield _t.timestamp < bindparam("until", type_=BigInteger)
-    if shape.before is not None:
-        timestamp, type_ = _comparable_instant(shape.backend, whole=shape.before)
+    if key.before is not None:
+        timestamp, type_ = _comparable_instant(key.backend, whole=key.before)
         place = (
             bindparam("before_timestamp", type_=type_),
             bindparam("before_id", type_=BigInteger),
@@ -279,11 +280,11 @@ def _within(shape: _Shape) -> Iterator[ColumnElement[bool]]:
 def _comparable_instant(
     backend: Backend, *, whole: bool
 ) -> tuple[ColumnElement[Any], TypeEngine[Any]]:
-    """The timestamp, and the type of a value that it is compared with: a whole number, or not."""
+    """The timestamp, and the type of the value it is compared with: a whole number or not."""
     if whole:
         return _t.timestamp, BigInteger()
     match backend:
-        case Backend.SQLITE:  # which orders values of every kind, and binds each as it is
+        case Backend.SQLITE:  # orders values of every type, and binds each as it is
             return _t.timestamp, NullType()
         case Backend.POSTGRESQL:
             return as_real(_t.timestamp), Real

@@ -1,4 +1,4 @@
-"""Runs the statements in the transaction it is given, and returns schemas."""
+"""Runs reads and `add_many` in the caller's transaction and returns values of `schemas`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -49,7 +49,7 @@ from lynkr_store.storage.inserts import insert_or_reject
 from lynkr_store.storage.text_policy import policy_in
 
 LOOK_BACK: Final = timedelta(hours=24)
-"""How far a statistic looks back when its window names no beginning; the gateway's."""
+"""How far back a statistic looks if its window has no beginning; the same as the gateway's."""
 
 
 class RoutingRepository:
@@ -57,10 +57,10 @@ class RoutingRepository:
 
     Args:
         session: The caller's Session, on a database at this release's revision.
-        clock: The present in epoch milliseconds, for default windows and stamps.
-        policy: What `add_many` keeps of the texts. Default: as the store keeps them whose engine
-            the Session is bound to (of several, the one made last); where there is none, as
-            ``LYNKR_STORE_CAPTURE_TEXT`` and ``LYNKR_STORE_TEXT_MAX_CHARS`` say.
+        clock: Returns the present in epoch milliseconds, for default windows and timestamps.
+        policy: What `add_many` keeps of the texts. Default: the policy of the store whose engine
+            the Session is bound to (of several stores, the last one created); without a store, the
+            settings ``LYNKR_STORE_CAPTURE_TEXT`` and ``LYNKR_STORE_TEXT_MAX_CHARS``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RoutingRepository:
 
     @property
     def unreadable(self) -> int:
-        """How many stored values the reads so far could not make sense of, and gave as None."""
+        """How many stored values the reads so far could not interpret and returned as None."""
         return self._reading.unreadable
 
     @overload
@@ -120,28 +120,28 @@ class RoutingRepository:
         before: Cursor | None = None,
         include_text: bool = True,
     ) -> Sequence[RoutingRowBrief]:
-        """Rows, newest first: by ``(timestamp, id)`` descending.
+        """Return rows, newest first: by ``(timestamp, id)`` descending.
 
         Args:
-            criteria: Which rows; all when left out.
-            window: From when to when; an end left out is open.
-            limit: Rows at most; 0 gives none.
-            before: The last row's ``cursor`` of the page before.
-            include_text: False gives rows of a type without the two texts, and reads less.
+            criteria: Which rows; all by default.
+            window: The range of time; a missing end is open.
+            limit: The maximum number of rows; 0 returns none.
+            before: The ``cursor`` of the previous page's last row.
+            include_text: False returns rows of a type without the two texts, and reads less.
 
         Raises:
-            BadArgument: A limit that is no whole number of rows, or another type.
+            BadArgument: The limit is not a whole number of rows, or an argument has another type.
             StoreUnavailable: The database cannot be reached.
         """
         criteria = checked_criteria(criteria)
         window = checked_window(window)
         if before is not None and not isinstance(before, Cursor):
-            raise BadArgument("before: give the cursor of the last row of the page before")
+            raise BadArgument("before: give the cursor of the previous page's last row")
         backend = backend_of(self._session.get_bind(clause=TELEMETRY))
         if backend is Backend.POSTGRESQL and before and isinstance(before.timestamp, str | bytes):
             raise BadArgument(
-                "before: the cursor's timestamp is no number, so it is of an SQLite file's row; "
-                "give one of this database"
+                "before: the cursor's timestamp is not a number, so the cursor is from an SQLite "
+                "file; give a cursor of this database"
             )
         limit = checked_limit(limit)
         if limit == 0:
@@ -161,10 +161,10 @@ class RoutingRepository:
             return model.from_stored(tuple(stored.keys()), stored.all(), self._reading)
 
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:
-        """What a person reads first about a window; by default the last 24 hours.
+        """The main figures of a window; by default the last 24 hours.
 
         Returns:
-            None when no row lies in the window.
+            None if the window has no rows.
 
         Raises:
             StoreUnavailable: The database cannot be reached.
@@ -177,13 +177,13 @@ class RoutingRepository:
         """One provider's figures; by default of the last 24 hours.
 
         Returns:
-            None when the provider has no row in the window.
+            None if the provider has no rows in the window.
 
         Raises:
-            BadArgument: ``provider`` is no text.
+            BadArgument: ``provider`` is not a text.
             StoreUnavailable: The database cannot be reached.
         """
-        # as a filter has it: mended as records are, so that it finds what was recorded with it
+        # sanitized as records and filters are, so that the text finds what was recorded with it
         (name,) = RoutingFilter(provider=checked_provider(provider)).provider or ()
         return provider_stats(self._ask(PROVIDER_STATS, window, provider=name))
 
@@ -191,7 +191,7 @@ class RoutingRepository:
         """How often the tier was wrong; by default over the last 24 hours.
 
         Returns:
-            None when no row lies in the window.
+            None if the window has no rows.
 
         Raises:
             StoreUnavailable: The database cannot be reached.
@@ -199,17 +199,18 @@ class RoutingRepository:
         return routing_accuracy(self._ask(ACCURACY, window))
 
     def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
-        """Add records in the caller's transaction; all of them or none.
+        """Add records in the caller's transaction; either all of them or none.
 
         Returns:
-            How many were stored: fewer where a trigger of the table skips some.
+            The number of rows stored; lower than the number of records if a trigger of the table
+                skips some.
 
         Raises:
-            ValidationError: A record is not one (a ``ValueError``), or no policy was given and the
-                environment's is wrong; nothing is added.
+            ValidationError: A record is invalid, or no policy was given and the environment's is
+                invalid (a ``ValueError``); nothing is added.
             RowRejected: The database refuses a row; nothing is added.
             UnsupportedDatabase: The connection's client encoding is not UTF-8.
-            StoreUnavailable: The database cannot be reached, or takes no record at all.
+            StoreUnavailable: The database cannot be reached, or refuses every record.
         """
         columns, _ = rows_of(records, self._clock(), self._policy())
         gathering = BatchBuilder()
