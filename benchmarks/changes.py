@@ -97,13 +97,15 @@ def _checks(place: Place, sample: Sample) -> Iterator[Result]:
             )
 
 
-def _through(store: Store, check: Callable[..., repair.Mended]) -> None:
+def _through(store: Store, check: Callable[..., repair.Repaired]) -> None:
     """Run a check from the first quarter to the last.
 
     Raises:
         RuntimeError: It found something, so the time is not that of looking.
     """
     database = store._database  # noqa: SLF001 - this project's own
-    mended = check(database.write_transaction, look=database.read, stop=lambda: False)
+    mended = check(
+        database.write_transaction, read_transaction=database.read_transaction, stop=lambda: False
+    )
     if mended != (0, True):
         raise RuntimeError("roll-ups differed from their rows")

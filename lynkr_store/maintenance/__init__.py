@@ -1,7 +1,8 @@
-"""What keeps a database in order: nothing that a request waits for.
+"""Keeps a database in order: work that no request waits for.
 
-`run` is one run of maintenance in short steps: missing `indexes`, new rows into the roll-ups, and
-the configured `retention` once the clock can be trusted (`clock_check`). `background` is the
-store's own thread that does part of it regularly, and `restoration` makes dropped tables again. It
-answers no question.
+`run` is one run of maintenance, in short steps: it builds missing `indexes`, folds new rows into
+the roll-ups, repairs roll-ups, and applies the configured `retention` once the clock can be trusted
+(`clock_check`). `background` is the store's own thread, which does part of this at intervals
+without being asked: it folds, repairs, and retains what the settings say. `restoration` recreates
+dropped tables. The package answers no questions about rows.
 """

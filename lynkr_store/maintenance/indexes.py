@@ -1,4 +1,4 @@
-"""Builds the indexes that an upgrade left out, beside writers."""
+"""Builds the indexes that an upgrade left out, without blocking writers on PostgreSQL."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ from lynkr_store.migrate.upgrade import missing_indexes
 from lynkr_store.storage.write_lock import GAP_S
 
 WAIT_S: Final = 30.0
-"""Seconds to wait for another session that builds them, or for a lock."""
+"""Seconds to wait for another session that builds indexes, or for a lock."""
 
 _INDEX_BY_NAME: Final = {str(index.name): index for index in INDEXES}
 _POLL_S: Final = 0.1
@@ -39,12 +39,12 @@ _TRANSACTION_TIMEOUT_SINCE: Final = (17,)
 
 
 class Built(NamedTuple):
-    """What a call built and left.
+    """The result of a call.
 
     Attributes:
-        names: The indexes that were missing and are there now.
-        left: Those that are missing still.
-        waited_for: What was in the way, in words; None where nothing is left.
+        names: The indexes that were missing and were built.
+        left: The indexes that are still missing.
+        waited_for: What blocked them, in words; None if none is missing.
     """
 
     names: tuple[str, ...]
@@ -55,15 +55,15 @@ class Built(NamedTuple):
 def build_missing_indexes(engine: Engine, wait_s: float = WAIT_S) -> Built:
     """Build the indexes that an upgrade left out because their table had rows.
 
-    On PostgreSQL concurrently: writers go on. One that an earlier attempt left invalid is built
-    anew. On SQLite a build holds the file's write lock, which cannot be done in pieces: measured, 1
-    to 2 µs a row, so a gateway beside it, which waits 3 s, loses nothing up to about 2,000,000
-    rows. Safe to interrupt and call again.
+    PostgreSQL builds them concurrently, so writers continue; an index that an earlier attempt left
+    invalid is rebuilt. SQLite holds the file's write lock for the whole build of an index. That
+    takes 1 to 2 µs a row (measured), so a gateway on the same file, which waits 3 s, loses nothing
+    up to about 2,000,000 rows. The call can be interrupted and repeated.
 
     Args:
         engine: The store's or the host's.
         wait_s: PostgreSQL: seconds to wait for another session that builds indexes, and for
-            others' transactions. Behind a pooler the build itself counts too.
+            transactions of other sessions. Through a pooler this limits the build itself too.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
@@ -85,11 +85,11 @@ def _build_sqlite(engine: Engine) -> tuple[str, ...]:
     for number, name in enumerate(missing):
         index = _INDEX_BY_NAME[name]
         with engine.connect() as connection:
-            # read the table without the lock, so that the build, which holds it, reads from memory
+            # read the table without the lock first, so that the build, which holds it, reads memory
             whole = text(f"{index.table} NOT INDEXED")
             connection.scalar(select(func.count()).select_from(whole))
         if number:
-            time.sleep(GAP_S)  # let in who waits since the last one
+            time.sleep(GAP_S)  # let writers that waited for the last build proceed
         with writing(engine).begin() as connection:
             connection.execute(CreateIndex(index, if_not_exists=True))
     return tuple(missing)
@@ -101,17 +101,17 @@ def _build_postgresql(engine: Engine, deadline: float) -> Built:
         return Built(())
     built: list[str] = []
     waited_for: str | None = "another session builds indexes"
-    with _turn(engine, deadline) as is_ours:
-        if is_ours:
-            waited_for = _tried(engine, deadline, built)
+    with _build_lock(engine, deadline) as is_held:
+        if is_held:
+            waited_for = _try_to_build(engine, deadline, built)
     left = tuple(name for name in wanted.missing if name not in built)
     return Built(tuple(built), left, waited_for if left else None)
 
 
-def _tried(engine: Engine, deadline: float, built: list[str]) -> str | None:
-    """Build what is missing, again after a lock was in the way; say what it was in the end."""
-    # A build waits for transactions with a snapshot; a migration among them may wait for the build:
-    # a deadlock, whose victim tries again.
+def _try_to_build(engine: Engine, deadline: float, built: list[str]) -> str | None:
+    """Build what is missing, and retry after a lock timeout; return what blocked the last try."""
+    # A build waits for transactions with a snapshot, and a migration among them may wait for the
+    # build. That is a deadlock, and its victim retries.
     tries = Retrying(
         retry=retry_if_exception(is_in_the_way),
         stop=stop_after_attempt(_TRIES) | stop_after_delay(max(0.0, deadline - time.monotonic())),
@@ -122,9 +122,9 @@ def _tried(engine: Engine, deadline: float, built: list[str]) -> str | None:
         tries(_build_concurrently, engine, deadline, built)
     except DBAPIError as error:
         if is_in_the_way(error):
-            return "a transaction of another session stays open, for whose end an index waits"
+            return "an index waits for a transaction of another session to end"
         if getattr(error.driver_exception, "sqlstate", None) == _CANCELLED:
-            return "its build was cancelled; behind a pooler it may take no longer than the budget"
+            return "the build was cancelled; through a pooler it may not exceed the budget"
         raise
     return None
 
@@ -141,10 +141,11 @@ def _build_concurrently(engine: Engine, deadline: float, built: list[str]) -> No
 
 @contextmanager
 def _bounded(connection: Connection, deadline: float) -> Iterator[None]:
-    """Bound how long a build waits for the transactions of others, which any role can have open.
+    """Limit how long a build waits for other sessions' transactions, which any role can hold open.
 
-    Where the session is the connection's own it is told so, and the build itself takes as long as
-    it takes. Behind a pooler what a session is told stays for others, so that the whole is bounded.
+    On a direct connection the session's timeouts are set, and the build itself takes as long as it
+    needs. Through a pooler, session settings would remain for other clients, so a timer cancels the
+    whole build instead.
     """
     wait_s = max(_LEAST_WAIT_S, deadline - time.monotonic())
     if is_direct(connection):  # the session ends with the connection
@@ -162,19 +163,21 @@ def _bounded(connection: Connection, deadline: float) -> Iterator[None]:
 
 
 @contextmanager
-def _turn(engine: Engine, deadline: float) -> Iterator[bool]:
-    """Whether it is this session's turn to build indexes, waited for until the deadline.
+def _build_lock(engine: Engine, deadline: float) -> Iterator[bool]:
+    """Hold the lock for building indexes; yields False if it was not granted by the deadline.
 
-    To another session an index under construction looks like one that was left invalid. The lock is
-    one of the table of progress that keeps nobody from reading and writing it. It takes the right
-    to write there; an advisory lock any role can hold, also one without a right to these tables. A
-    transaction that does nothing else holds it meanwhile, for a session's would stay in a pooler's
-    connection. It has no snapshot, for which the build would wait: LOCK TABLE takes none, and each
-    statement here goes by the simple protocol, which leaves no portal open.
+    An index under construction looks to another session like one that was left invalid, so only one
+    session builds. The lock is a table lock on the table of progress, in a mode that does not block
+    reading and writing it. It requires the right to write to that table; an advisory lock could be
+    taken by any role. A separate transaction holds it, because a session lock would stay in a
+    pooler's connection. The transaction has no snapshot, which the build would wait for: LOCK TABLE
+    takes none, and each statement here uses the simple protocol, which leaves no portal open.
     """
     wait_s = max(_LEAST_WAIT_S, deadline - time.monotonic())
     with engine.connect() as connection:
-        connection.execution_options(isolation_level="READ COMMITTED")  # whatever a host's has
+        connection.execution_options(
+            isolation_level="READ COMMITTED"
+        )  # whatever a host's engine sets
         connection.detach()
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(wait_s * 1000)}")
@@ -191,17 +194,17 @@ def _turn(engine: Engine, deadline: float) -> Iterator[bool]:
         try:
             yield True
         finally:
-            with suppress(DBAPIError):  # it was ended meanwhile: what was built is built
+            with suppress(DBAPIError):  # the server ended it: finished indexes stay
                 connection.rollback()
 
 
 class _Wanted(NamedTuple):
-    """What is to be done.
+    """What has to be done.
 
     Attributes:
-        schema: Where the tables are.
-        invalid: Indexes of ours that a concurrent build left unfinished.
-        missing: Those, and the indexes that are not there.
+        schema: The tables' schema.
+        invalid: The store's indexes that a concurrent build left unfinished.
+        missing: The invalid indexes and those that do not exist.
     """
 
     schema: str
@@ -218,7 +221,7 @@ class _Wanted(NamedTuple):
 
 
 def _concurrent(name: str, schema: str) -> Index:
-    """A copy of an index, of its table in the schema, to be built or dropped beside its users."""
+    """A copy of an index, in the given schema, to be built or dropped concurrently."""
     table = _INDEX_BY_NAME[name].table
     assert table is not None  # noqa: S101 - every index of a model has one
     copies = table.to_metadata(MetaData(), schema=schema).indexes

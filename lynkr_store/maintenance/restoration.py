@@ -1,7 +1,7 @@
-"""Makes tables of the store's again that somebody dropped, and begins again what was made of them.
+"""Recreates dropped tables of the store, and restarts what was derived from them.
 
-Of a schema at this release's revision alone: what is there is what the models say. Tables come back
-empty, with their indexes, triggers and, of the revisions, notes.
+This works only on a schema at this release's revision, where the models describe every table.
+Tables are recreated empty, with their indexes and triggers, and with the rows about revisions.
 """
 
 from collections.abc import Collection
@@ -18,25 +18,26 @@ from lynkr_store.migrate import revisions
 from lynkr_store.rollups import state
 from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.rollups.fold import drop_from
-from lynkr_store.rollups.state import GREATEST_ID
 from lynkr_store.schemas.units import QUARTER_MS
+from lynkr_store.schemas.values import INT64_MAX
 from lynkr_store.storage import progress
 from lynkr_store.storage.ledger import FORGOTTEN
 
 _RAW_FROM: Final = "raw_from"
 _STILL_TRUE: Final = (_RAW_FROM, TRUSTED, FORGOTTEN)
-"""What the table of progress says of times and not of ids."""
+"""The entries of the table of progress that describe times rather than ids."""
 
 
 def recreate_tables(connection: Connection, lost: Collection[str]) -> None:
-    """Make the lost tables, in the transaction that the caller commits.
+    """Create the missing tables in the caller's transaction.
 
     Args:
-        connection: To a database at the head, whose other tables are there.
-        lost: The tables' names.
+        connection: To a database at the head, where the other tables exist.
+        lost: The names of the missing tables.
 
     Raises:
-        SchemaError: A lost table was renamed, and its indexes have the names that are needed.
+        SchemaError: A missing table was renamed, and its indexes still have the names that are
+            needed.
     """
     tables = [Base.metadata.tables[name] for name in lost]
     _require_free_names(connection, tables)
@@ -47,7 +48,7 @@ def recreate_tables(connection: Connection, lost: Collection[str]) -> None:
     if NOTES.name in lost:
         revisions.note_all_applied(connection)
     if {TELEMETRY.name, DIMENSIONS.name, ROLLUPS.name, PROGRESS.name} & {*lost}:
-        _count_again(connection, lost)
+        _restart_rollups(connection, lost)
 
 
 def _require_free_names(connection: Connection, tables: Collection[Table]) -> None:
@@ -57,20 +58,21 @@ def _require_free_names(connection: Connection, tables: Collection[Table]) -> No
         names += triggers.NAMES[backend_of(connection)]
     for name, holder in catalogue.indexed_tables(connection, names).items():
         raise SchemaError(
-            f"{', '.join(table.name for table in tables)}: not there, and cannot be made again, "
-            f"for {name} is there, of the table {holder}. If that is the store's under another "
-            "name, name it back; else drop its indexes and triggers that have the store's names"
+            f"{', '.join(table.name for table in tables)}: missing, and cannot be recreated, "
+            f"because the table {holder} already has {name}. If {holder} is the store's table "
+            "under another name, rename it back; otherwise drop its indexes and triggers that have "
+            "the store's names"
         )
 
 
-def _count_again(connection: Connection, made: Collection[str]) -> None:
-    """Have the next fold count all rows that are there.
+def _restart_rollups(connection: Connection, made: Collection[str]) -> None:
+    """Make the next fold count all existing rows.
 
-    Roll-ups are kept as history where no row can be counted twice: of times before the oldest row.
-    What was counted cannot be told from what was not, where the watermark is lost; and where the
-    rows are, ids begin at 1 again.
+    Roll-ups from before the oldest row stay as history, because no row there can be counted twice.
+    If the watermark is lost, folded rows can no longer be told from others; if the rows are lost,
+    ids start again at 1.
     """
-    if DIMENSIONS.name in made:  # the roll-ups name what is not there any more
+    if DIMENSIONS.name in made:  # the roll-ups refer to dimensions that are gone
         connection.execute(delete(ROLLUPS))
     else:
         _keep_history(connection)
@@ -78,16 +80,16 @@ def _count_again(connection: Connection, made: Collection[str]) -> None:
 
 
 def _keep_history(connection: Connection) -> None:
-    """Delete the roll-ups of the quarters of an hour from the oldest row's on."""
+    """Delete the roll-ups from the quarter of the oldest row on."""
     oldest = select(func.min(TELEMETRY.c.timestamp)).where(state.in_domain)
     first: int | None = connection.scalar(select(cast(oldest.scalar_subquery(), BigInteger)))
     if first is None:
         return
     start = floor_to(QUARTER_MS, first)
-    counts = connection.execute(state.counts_of_quarter(), state.quarter(start, GREATEST_ID)).one()
-    if (
-        counts.known > counts.there
-    ):  # some rows of the oldest quarter were removed, and nothing would tell
-        note = {"name": _RAW_FROM, "value": first}
-        connection.execute(progress.insert_if_absent(backend_of(connection)), note)
+    counts = connection.execute(
+        state.counts_of_quarter(), state.quarter_parameters(start, INT64_MAX)
+    ).one()
+    if counts.known > counts.there:  # retention removed rows of the oldest quarter: save that
+        entry = {"name": _RAW_FROM, "value": first}
+        connection.execute(progress.insert_if_absent(backend_of(connection)), entry)
     drop_from(connection, start)

@@ -1,9 +1,9 @@
-"""Old rows go, old texts go, and an SQLite file gets smaller: in short steps, beside writers.
+"""Deletes old rows and texts and shrinks the SQLite file, in short steps that let writers through.
 
-SQLite has one write lock, and who finds it taken looks again after 1, 2, 5, 10, 15, 20, 25, 25, 25,
-then after 50 and every 100 ms (``sqliteDefaultBusyCallback``). The pause after each step is longer
-than the 25 ms, so whoever waits gets the lock after one step. Each is a transaction of its own:
-PostgreSQL's autovacuum can follow, and a process that is killed loses nothing.
+SQLite has one write lock. A process that finds it taken retries after 1, 2, 5, 10, 15, 20, 25, 25,
+25, 50 and then every 100 ms (``sqliteDefaultBusyCallback``). The pause after each step is longer
+than 25 ms, so a waiting process gets the lock after one step. Each step is a transaction:
+PostgreSQL's autovacuum can follow, and a killed process loses nothing.
 """
 
 import math
@@ -22,31 +22,31 @@ from lynkr_store.db.sqlite import empty_wal, overwriting
 from lynkr_store.maintenance import retention_sql
 from lynkr_store.rollups.fold import settled_id
 from lynkr_store.rollups.fold_sql import last_of_step
-from lynkr_store.rollups.state import GREATEST_ID, NOTHING
+from lynkr_store.schemas.values import INT64_MAX, INT64_MIN
 from lynkr_store.storage import progress
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.progress import insert_if_absent, upsert
 from lynkr_store.storage.write_lock import PAUSE_S
 
-_STEP_S: Final = {  # what a step should take
-    Backend.SQLITE: 0.012,  # others wait meanwhile
+_STEP_S: Final = {  # the time that a step should take
+    Backend.SQLITE: 0.012,  # other writers wait for this time
     Backend.POSTGRESQL: 0.1,
 }
-_ROWS_LEAST: Final = 20  # of a step, or pages
+_ROWS_LEAST: Final = 20  # rows or pages of a step
 _ROWS_FIRST: Final = 100
 _ROWS_MOST: Final = 500
 
-_COUNTED: Final = 100_000  # of what remains; more would take time for a number that says as much
-_OF_TEXTS: Final = "texts_"  # names of the progress
-_INCREMENTAL: Final = 2  # PRAGMA auto_vacuum, of a file that can be made smaller
+_COUNTED: Final = 100_000  # remaining rows counted; a larger number takes time and says no more
+_OF_TEXTS: Final = "texts_"  # prefix of the names in the table of progress
+_INCREMENTAL: Final = 2  # PRAGMA auto_vacuum of a file that can shrink
 
 _id: Final = TELEMETRY.c.id
 
 _Stop = Callable[[], bool]
 
 _Step = Callable[[Connection, int], tuple[int, bool]]
-"""Takes a connection in a transaction and a number of rows; returns what it did and whether there
-is more to do."""
+"""Takes a connection in a transaction and a number of rows. Returns how much it did, and whether
+there is more to do."""
 
 
 def _never() -> bool:
@@ -54,10 +54,10 @@ def _never() -> bool:
 
 
 class Retained(NamedTuple):
-    """What `retain` did and left, as `lynkr_store.schemas.MaintenanceReport` says it.
+    """What `retain` did and left; see `lynkr_store.schemas.MaintenanceReport`.
 
     Attributes:
-        retention_waits: Why nothing was done though there is something to do.
+        retention_waits: Why nothing was done although there is something to do.
     """
 
     rows_deleted: int
@@ -76,14 +76,14 @@ def retain(
     stop: _Stop,
     upto_id: int | None = None,
 ) -> Retained:
-    """Delete old rows, then old texts, then give free pages back, until told to stop.
+    """Delete old rows, then old texts, then free unused pages, until told to stop.
 
     Args:
         database: At this release's revision.
-        rows_before_ms: The first moment whose rows stay; None keeps all.
-        texts_before_ms: The first moment whose texts stay; None keeps all.
-        stop: Asked before each step whether to leave the rest to the next time.
-        upto_id: Rows of greater ids stay, their texts may go.
+        rows_before_ms: The first instant whose rows are kept; None keeps all.
+        texts_before_ms: The first instant whose texts are kept; None keeps all.
+        stop: Called before each step; True leaves the rest to the next call.
+        upto_id: Rows with greater ids are kept; their texts may be removed.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
@@ -94,9 +94,9 @@ def retain(
         deleted += delete_older(database, rows_before_ms, table=SAVINGS, stop=stop)
     if texts_before_ms is not None:
         removed = remove_texts(database, texts_before_ms, stop=stop)
-    freed = give_back(database, stop=stop)
+    freed = free_pages(database, stop=stop)
     if rows_before_ms is not None or texts_before_ms is not None:
-        forget(database)
+        truncate_wal(database)
     with translated(), database.connected(database.engine) as connection:
         if rows_before_ms is not None:
             rows_left = _count_rows(connection, rows_before_ms)
@@ -106,7 +106,7 @@ def retain(
 
 
 def any_older(database: Database, cutoff_ms: int) -> bool:
-    """Whether there are rows before a moment.
+    """Whether there are rows before an instant.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
@@ -123,20 +123,20 @@ def delete_older(
     upto_id: int | None = None,
     stop: _Stop = _never,
 ) -> int:
-    """Delete the rows before a moment, the oldest first.
+    """Delete the rows before an instant, oldest first.
 
-    On PostgreSQL rows that another transaction has locked stay: another process may be deleting
-    them.
+    On PostgreSQL rows locked by another transaction are kept, because another process may be
+    deleting them.
 
     Args:
         database: At this release's revision.
-        cutoff_ms: The first moment that stays, in epoch milliseconds.
-        table: One with ``id`` and ``timestamp``.
-        upto_id: Rows of greater ids stay.
-        stop: Asked before each step whether to leave it at that.
+        cutoff_ms: The first instant that is kept, in epoch milliseconds.
+        table: A table with ``id`` and ``timestamp``.
+        upto_id: Rows with greater ids are kept.
+        stop: Called before each step; True ends the work.
 
     Returns:
-        How many were deleted.
+        How many rows were deleted.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was deleted before stays deleted.
@@ -145,7 +145,7 @@ def delete_older(
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
         nonlocal last
-        # PostgreSQL's index keeps what was deleted until it is vacuumed: go on behind it
+        # PostgreSQL's index keeps deleted entries until it is vacuumed: continue after them
         older = retention_sql.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
         found = connection.execute(older.with_for_update(skip_locked=True)).all()
         if not found:
@@ -158,107 +158,107 @@ def delete_older(
 
 
 def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) -> int:
-    """Remove the texts of the rows before a moment, and leave the rest.
+    """Remove the texts of the rows before an instant, and keep the rest of these rows.
 
-    No row is looked at again and again: the store notes in its own table how far it came, and next
-    time looks at what has become old since then, and at rows that have come since then.
+    The position is saved in the table of progress, so that no row is read again and again: the next
+    call reads the rows that became old since then, and the rows that were inserted since then.
 
     Args:
         database: At this release's revision.
-        cutoff_ms: The first moment whose texts stay, in epoch milliseconds.
-        stop: Asked before each step whether to leave the rest to the next time.
+        cutoff_ms: The first instant whose texts are kept, in epoch milliseconds.
+        stop: Called before each step; True leaves the rest to the next call.
 
     Returns:
-        From how many rows.
+        From how many rows texts were removed.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was removed before is gone.
     """
     with translated():
-        settled = settled_id(database.write_transaction, database.read)
-    noted: _Place | None = None  # by us, and exactly
-    exactly: retention_sql.Place = NOTHING, NOTHING
+        settled = settled_id(database.write_transaction, database.read_transaction)
+    saved: _Position | None = None  # by this call, which also knows the exact place:
+    exactly: retention_sql.Place = INT64_MIN, INT64_MIN
 
     def step(connection: Connection, limit: int) -> tuple[int, bool]:
-        nonlocal noted, exactly
-        place = _place(connection, cutoff_ms, hold=True)
+        nonlocal saved, exactly
+        place = _position(connection, cutoff_ms, hold=True)
         goal = place.upto_id if settled is None else max(settled, place.upto_id)
-        if goal == NOTHING:
+        if goal == INT64_MIN:
             return 0, False
-        if place.before_ms == NOTHING:
-            place = place._replace(upto_id=goal)  # there is no text that could have come too late
+        if place.before_ms == INT64_MIN:
+            place = place._replace(upto_id=goal)  # nothing was removed yet, so no text can be late
         if place.upto_id < goal:
             last = connection.scalar(last_of_step(place.upto_id, goal, limit)) or goal
             rows, more = _id.between(place.upto_id + 1, last), True
             place = place._replace(upto_id=last)
         else:
-            after = exactly if place == noted else place.after
+            after = exactly if place == saved else place.after
             older = retention_sql.older(
                 TELEMETRY, cutoff_ms, after=after, upto_id=place.upto_id, limit=limit
             )
             found = connection.execute(older).all()
             rows, more = _id.in_([row.id for row in found]), len(found) == limit
-            exactly = (found[-1].timestamp, found[-1].id) if more else (cutoff_ms, NOTHING)
-            noted = place = _Place(*_whole(*exactly), place.upto_id)
+            exactly = (found[-1].timestamp, found[-1].id) if more else (cutoff_ms, INT64_MIN)
+            saved = place = _Position(*_whole(*exactly), place.upto_id)
         removed = connection.execute(retention_sql.remove_texts(rows, cutoff_ms)).rowcount
-        connection.execute(upsert(backend_of(connection)), place.noted())
+        connection.execute(upsert(backend_of(connection)), place.as_progress())
         return removed, more
 
     return _in_steps(database, step, stop)
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """How far the removal of texts has come.
 
-    Rows up to ``upto_id`` that are before this instant, or of it and not above ``before_id``, have
-    no texts.
+    Rows up to ``upto_id`` have no texts if they are before ``before_ms``, or at ``before_ms`` with
+    an id up to ``before_id``.
     """
 
-    before_ms: int = NOTHING
-    before_id: int = NOTHING
-    upto_id: int = NOTHING
+    before_ms: int = INT64_MIN
+    before_id: int = INT64_MIN
+    upto_id: int = INT64_MIN
 
     @property
     def after(self) -> retention_sql.Place | None:
-        """The place of the last row that was looked at; None before the first."""
-        return None if self.before_ms == NOTHING else (self.before_ms, self.before_id)
+        """The place of the last row that was read; None before the first."""
+        return None if self.before_ms == INT64_MIN else (self.before_ms, self.before_id)
 
-    def noted(self) -> list[dict[str, Any]]:
-        """As the table of progress has it."""
+    def as_progress(self) -> list[dict[str, Any]]:
+        """The rows of the table of progress."""
         return [
             {"name": f"{_OF_TEXTS}{name}", "value": value} for name, value in self._asdict().items()
         ]
 
 
-def _place(connection: Connection, cutoff_ms: int, *, hold: bool) -> _Place:
-    """How far it has come; where it is held, nobody else goes on before the transaction ends."""
-    nothing = _Place().noted()
-    statement = progress.values_of([noted["name"] for noted in nothing])
-    if hold:  # the first of several enters it, and the others wait
+def _position(connection: Connection, cutoff_ms: int, *, hold: bool) -> _Position:
+    """How far the removal has come; ``hold`` locks it until the transaction ends."""
+    nothing = _Position().as_progress()
+    statement = progress.values_of([row["name"] for row in nothing])
+    if hold:  # one process inserts it, the others wait for its lock
         connection.execute(insert_if_absent(backend_of(connection)), nothing)
         statement = statement.with_for_update()
     values = {row.name.removeprefix(_OF_TEXTS): row.value for row in connection.execute(statement)}
-    place = _Place(**values)
-    if place.before_ms > cutoff_ms:  # they are kept for longer now: the rows between must be seen
-        place = place._replace(before_ms=cutoff_ms, before_id=NOTHING)
+    place = _Position(**values)
+    if place.before_ms > cutoff_ms:  # the retention was lengthened: read the rows between
+        place = place._replace(before_ms=cutoff_ms, before_id=INT64_MIN)
     return place
 
 
 def _whole(timestamp: float, row_id: int) -> tuple[int, int]:
-    """A place in whole milliseconds, or the next before it: some writers store fractions."""
+    """A place in whole milliseconds, or the next one before it: some writers store fractions."""
     if isinstance(timestamp, int):
         return timestamp, row_id
-    return math.floor(max(timestamp, NOTHING)), GREATEST_ID
+    return math.floor(max(timestamp, INT64_MIN)), INT64_MAX
 
 
-def give_back(database: Database, *, stop: _Stop = _never) -> int:
-    """Make an SQLite file smaller by the pages that are free, where the file allows that.
+def free_pages(database: Database, *, stop: _Stop = _never) -> int:
+    """Shrink an SQLite file by its free pages, if the file allows that.
 
-    One that was not made with ``auto_vacuum = INCREMENTAL``, a gateway's say, keeps them for new
-    rows. PostgreSQL's autovacuum works by itself.
+    A file created without ``auto_vacuum = INCREMENTAL``, such as a gateway's, keeps free pages for
+    new rows. On PostgreSQL autovacuum does this by itself.
 
     Returns:
-        Bytes; the file shrinks with SQLite's next checkpoint.
+        The number of bytes; the file shrinks with SQLite's next checkpoint.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
@@ -268,10 +268,10 @@ def give_back(database: Database, *, stop: _Stop = _never) -> int:
         if _pragma(connection, "auto_vacuum") != _INCREMENTAL:
             return 0, False
         before = _pragma(connection, "freelist_count")
-        with closing(connection.connection.cursor()) as cursor:  # else a failed one holds the lock
+        with closing(connection.connection.cursor()) as cursor:  # a failed one would keep the lock
             for _ in range(min(limit, before)):
-                # Given a number it frees a page for each row that is read of it; rows without
-                # columns, which Python's driver does not read.
+                # With a number, the PRAGMA frees one page for each result row that is fetched. The
+                # rows have no columns, and Python's driver does not fetch such rows.
                 cursor.execute("PRAGMA incremental_vacuum(1)")
         after = _pragma(connection, "freelist_count")
         return (before - after) * _pragma(connection, "page_size"), 0 < after < before
@@ -281,10 +281,10 @@ def give_back(database: Database, *, stop: _Stop = _never) -> int:
     return _in_steps(database, step, stop)
 
 
-def forget(database: Database) -> None:
-    """Empty SQLite's WAL, where pages stand as they were before rows or texts were removed.
+def truncate_wal(database: Database) -> None:
+    """Empty SQLite's WAL, which holds pages from before rows or texts were removed.
 
-    As far as that goes without waiting: while somebody reads or writes it is left to the next time.
+    It does not wait: if another connection uses the WAL, the next call does it.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
@@ -292,7 +292,7 @@ def forget(database: Database) -> None:
     if database.backend is not Backend.SQLITE:
         return
     with translated():
-        database.checkpoint()  # most of it beside the batches
+        database.checkpoint()  # most of it while batches continue
         with database.connected(database.engine) as connection:
             empty_wal(connection)
 
@@ -309,7 +309,7 @@ def _count_rows(connection: Connection, cutoff_ms: int) -> int:
 
 
 def _count_texts(connection: Connection, cutoff_ms: int) -> int:
-    place = _place(connection, cutoff_ms, hold=False)
+    place = _position(connection, cutoff_ms, hold=False)
     statements = (
         retention_sql.count_older(TELEMETRY, cutoff_ms, after=place.after, most=_COUNTED),
         retention_sql.count_late(place.upto_id, place.before_ms, most=_COUNTED),
@@ -318,7 +318,7 @@ def _count_texts(connection: Connection, cutoff_ms: int) -> int:
 
 
 def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
-    """Take steps, each in a transaction, until one was the last; add up what they did."""
+    """Run steps, each in a transaction, until one was the last; return the sum of what they did."""
     total, rows, took_s = 0, _ROWS_FIRST, _STEP_S[database.backend]
     while not stop():
         with (
@@ -338,6 +338,6 @@ def _in_steps(database: Database, step: _Step, stop: _Stop) -> int:
 
 
 def _next_rows(rows: int, took_s: float, should_s: float) -> int:
-    """How many rows a step may have that takes as long as it should; not many more than before."""
+    """The number of rows for which a step should take its time; at most twice as many as before."""
     wanted = min(rows * should_s / max(took_s, should_s / 2), _ROWS_MOST)
     return max(int(wanted), _ROWS_LEAST)

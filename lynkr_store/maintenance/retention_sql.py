@@ -1,4 +1,4 @@
-"""The statements of retention: which rows and texts are old, and their removal."""
+"""The statements of retention: find old rows and texts, and remove them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ from lynkr_store.db.models import TELEMETRY
 from lynkr_store.schemas import TEXT_FIELDS
 
 Place = tuple[Any, int]
-"""A row's stored timestamp and its id, by which rows are ordered."""
+"""A row's stored timestamp and its id, the order of the rows."""
 
 
 def older(
@@ -37,14 +37,14 @@ def older(
     upto_id: int | None = None,
     limit: int,
 ) -> Select[*tuple[Any, ...]]:
-    """``id`` and stored ``timestamp`` of rows before the cutoff, by both, the oldest first.
+    """``id`` and stored ``timestamp`` of rows before the cutoff, ordered by both, oldest first.
 
     Args:
-        table: One with these two columns.
-        cutoff_ms: The first moment that is not before.
+        table: A table with these two columns.
+        cutoff_ms: The first instant that is kept.
         after: Rows up to this place are left out.
-        upto_id: Rows of greater ids are left out.
-        limit: Rows at most.
+        upto_id: Rows with greater ids are left out.
+        limit: The maximum number of rows.
     """
     timestamp = _stored(table)
     statement = select(table.c.id, timestamp).where(timestamp < cutoff_ms)
@@ -64,17 +64,17 @@ def count_older(
     upto_id: int | None = None,
     most: int,
 ) -> Select[int]:
-    """How many rows `older` would give, counted up to ``most``."""
+    """How many rows `older` would return, counted up to ``most``."""
     counted = older(table, cutoff_ms, after=after, upto_id=upto_id, limit=most)
     return select(func.count()).select_from(counted.subquery())
 
 
 def remove_texts(rows: ColumnElement[bool], cutoff_ms: int) -> Update:
-    """Remove what people and models wrote from those of these rows that are before the cutoff.
+    """Remove the texts of people and models from those of the rows that are before the cutoff.
 
     Args:
-        rows: A condition on ``id``, by which they are looked for.
-        cutoff_ms: The first moment that is not before.
+        rows: A condition on ``id`` that selects the rows.
+        cutoff_ms: The first instant that is kept.
     """
     has_text = or_(*(TELEMETRY.c[name].is_not(None) for name in TEXT_FIELDS))
     return (
@@ -85,7 +85,7 @@ def remove_texts(rows: ColumnElement[bool], cutoff_ms: int) -> Update:
 
 
 def count_late(after_id: int, until_ms: int, *, most: int) -> Select[int]:
-    """How many rows above an id are not after an instant, of the first ``most`` above it."""
+    """How many of the first ``most`` rows above an id have timestamps up to an instant."""
     above = (
         select(_stored(TELEMETRY))
         .where(TELEMETRY.c.id > after_id)
@@ -96,15 +96,15 @@ def count_late(after_id: int, until_ms: int, *, most: int) -> Select[int]:
 
 
 def delete_rows(table: Table, ids: Sequence[int]) -> Delete:
-    """Delete the rows of these ids."""
+    """Delete the rows with these ids."""
     return delete(table).where(table.c.id.in_(ids))
 
 
 def oldest_timestamp() -> Select[*tuple[Any, ...]]:
-    """The least stored timestamp."""
+    """The lowest stored timestamp."""
     return select(func.min(TELEMETRY.c.timestamp))
 
 
 def _stored(table: Table) -> Label[Any]:
-    """The timestamp as it was stored, not as an instant."""
+    """The stored timestamp, not converted to an instant."""
     return type_coerce(table.c.timestamp, BigInteger).label("timestamp")

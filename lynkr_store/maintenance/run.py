@@ -1,4 +1,4 @@
-"""What keeps a database in shape: missing indexes, sequences, folding, retention."""
+"""One run of maintenance: missing indexes, sequences, folding, repair, retention."""
 
 import logging
 import time
@@ -18,6 +18,7 @@ from lynkr_store.rollups import fold as folding
 from lynkr_store.rollups import repair, state
 from lynkr_store.schemas import MaintenanceReport
 from lynkr_store.schemas.units import DAY_MS
+from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage import identities, progress
 from lynkr_store.storage.database import Database
@@ -25,19 +26,19 @@ from lynkr_store.storage.ledger import FORGOTTEN, expire_ledger, forgotten_befor
 from lynkr_store.storage.write_lock import PAUSE_S
 
 BUDGET_S: Final = 30.0
-"""Seconds for retention, and to wait for others: a tenth of the time between two of a store's own,
-by default."""
+"""Seconds for retention, and for waiting for other sessions: a tenth of the default interval of the
+store's own thread."""
 
 OnStep = Callable[[int], None]
-"""Told after each step of a fold how many rows were folded so far."""
+"""Called after each step of a fold with the number of rows folded so far."""
 
 COUNTING: Final = 0.1
-"""The share of the budget in which counts of rows are compared: a second is 1,000,000 rows."""
+"""The share of the budget for comparing counts of rows: 1,000,000 rows a second."""
 
 SCRUBBING: Final = 0.01
-"""The share in which old quarters are computed again from their rows: a second is 50,000 rows."""
+"""The share of the budget for recomputing old quarters from their rows: 50,000 rows a second."""
 
-_LEDGER_STEPS: Final = 10  # of 1,000 batches: as many as may be written from one time to the next
+_LEDGER_STEPS: Final = 10  # of 1,000 batches each: as many as may be written between two runs
 
 
 def maintain(
@@ -50,7 +51,7 @@ def maintain(
     trust_clock: bool = False,
     on_step: OnStep = lambda _: None,
 ) -> MaintenanceReport:
-    """Do all that keeps a database in shape; see `lynkr_store.Store.maintain`.
+    """Do everything that keeps a database in order; see `lynkr_store.Store.maintain`.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
@@ -63,8 +64,8 @@ def maintain(
         with translated():
             rows += folding.rebuild(
                 database.write_transaction, on_step=lambda more: on_step(rows + more)
-            ).rows
-    mended = mend(database, budget_s) if folded.done else 0
+            )
+    repaired = repair_rollups(database, budget_s) if folded.done else 0
     retained = retain(database, settings, clock, budget_s, trust_clock=trust_clock)
     if retained.retention_waits:
         say(logging.WARNING, "retention waits: %s", retained.retention_waits)
@@ -77,17 +78,17 @@ def maintain(
         sequences_set=forward,
         rows_folded=rows,
         quarters_recounted=folded.recounted,
-        quarters_mended=mended,
+        quarters_mended=repaired,
         rollup_lag=lag,
         **retained._asdict(),
     )
 
 
 class IntervalTimer:
-    """Tells when something is due that is asked about more often; it is due at first.
+    """Decides when work is due that is asked about more often; it is due at the first call.
 
     Args:
-        interval_s: Seconds from one time to the next.
+        interval_s: Seconds between two times.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -95,7 +96,7 @@ class IntervalTimer:
         self._last: float | None = None
 
     def due(self) -> bool:
-        """Whether it is due, and then not again before the interval is over."""
+        """Whether the work is due; if so, it is due again when the interval has passed."""
         now = time.monotonic()
         if self._last is not None and now - self._last < self._interval_s:
             return False
@@ -108,8 +109,8 @@ class FoldReport(NamedTuple):
 
     Attributes:
         rows: Rows that were added to the roll-ups.
-        recounted: Quarters whose roll-ups were made again, for rows were changed or deleted.
-        done: It came to the newest row.
+        recounted: Quarters whose roll-ups were recomputed because rows were changed or deleted.
+        done: The fold reached the newest row.
     """
 
     rows: int
@@ -124,14 +125,14 @@ def keep_up(
     checks: IntervalTimer,
     stop: Callable[[], bool],
 ) -> None:
-    """What a store does by itself from time to time: fold, and retain where that is configured.
+    """What the store's own thread does at intervals: fold, repair, and retain if configured.
 
     Args:
         database: Opened on first use.
-        settings: What is to be retained.
-        clock: The present in epoch milliseconds.
-        checks: When roll-ups are compared with their rows: less often than rows are folded.
-        stop: Asked often whether to leave the rest to the next time.
+        settings: Say what is retained.
+        clock: Returns the present in epoch milliseconds.
+        checks: When to compare roll-ups with their rows; less often than rows are folded.
+        stop: Called often; True leaves the rest to the next run.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
@@ -141,7 +142,7 @@ def keep_up(
     set_sequences_forward(database)
     folded = fold(database, stop=stop)
     if folded.done and not stop() and checks.due():
-        mend(database, BUDGET_S, stop)
+        repair_rollups(database, BUDGET_S, stop)
     if not stop():
         budget_s = BUDGET_S if _retains(settings) else 0
         if waits := retain(database, settings, clock, budget_s, stop).retention_waits:
@@ -149,14 +150,14 @@ def keep_up(
 
 
 def set_sequences_forward(database: Database) -> tuple[str, ...]:
-    """Set PostgreSQL's sequences that are behind their tables' ids forward; return their names.
+    """Advance PostgreSQL's sequences that are behind their tables' ids; return their names.
 
-    A restore or a copy leaves them behind, and then every new row meets an id that is there.
+    A restore or a copy leaves them behind; every new row would then get an id that already exists.
 
     Raises:
         StoreUnavailable: The database cannot be reached.
     """
-    if database.backend is Backend.SQLITE:  # it looks at the ids itself
+    if database.backend is Backend.SQLITE:  # SQLite derives new ids from the existing ones
         return ()
     with translated(), database.write_transaction() as connection:
         return identities.set_forward(connection)
@@ -168,7 +169,7 @@ def fold(
     stop: Callable[[], bool] = lambda: False,
     on_step: OnStep = lambda _: None,
 ) -> FoldReport:
-    """Bring the roll-ups up to the rows: what was changed, then what is new.
+    """Bring the roll-ups up to date: first apply changes, then add new rows.
 
     Raises:
         RollupsRefused: The roll-ups did not keep what was added.
@@ -180,21 +181,28 @@ def fold(
         on_step(rows)
 
     with translated():
-        changed = repair.apply_changes(database.write_transaction, look=database.read, stop=stop)
+        changed = repair.apply_changes(
+            database.write_transaction, read_transaction=database.read_transaction, stop=stop
+        )
         folded = folding.fold(
-            database.write_step, look=database.read, stop=stop, on_step=after_step
+            database.write_step,
+            read_transaction=database.read_transaction,
+            stop=stop,
+            on_step=after_step,
         )
     return FoldReport(folded.rows, changed.quarters, folded.done and changed.done)
 
 
-def mend(database: Database, budget_s: float, stop: Callable[[], bool] = lambda: False) -> int:
-    """Make roll-ups again that are not those of their rows; return of how many quarters.
+def repair_rollups(
+    database: Database, budget_s: float, stop: Callable[[], bool] = lambda: False
+) -> int:
+    """Recompute roll-ups that differ from their rows; return the number of quarters.
 
-    Within a share of the budget; the next call goes on where this one was stopped.
+    Takes a share of the budget; the next call continues where this one stopped.
 
     Raises:
-        RollupsRefused: The roll-ups did not take what was counted.
-        StoreUnavailable: The database cannot be reached; what was mended stays mended.
+        RollupsRefused: The roll-ups did not keep what was counted.
+        StoreUnavailable: The database cannot be reached; what was repaired stays repaired.
     """
     quarters = 0
     for check, share in ((repair.compare_counts, COUNTING), (repair.scrub, SCRUBBING)):
@@ -204,26 +212,28 @@ def mend(database: Database, budget_s: float, stop: Callable[[], bool] = lambda:
             return stop() or time.monotonic() >= deadline
 
         with translated():
-            quarters += check(database.write_transaction, look=database.read, stop=over).quarters
+            quarters += check(
+                database.write_transaction, read_transaction=database.read_transaction, stop=over
+            ).quarters
     if quarters:
         say(
             logging.WARNING,
-            "roll-ups of %d quarters of an hour differed from their rows and were made again",
+            "roll-ups of %d quarters of an hour differed from their rows and were recomputed",
             quarters,
         )
     return quarters
 
 
 def recount(database: Database, since_ms: int, until_ms: int) -> int:
-    """Make the roll-ups of a window's quarters again; see `lynkr_store.Store.recount`.
+    """Recompute the roll-ups of a window's quarters; see `lynkr_store.Store.recount`.
 
     Raises:
-        RollupsRefused: The roll-ups did not take what was counted.
+        RollupsRefused: The roll-ups did not keep what was counted.
         StoreUnavailable: The database cannot be reached; what was counted stays counted.
     """
     fold(database)
     with translated():
-        return folding.rebuild(database.write_transaction, since=since_ms, until=until_ms).rows
+        return folding.rebuild(database.write_transaction, since=since_ms, until=until_ms)
 
 
 def retain(
@@ -235,10 +245,9 @@ def retain(
     *,
     trust_clock: bool = False,
 ) -> Retained:
-    """Apply the configured retention to rows, texts and roll-ups; see `retention`.
+    """Apply the configured retention to rows, texts, roll-ups and the ledger of batches.
 
-    The ledger of batches forgets here too. All of it waits while the clock may be wrong; see
-    `clock_check`.
+    See `retention`. All of it waits while the clock may be wrong; see `clock_check`.
 
     Raises:
         StoreUnavailable: The database cannot be reached; what was done before stays done.
@@ -259,8 +268,13 @@ def retain(
     )
     with translated():
         if doubt is None:
-            folding.trim(database.write_transaction, rollups_before, look=database.read, stop=stop)
-            _forget_batches(database, now, stop)
+            folding.trim(
+                database.write_transaction,
+                rollups_before,
+                read_transaction=database.read_transaction,
+                stop=stop,
+            )
+            _expire_batches(database, now, stop)
             return retained
         with database.read() as connection:
             due = folding.can_trim(connection, rollups_before)
@@ -270,22 +284,22 @@ def retain(
 
 
 def _doubt(database: Database, now_ms: int, *, trust_clock: bool) -> str | None:
-    """Why the clock may be wrong; None where it is trusted, which is then noted."""
+    """Why the clock may be wrong; None if it is trusted, which is then saved."""
     with translated():
         with database.read() as connection:
             trusted = connection.scalar(select(progress.value_of(clock_check.TRUSTED)))
             newest = clock_check.newest(clock_check.seen_upto(now_ms, trusted))
             seen = clock_check.Seen(*connection.execute(newest).one())
         doubt = None if trust_clock else clock_check.doubt(now_ms, trusted, seen)
-        if doubt is None and clock_check.is_news(now_ms, trusted):
+        if doubt is None and clock_check.must_save(now_ms, trusted):
             with database.write_transaction() as connection:
                 progress.write(connection, clock_check.TRUSTED, now_ms)
     return doubt
 
 
-def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -> None:
-    """Take from the ledger what is older than it remembers, some of it now and the rest later."""
-    with database.read() as connection:
+def _expire_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -> None:
+    """Delete expired batches from the ledger, a limited number in each run."""
+    with database.read_transaction() as connection:
         more = has_expired(connection, now_ms)
     for _ in range(_LEDGER_STEPS):
         if not more or stop():
@@ -293,13 +307,16 @@ def _forget_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -
         with database.write_transaction() as connection:
             more = expire_ledger(connection, now_ms)
             earlier = connection.scalar(select(progress.value_of(FORGOTTEN)))
-            latest = max(forgotten_before(now_ms), state.NOTHING if earlier is None else earlier)
+            latest = max(forgotten_before(now_ms), INT64_MIN if earlier is None else earlier)
             progress.write(connection, FORGOTTEN, latest)
         time.sleep(PAUSE_S)
 
 
 def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: bool = False) -> int:
-    """Delete the rows before a moment, which the roll-ups remember; return how many.
+    """Delete the rows before an instant; the roll-ups keep them as history.
+
+    Returns:
+        How many rows were deleted.
 
     Raises:
         ClockAhead: The present may be wrong, and nothing was deleted.
@@ -311,15 +328,15 @@ def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: boo
     if doubt is not None and retention.any_older(database, cutoff_ms):
         raise ClockAhead(doubt)
     deleted = retention.delete_older(database, cutoff_ms, upto_id=folded_upto(database))
-    retention.give_back(database)
-    retention.forget(database)
+    retention.free_pages(database)
+    retention.truncate_wal(database)
     return deleted
 
 
 def folded_upto(database: Database) -> int:
-    """The id up to which rows are in the roll-ups; others must not be deleted by retention."""
-    with translated(), database.read() as connection:
-        folded: int = connection.execute(state.folded()).scalar_one()
+    """The watermark; retention must not delete rows with greater ids."""
+    with translated(), database.read_transaction() as connection:
+        folded: int = connection.execute(state.watermark()).scalar_one()
     return folded
 
 

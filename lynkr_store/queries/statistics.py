@@ -1,4 +1,4 @@
-"""What each statistic asks for, and how its answer becomes figures. Executes nothing."""
+"""Defines what each statistic asks and turns the answer into figures. Executes nothing."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, Final, Self
 from lynkr_store.db.functions import joined
 from lynkr_store.rollups.answer import Answer, Part
 from lynkr_store.rollups.answer_sql import Question
-from lynkr_store.rollups.measures import SUMMED, columns_of
+from lynkr_store.rollups.measures import SUMMED, measure_columns
 from lynkr_store.schemas import (
     ProviderStats,
     Reading,
@@ -49,12 +49,12 @@ ACCURACY: Final = Question(by=(), names=("over_provisioned", "under_provisioned"
 
 
 def routing_stats(answer: Answer, reading: Reading) -> RoutingStats | None:
-    """The figures of an answer to `STATS`; None for no requests."""
+    """The figures of an answer to `STATS`; None without requests."""
     by_provider: defaultdict[str, list[Part]] = defaultdict(list)
     by_tier: defaultdict[str, list[Part]] = defaultdict(list)
     for part in answer.parts:
         provider, tier = map(reading.text, part.by)
-        # texts that differ only in bytes that are no text become one
+        # texts that differ only in invalid bytes become one
         by_provider[provider or ""].append(part)
         if tier is not None:
             by_tier[tier].append(part)
@@ -82,7 +82,7 @@ def routing_stats(answer: Answer, reading: Reading) -> RoutingStats | None:
 
 
 def provider_stats(answer: Answer) -> ProviderStats | None:
-    """The figures of an answer to `PROVIDER_STATS`; None for no requests."""
+    """The figures of an answer to `PROVIDER_STATS`; None without requests."""
     tally = _Tally.of(PROVIDER_STATS, answer.parts)
     if not tally["requests"]:
         return None
@@ -102,7 +102,7 @@ def provider_stats(answer: Answer) -> ProviderStats | None:
 
 
 def routing_accuracy(answer: Answer) -> RoutingAccuracy | None:
-    """The figures of an answer to `ACCURACY`; None for no requests."""
+    """The figures of an answer to `ACCURACY`; None without requests."""
     tally = _Tally.of(ACCURACY, answer.parts)
     if not tally["requests"]:
         return None
@@ -117,12 +117,12 @@ def routing_accuracy(answer: Answer) -> RoutingAccuracy | None:
 
 
 class _Tally(Counter[str]):
-    """The measures of a question over the parts of its answer: counts, the two halves of sums."""
+    """A question's measures, added up over the parts of its answer."""
 
     @classmethod
     def of(cls, question: Question, parts: Iterable[Part]) -> Self:
         sums = zip(*(part.sums for part in parts), strict=True)
-        return cls(dict(zip(columns_of(question.names), map(sum, sums), strict=False)))
+        return cls(dict(zip(measure_columns(question.names), map(sum, sums), strict=False)))
 
     def percent(self, name: str) -> float:
         return half_up(_PERCENT * self[name], self["requests"], 1)
@@ -141,7 +141,7 @@ class _Tally(Counter[str]):
 
 
 def _requests(tallies: Mapping[str, _Tally]) -> dict[str, int]:
-    # a part that was taken away can leave none
+    # a subtracted part can leave 0
     return {name: tally["requests"] for name, tally in tallies.items() if tally["requests"]}
 
 

@@ -1,7 +1,7 @@
-"""The statement that answers a question about a window: roll-ups, and the rows that are in none.
+"""The statement that answers a question about a window. Nothing is executed here.
 
-An answer is the roll-ups, the ragged ends of its window, and all rows above the watermark. Nothing
-is executed here.
+An answer consists of roll-ups, the raw rows at the window's partial edges, and all rows above the
+watermark.
 """
 
 from functools import cache
@@ -28,23 +28,25 @@ from sqlalchemy import (
 from lynkr_store.db.functions import each_row, unindexed, whole_number, written_out
 from lynkr_store.db.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import measures
-from lynkr_store.rollups.buckets import Cover
-from lynkr_store.rollups.state import GREATEST_ID, counts_in, folded, folded_in
+from lynkr_store.rollups.buckets import WindowParts
+from lynkr_store.rollups.state import counts_between, folded_between, watermark
 from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS
+from lynkr_store.schemas.values import INT64_MAX
 
 LONG_BACKLOG: Final = 20_000
-"""Rows above the watermark from which on the window is read by its time, not by their ids."""
+"""From this number of rows above the watermark on, the backlog is read by the index of timestamps
+instead of by id."""
 
 _t: Final = TELEMETRY.c
 
 
 class Question(NamedTuple):
-    """What is asked of a window.
+    """What is asked about a window.
 
     Attributes:
-        by: The dimensions by which the answer is kept apart.
-        names: Measures beside the number of requests.
-        one_provider: Only rows of the provider that is given with the window.
+        by: The dimensions by which the answer is grouped.
+        names: The measures, in addition to the number of requests.
+        one_provider: Only rows of the provider that is passed with the window.
     """
 
     by: tuple[str, ...]
@@ -53,98 +55,101 @@ class Question(NamedTuple):
 
 
 def parameters(
-    asked: Cover,
+    parts: WindowParts,
     since: int,
     until: int,
-    folded: int,
+    watermark: int,
     kept_from: int = INSTANT_MIN_MS,
     *,
     changed: bool = False,
 ) -> dict[str, Any]:
-    """What `answer` takes for one window.
+    """The parameters of `answer` for one window.
 
     Args:
-        asked: What makes up the window.
+        parts: The parts of the window.
         since: The window's first millisecond.
-        until: The first one after it.
-        folded: The watermark.
-        kept_from: Before this instant rows were removed: of a quarter that begins earlier the
-            roll-ups are what is known, whatever was changed in it.
-        changed: Whether the statement's shape is that of changed rows.
+        until: The first millisecond after the window.
+        watermark: The watermark.
+        kept_from: Rows before this instant were removed. For a quarter that begins earlier the
+            roll-ups are authoritative, whatever was changed in it.
+        changed: Whether the statement's key has ``changed`` set.
     """
-    given: dict[str, Any] = {"since": since, "until": until, "folded": folded}
-    ranges = [(bucket.since, bucket.until) for bucket in asked.buckets]
-    name = "summed" if changed else "quarters"  # in which changes count
-    ranges += [] if changed else asked.ends
-    given[f"{name}_since"] = max(min((start for start, _ in ranges), default=0), kept_from)
-    given[f"{name}_until"] = max((end for _, end in ranges), default=0)
-    for number, bucket in enumerate(asked.buckets):
-        given |= {f"bucket_{number}_{name}": v for name, v in bucket._asdict().items()}
-    for number, some in enumerate(asked.rows):
-        given |= {f"rows_{number}_{name}": v for name, v in some._asdict().items()}
-    for number, (start, end) in enumerate(asked.ends):
-        given |= {f"end_{number}_since": start, f"end_{number}_until": end}
-    return given
+    values: dict[str, Any] = {"since": since, "until": until, "watermark": watermark}
+    ranges = [(bucket.since, bucket.until) for bucket in parts.buckets]
+    name = "summed" if changed else "quarters"  # where change entries are looked up
+    ranges += [] if changed else parts.edges
+    values[f"{name}_since"] = max(min((start for start, _ in ranges), default=0), kept_from)
+    values[f"{name}_until"] = max((end for _, end in ranges), default=0)
+    for number, bucket in enumerate(parts.buckets):
+        values |= {f"bucket_{number}_{name}": v for name, v in bucket._asdict().items()}
+    for number, each in enumerate(parts.rows):
+        values |= {f"rows_{number}_{name}": v for name, v in each._asdict().items()}
+    for number, (start, end) in enumerate(parts.edges):
+        values |= {f"edge_{number}_since": start, f"edge_{number}_until": end}
+    return values
 
 
-class Shape(NamedTuple):
-    """How many parts of each kind a cover has: what sets the statement of an answer.
+class StatementKey(NamedTuple):
+    """What determines the text of an answer's statement: the number of parts of each kind.
 
-    ``changed`` is whether rows of its quarters were changed or deleted since they were folded.
+    ``changed``: rows of the window's quarters were changed or deleted after they were folded.
 
-    Nothing is asked for the sake of a part that is not there: PostgreSQL takes longer to plan one
-    than to find nothing in it.
+    A part that does not exist is left out, because PostgreSQL takes longer to plan it than to find
+    nothing in it.
     """
 
     buckets: int
     rows: int
-    ends: int
+    edges: int
     changed: bool = False
 
 
-def shape(asked: Cover, *, changed: bool = False) -> Shape:
-    """A cover's shape."""
-    return Shape(len(asked.buckets), len(asked.rows), len(asked.ends), changed)
+def statement_key(parts: WindowParts, *, changed: bool = False) -> StatementKey:
+    """The key for a window's parts."""
+    return StatementKey(len(parts.buckets), len(parts.rows), len(parts.edges), changed)
 
 
 @cache
 def answer(
-    question: Question, shape: Shape, *, long_backlog: bool
+    question: Question, key: StatementKey, *, long_backlog: bool
 ) -> CompoundSelect[*tuple[Any, ...]]:
-    """The parts of an answer, to be added up, in one statement and so of one snapshot.
+    """All parts of an answer in one statement, and so from one snapshot. The caller adds them up.
 
-    Where rows of a quarter were changed since they were folded, its roll-ups are taken away and its
-    rows added: a longer roll-up is the sum of its quarters'.
+    Where rows of a quarter were changed after they were folded, the statement subtracts the
+    quarter's roll-ups and adds its rows; a longer bucket is the sum of its quarters.
 
-    Takes `parameters`, and ``provider`` if the question is of one.
+    Takes `parameters`, and ``provider`` if the question is about one provider.
 
     Returns:
         ``part``, ``sign``, the question's dimensions, ``requests`` and the columns of its measures.
-        The sign is 1 or -1 in a part of the answer. It is 0 in rows about the answer, which
-        ``part`` tells apart: ``folded``, with the watermark as ``requests``; and for each ragged
-        end, by its number, ``missing_0`` and ``missing_1``, with how many rows that the roll-ups
-        know of the quarter there are gone (below 0: with how many they do not know). A shape that
-        is ``changed`` has ``changed_0`` and ``changed_1``, one that is not ``changed``: how many
-        changes are noted of the end's quarter, or of all.
+            A part of the answer has sign 1 or -1. Rows with sign 0 are facts about the answer,
+            named by ``part``, with the value in ``requests``. ``watermark`` is the watermark.
+            ``missing_0`` and ``missing_1`` are, for each partial edge, how many rows of its quarter
+            are in the roll-ups but gone (negative: exist but are not in the roll-ups).
+            ``changed_0`` and ``changed_1`` are the change entries for each edge's quarter, if the
+            key has ``changed`` set; otherwise ``changed`` is the number of change entries for all
+            quarters.
     """
-    names = list(measures.columns_of(question.names))
-    parts = [_from_rows(question, shape, long_backlog=long_backlog)]
-    facts: dict[str, ColumnElement[int]] = {"folded": folded().scalar_subquery()}
-    if shape.buckets:
-        parts.append(_from_rollups(question, shape.buckets))
-    if shape.buckets and shape.changed:
+    names = list(measures.measure_columns(question.names))
+    parts = [_from_rows(question, key, long_backlog=long_backlog)]
+    facts: dict[str, ColumnElement[int]] = {"watermark": watermark().scalar_subquery()}
+    if key.buckets:
+        parts.append(_from_rollups(question, key.buckets))
+    if key.buckets and key.changed:
         parts.append(_from_changed_rollups(question))
-    facts |= {f"missing_{number}": _missing(f"end_{number}") for number in range(shape.ends)}
-    if shape.changed:
-        facts |= {f"changed_{number}": _changes(f"end_{number}") for number in range(shape.ends)}
+    facts |= {f"missing_{number}": _missing(f"edge_{number}") for number in range(key.edges)}
+    if key.changed:
+        facts |= {
+            f"changed_{number}": _change_count(f"edge_{number}") for number in range(key.edges)
+        }
     else:
-        facts["changed"] = _changes("quarters")
-    parts += (_about(question, names, part, n) for part, n in facts.items())
+        facts["changed"] = _change_count("quarters")
+    parts += (_fact(question, names, part, n) for part, n in facts.items())
     return written_out(union_all(*parts))
 
 
 def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
-    columns = [ROLLUPS.c[name] for name in measures.columns_of(question.names)]
+    columns = [ROLLUPS.c[name] for name in measures.measure_columns(question.names)]
     buckets = union_all(
         *(
             select(ROLLUPS.c.dimension_id, *columns).where(
@@ -159,7 +164,7 @@ def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
 
 
 def _from_changed_rollups(question: Question) -> Select[*tuple[Any, ...]]:
-    columns = [ROLLUPS.c[name] for name in measures.columns_of(question.names)]
+    columns = [ROLLUPS.c[name] for name in measures.measure_columns(question.names)]
     buckets = select(ROLLUPS.c.dimension_id, *columns).where(
         ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start.in_(_changed_starts())
     )
@@ -170,7 +175,7 @@ def _by_dimension(
     question: Question, part: str, sign: int, buckets: Subquery
 ) -> Select[*tuple[Any, ...]]:
     key = buckets.c.dimension_id
-    # by number first: SQLite groups by sorting, and by text that takes half as long again
+    # group by number first: SQLite groups by sorting, and sorting text takes 1.5 times as long
     each = select(key, *measures.of_rollups(question.names, buckets.c)).group_by(key).subquery()
     by = [DIMENSIONS.c[name] for name in question.by]
     sums = measures.of_rollups(question.names, each.c)
@@ -182,14 +187,16 @@ def _by_dimension(
     return statement.group_by(*by)
 
 
-def _from_rows(question: Question, shape: Shape, *, long_backlog: bool) -> Select[*tuple[Any, ...]]:
-    changed = [_changed_rows(question)] if shape.buckets and shape.changed else []
+def _from_rows(
+    question: Question, key: StatementKey, *, long_backlog: bool
+) -> Select[*tuple[Any, ...]]:
+    changed = [_changed_rows(question)] if key.buckets and key.changed else []
     read = union_all(
         _rows(question, literal(1, Integer), *_above_watermark(long_backlog=long_backlog)),
         *changed,
         *(
-            _rows(question, whole_number(f"rows_{number}_sign"), *folded_in(f"rows_{number}"))
-            for number in range(shape.rows)
+            _rows(question, whole_number(f"rows_{number}_sign"), *folded_between(f"rows_{number}"))
+            for number in range(key.rows)
         ),
     ).subquery()
     keys = ("sign", *question.by)
@@ -215,12 +222,12 @@ def _changed_rows(question: Question) -> Select[*tuple[Any, ...]]:
         literal(1, Integer),
         _t.timestamp >= starts.c.start,
         _t.timestamp < starts.c.start + literal(QUARTER_MS, BigInteger),
-        unindexed(_t.id) <= whole_number("folded"),
+        unindexed(_t.id) <= whole_number("watermark"),
     )
 
 
 def _changed_starts() -> Select[int]:
-    """The quarters of the roll-ups that are added up of which rows were changed."""
+    """The quarters with changed rows, among the roll-ups that the answer adds up."""
     return (
         select(CHANGES.c.start)
         .where(
@@ -232,22 +239,22 @@ def _changed_starts() -> Select[int]:
 
 
 def _above_watermark(*, long_backlog: bool) -> tuple[ColumnElement[bool], ...]:
-    # SQLite uses one index, and cannot know which of the two ranges is the shorter
+    # SQLite uses one index and cannot know which of the two ranges is shorter
     row_id, instant = (
         (unindexed(_t.id), _t.timestamp) if long_backlog else (_t.id, unindexed(_t.timestamp))
     )
     return (
-        row_id > whole_number("folded"),
-        # with one end alone, PostgreSQL's plan for any parameters expects a third of the table
-        row_id <= literal(GREATEST_ID, BigInteger),
+        row_id > whole_number("watermark"),
+        # with only one bound, PostgreSQL's generic plan expects a third of the table
+        row_id <= literal(INT64_MAX, BigInteger),
         instant >= whole_number("since"),
         instant < whole_number("until"),
     )
 
 
 def _of_provider(question: Question) -> list[ColumnElement[bool]]:
-    # it is never NULL, and there is no index of this: where there are many providers, PostgreSQL's
-    # plan for any of them would walk all rows of a common one
+    # provider is never NULL, and no index has this expression: with many providers, PostgreSQL's
+    # generic plan would otherwise read all rows of a common provider through the index
     return [func.coalesce(_t.provider, "") == _provider()] if question.one_provider else []
 
 
@@ -255,21 +262,21 @@ def _provider() -> BindParameter[str]:
     return bindparam("provider", type_=_t.provider.type)
 
 
-def _changes(name: str) -> ColumnElement[int]:
-    """How many changes are noted of the quarters from ``{name}_since`` to ``{name}_until``."""
-    noted = select(func.count()).where(
+def _change_count(name: str) -> ColumnElement[int]:
+    """The number of change entries for quarters that start in ``[{name}_since, {name}_until)``."""
+    entries = select(func.count()).where(
         CHANGES.c.start >= whole_number(f"{name}_since"),
         CHANGES.c.start < whole_number(f"{name}_until"),
     )
-    return noted.scalar_subquery()
+    return entries.scalar_subquery()
 
 
-def _missing(end: str) -> ColumnElement[int]:
-    known, there = counts_in(end)
+def _missing(edge: str) -> ColumnElement[int]:
+    known, there = counts_between(edge)
     return known - there
 
 
-def _about(
+def _fact(
     question: Question, names: list[str], part: str, value: ColumnElement[int]
 ) -> Select[*tuple[Any, ...]]:
     empty = [cast(null(), Text).label(name) for name in question.by]

@@ -1,7 +1,7 @@
-"""Adds rows to the roll-ups, each once, in short transactions.
+"""Adds rows to the roll-ups, each row exactly once, in short transactions.
 
-One folder at a time: who folds holds the watermark, and moves it in the transaction in which the
-rows' sums are added. A fold that is killed has done whole steps.
+Only one process folds at a time: it locks the watermark, and moves it in the transaction that adds
+the rows' sums. A fold that is killed has completed whole steps.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, assert_never
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, text
+from sqlalchemy import Connection, RowMapping, text
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
@@ -17,83 +17,83 @@ from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
-from lynkr_store.rollups.answer import look as look_at
-from lynkr_store.rollups.answer import removed_before
-from lynkr_store.rollups.buckets import SPANS_MS, ceil_to, floor_to
-from lynkr_store.rollups.measures import columns_of
-from lynkr_store.rollups.state import NOTHING
+from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, ceil_to, floor_to
+from lynkr_store.rollups.measures import measure_columns
+from lynkr_store.rollups.state import NOTHING_FOLDED, WATERMARK, read_state, removed_before
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.storage import bulk, identities, progress
 from lynkr_store.storage.write_lock import PAUSE_S
 
-Begin = Callable[[], AbstractContextManager[Connection]]
-"""Opens a transaction that may write, on SQLite one that has the write lock, and commits it."""
+OpenTransaction = Callable[[], AbstractContextManager[Connection]]
+"""Opens a transaction and commits it at the end. One that writes holds the write lock on SQLite."""
 
 STEP_ROWS: Final = 10_000
-"""Rows that one step folds; beside a busy writer it holds SQLite's lock for about 12 ms."""
+"""Rows that one step folds. With a busy writer thread a step holds SQLite's lock for about 12
+ms."""
 
-_MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may lie far apart, and others between them
-MEASURES: Final = tuple(columns_of())
+_MOST_BETWEEN: Final = 2 * STEP_ROWS  # late rows may be far apart, with other rows between
+MEASURES: Final = tuple(measure_columns())
 """The columns of a roll-up that hold measures."""
 _TRIM_DAYS: Final = 30
 _POLL_S: Final = 0.01
 _PATIENCE_S: Final = 2.0  # for transactions that may have written a row with a lower id
 
 
-class Folded(NamedTuple):
-    """How far a fold came: rows that it folded, and whether it reached the newest."""
+class FoldResult(NamedTuple):
+    """The number of rows that a fold added, and whether it reached the newest row."""
 
     rows: int
     done: bool
 
 
 def fold(
-    begin: Begin,
+    write_transaction: OpenTransaction,
     *,
-    look: Begin | None = None,
+    read_transaction: OpenTransaction | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
-) -> Folded:
-    """Fold what is above the watermark, in steps.
+) -> FoldResult:
+    """Fold the rows above the watermark, in steps.
 
     Args:
-        begin: Opens a transaction that may write.
-        look: Opens one that reads, in which most of the work is done: on SQLite without its lock.
-        stop: Asked before each step whether to leave it at that.
-        on_step: Told after each step how many rows were folded so far.
+        write_transaction: Opens a transaction that writes.
+        read_transaction: Opens a transaction that only reads. Most of the work happens there, on
+            SQLite without the write lock. Default: ``write_transaction``.
+        stop: Called before each step; True ends the fold.
+        on_step: Called after each step with the number of rows folded so far.
 
     Returns:
-        Not done where it was stopped, or where transactions that may have written rows with lower
-        ids stayed open: try again later.
+        ``done`` is False if the fold was stopped, or if transactions that may have inserted rows
+            with lower ids stayed open; call again later.
 
     Raises:
         RollupsRefused: The roll-ups did not gain what was added; the step was rolled back.
     """
-    look = look or begin
-    upto, rows = settled_id(begin, look), 0
+    read_transaction = read_transaction or write_transaction
+    upto, rows = settled_id(write_transaction, read_transaction), 0
     if upto is None:
-        return Folded(0, done=False)
+        return FoldResult(0, done=False)
     while not stop():
-        step, last = _fold_step(begin, look, upto)
+        step, last = _fold_step(write_transaction, read_transaction, upto)
         rows += step
         on_step(rows)
         if last >= upto:
-            return Folded(rows, done=True)
+            return FoldResult(rows, done=True)
         time.sleep(PAUSE_S)
-    return Folded(rows, done=False)
+    return FoldResult(rows, done=False)
 
 
-def _begin_again(begin: Begin) -> None:
-    """Fold all rows again, where the database gives ids at or below the watermark.
+def _restart(write_transaction: OpenTransaction) -> None:
+    """Fold all rows again, because the database assigns ids at or below the watermark again.
 
-    So it does after TRUNCATE … RESTART IDENTITY, or a DELETE from ``sqlite_sequence``: rows that
-    come would never be above the watermark. Answers read all rows meanwhile. What is known of the
-    time before the oldest row stays as history; roll-ups from its quarter on are those of rows
-    which are gone.
+    That happens after TRUNCATE … RESTART IDENTITY or a DELETE from ``sqlite_sequence``: new rows
+    would never be above the watermark. Until the fold is done, answers read all rows. The roll-ups
+    before the oldest row stay as history. Those from its quarter on describe rows that are gone,
+    and are deleted.
     """
-    with begin() as connection:
-        folded = held_watermark(connection)
-        if not _began_again(connection, folded):
+    with write_transaction() as connection:
+        watermark = held_watermark(connection)
+        if not _ids_restarted(connection, watermark):
             return
         oldest: int | None = connection.scalar(fold_sql.oldest_instant())
         if oldest is not None:
@@ -101,50 +101,51 @@ def _begin_again(begin: Begin) -> None:
             drop_from(connection, start)
             connection.execute(fold_sql.drop_changes(since=start))
             connection.execute(progress.remove("raw_from"))
-            if look_at(connection).first_bucket is not None:
+            if read_state(connection).first_bucket is not None:
                 progress.write(connection, "raw_from", start)
-        progress.write(connection, "folded", NOTHING)
+        progress.write(connection, WATERMARK, NOTHING_FOLDED)
 
 
 def drop_from(connection: Connection, start: int) -> None:
-    """Delete the roll-ups from a quarter on; of its hour and day stays what was before it."""
+    """Delete the roll-ups from a quarter on; its hour and day keep what was before the quarter."""
     connection.execute(fold_sql.drop_from(start))
-    for span in SPANS_MS[1:]:
+    for span in BUCKET_LENGTHS_MS[1:]:
         connection.execute(fold_sql.sum_of_quarters(span, floor_to(span, start)))
 
 
-def _began_again(connection: Connection, folded: int) -> bool:
-    """Whether every id is below the watermark, and the next one will be too.
+def _ids_restarted(connection: Connection, watermark: int) -> bool:
+    """Whether every id is at or below the watermark, and the next one will be too.
 
-    Retention alone may take the row of the greatest id: then the next one is above. Where the table
-    was empty there is no watermark any more, and roll-ups are left from its first row on.
+    If retention deleted the row with the greatest id, the next id is still above the watermark. If
+    the table was empty, the watermark is gone, and roll-ups exist from the first row on.
     """
-    stands = look_at(connection)
-    if folded == NOTHING:
+    current = read_state(connection)
+    if watermark == NOTHING_FOLDED:
         oldest: int | None = connection.scalar(fold_sql.oldest_instant())
-        last = stands.last_bucket
+        last = current.last_bucket
         return oldest is not None and last is not None and last + QUARTER_MS > oldest
-    passed = stands.newest is None or stands.newest < folded
-    return passed and identities.gives_upto(connection, folded)
+    passed = current.newest is None or current.newest < watermark
+    return passed and identities.gives_upto(connection, watermark)
 
 
-def settled_id(begin: Begin, look: Begin) -> int | None:
-    """An id up to which no row can appear any more; None where that would take too long.
+def settled_id(write_transaction: OpenTransaction, read_transaction: OpenTransaction) -> int | None:
+    """An id up to which no further row can appear; None if waiting for it would take too long.
 
-    SQLite's writers come one after the other, so that is the greatest id. PostgreSQL gives out ids
-    before their transactions commit. Whoever was given one below the greatest that is to be seen
-    holds a writer's lock on the table since before; so it is settled when all who hold one now
-    have come to an end. Nothing is locked for that: a lock that waits for writers would have
-    others wait behind it, and one that gives up soon would never be had beside a long VACUUM.
+    SQLite's writers take turns, so this is the greatest id. PostgreSQL assigns ids before their
+    transactions commit. A transaction that was assigned an id below the greatest visible one
+    already holds a writer's lock on the table. So the id is settled when every transaction that
+    holds such a lock now has ended. This function locks nothing itself: a lock that waits for
+    writers would make later writers queue behind it, and a lock with a short timeout would never be
+    granted during a long VACUUM.
     """
-    with look() as connection:
-        newest: int = connection.scalar(fold_sql.newest_id()) or NOTHING
+    with read_transaction() as connection:
+        newest: int = connection.scalar(fold_sql.newest_id()) or NOTHING_FOLDED
         backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
             return newest
         case Backend.POSTGRESQL:
-            return newest if _wait_for_writers(begin) else None
+            return newest if _wait_for_writers(write_transaction) else None
         case _:
             assert_never(backend)
 
@@ -158,8 +159,8 @@ _WRITERS: Final = text(
 )
 
 
-def _wait_for_writers(begin: Begin) -> bool:
-    """Wait until those who may write now do not any more; others may come meanwhile."""
+def _wait_for_writers(write_transaction: OpenTransaction) -> bool:
+    """Wait until the transactions that may write now have ended; new ones may begin meanwhile."""
     deadline = time.monotonic() + _PATIENCE_S
     writers: set[str] | None = None
     while writers is None or writers:
@@ -167,76 +168,84 @@ def _wait_for_writers(begin: Begin) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(_POLL_S)
-        with begin() as connection:
+        with write_transaction() as connection:
             now = set(connection.scalars(_WRITERS, {"name": TELEMETRY.name}))
         writers = now if writers is None else writers & now
     return True
 
 
-def _fold_step(begin: Begin, look: Begin, upto: int) -> tuple[int, int]:
-    """Fold some rows; return how many, and the watermark."""
-    rows = fold_sql.rows_of_step()
-    with look() as connection:
-        folded: int = connection.execute(state.folded()).scalar_one()
-        first: int | None = connection.scalar(fold_sql.first_above(folded))
+def _fold_step(
+    write_transaction: OpenTransaction, read_transaction: OpenTransaction, upto: int
+) -> tuple[int, int]:
+    """Fold one step; return the number of rows, and the watermark."""
+    rows = fold_sql.step_statements()
+    with read_transaction() as connection:
+        watermark: int = connection.execute(state.watermark()).scalar_one()
+        first: int | None = connection.scalar(fold_sql.first_above(watermark))
         if first is not None and first <= upto:
-            given, quarters, new = _read_step(connection, folded, first, upto)
-        began_again = (first is None or folded == NOTHING) and _began_again(connection, folded)
-    if began_again:
-        _begin_again(begin)
-        return 0, NOTHING
+            given, quarters, new = _read_step(connection, watermark, first, upto)
+        restarted = (first is None or watermark == NOTHING_FOLDED) and _ids_restarted(
+            connection, watermark
+        )
+    if restarted:
+        _restart(write_transaction)
+        return 0, NOTHING_FOLDED
     if first is None or first > upto:
-        return 0, max(folded, upto)
+        return 0, max(watermark, upto)
     if new:
-        with begin() as connection:
+        with write_transaction() as connection:
             held_watermark(connection)
             connection.execute(rows.enter_dimensions, given)
-        with look() as connection:
+        with read_transaction() as connection:
             quarters = connection.execute(rows.quarters, given).mappings().all()
     sums = _summed(quarters)
-    with begin() as connection:
+    with write_transaction() as connection:
         now = held_watermark(connection)
-        if now != folded:
-            return 0, now  # another folder was quicker
-        note_removed(connection)
-        number = _number(connection, given, quarters)
-        if number != _requests(quarters):  # some were deleted since, or have other dimensions
+        if now != watermark:
+            return 0, now  # another process folded in between
+        update_raw_from(connection)
+        number = _count_rows(connection, given, quarters)
+        if number != _requests(quarters):  # rows were deleted, or changed dimensions
             connection.execute(rows.enter_dimensions, given)
             quarters = connection.execute(rows.quarters, given).mappings().all()
             sums = _summed(quarters)
             if number == connection.scalar(rows.number, given) != _requests(quarters):
-                raise RollupsRefused  # the dimensions were not entered
+                raise RollupsRefused  # the dimensions were not stored
         _add(connection, sums)
         last = given["upto"]
-        progress.write(connection, "folded", last)
-        if connection.execute(state.folded()).scalar_one() != last:
+        progress.write(connection, WATERMARK, last)
+        if connection.execute(state.watermark()).scalar_one() != last:
             raise RollupsRefused
     return _requests(quarters), last
 
 
 def _read_step(
-    connection: Connection, folded: int, first: int, upto: int
+    connection: Connection, watermark: int, first: int, upto: int
 ) -> tuple[dict[str, int], Sequence[RowMapping], bool]:
-    """The next rows above the watermark: which ids, their measures, and whether that is not all.
+    """Read the next rows above the watermark.
 
-    Rows of dimensions that are not known have no measures yet.
+    Returns:
+        The range of ids, the measures, and whether some of the rows have dimensions that are not in
+            the table. Such rows have no measures yet.
     """
-    rows = fold_sql.rows_of_step()
+    rows = fold_sql.step_statements()
     last = min(first + STEP_ROWS - 1, upto)
-    given = {"after": folded, "upto": last}
+    given = {"after": watermark, "upto": last}
     quarters = connection.execute(rows.quarters, given).mappings().all()
-    if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # there are ids without rows
-        last = connection.scalar(fold_sql.last_of_step(folded, upto, STEP_ROWS)) or upto
-        given = {"after": folded, "upto": last}
+    if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # many ids have no row
+        last = connection.scalar(fold_sql.last_of_step(watermark, upto, STEP_ROWS)) or upto
+        given = {"after": watermark, "upto": last}
         quarters = connection.execute(rows.quarters, given).mappings().all()
     if last - first + 1 == _requests(quarters):
         return given, quarters, False
-    # not each id is a row's of known dimensions
+    # an id has no row, or its row has dimensions that are not in the table
     return given, quarters, connection.execute(rows.new_dimensions, given).first() is not None
 
 
-def _number(connection: Connection, given: dict[str, int], quarters: Sequence[RowMapping]) -> int:
-    """How many of a step's rows are there, of which these are the quarters."""
+def _count_rows(
+    connection: Connection, given: dict[str, int], quarters: Sequence[RowMapping]
+) -> int:
+    """How many rows of a step exist; ``quarters`` are its measures."""
     if quarters:
         between = {
             "first": min(int(quarter["first"]) for quarter in quarters),
@@ -246,62 +255,63 @@ def _number(connection: Connection, given: dict[str, int], quarters: Sequence[Ro
         seen, found = connection.execute(fold_sql.number_between(), given | between).one()
         if seen < _MOST_BETWEEN:
             return int(found)
-    number: int = connection.execute(fold_sql.rows_of_step().number, given).scalar_one()
+    number: int = connection.execute(fold_sql.step_statements().number, given).scalar_one()
     return number
 
 
 def held_watermark(connection: Connection) -> int:
-    """The watermark, which nobody else moves before this transaction ends."""
-    folded: int | None = connection.scalar(fold_sql.watermark())
-    if folded is None:  # the first of several folders enters it, and the others wait
-        first = {"name": "folded", "value": NOTHING}
+    """The watermark, locked until this transaction ends."""
+    watermark: int | None = connection.scalar(fold_sql.watermark_for_update())
+    if watermark is None:  # one process inserts it, others wait for its lock
+        first = {"name": WATERMARK, "value": NOTHING_FOLDED}
         connection.execute(progress.insert_if_absent(backend_of(connection)), first)
-        folded = connection.scalar(fold_sql.watermark())
-    return NOTHING if folded is None else folded
+        watermark = connection.scalar(fold_sql.watermark_for_update())
+    return NOTHING_FOLDED if watermark is None else watermark
 
 
-def note_removed(connection: Connection) -> int | None:
-    """Note from when on the rows are there, before late ones hide that older ones were removed."""
-    stands = look_at(connection)
-    removed = removed_before(connection, stands)
-    if removed is not None and removed != stands.raw_from:
+def update_raw_from(connection: Connection) -> int | None:
+    """Save the instant from which rows exist, before late rows hide that older ones are gone."""
+    current = read_state(connection)
+    removed = removed_before(connection, current)
+    if removed is not None and removed != current.raw_from:
         progress.write(connection, "raw_from", removed)
     return removed
 
 
 def trim(
-    begin: Begin,
+    write_transaction: OpenTransaction,
     before_ms: int,
     *,
-    look: Begin | None = None,
+    read_transaction: OpenTransaction | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Delete roll-ups before an instant: whole days whose rows are gone, a month at a time.
 
-    While rows are there, answers need the roll-ups of their day too, also where they came late.
+    While a day still has rows, answers need its roll-ups, even if the rows arrived late.
 
     Args:
-        begin: Opens a transaction that may write.
-        before_ms: The first instant that stays.
-        look: Opens one that reads: where there is nothing so old, nobody is kept from writing.
-        stop: Asked before each step whether to leave it at that.
+        write_transaction: Opens a transaction that writes.
+        before_ms: The first instant that is kept.
+        read_transaction: Opens a transaction that only reads; used to find out whether there is
+            anything to delete, without the write lock. Default: ``write_transaction``.
+        stop: Called before each step; True ends the work.
     """
-    look = look or begin
+    read_transaction = read_transaction or write_transaction
     while not stop():
-        with look() as connection:
+        with read_transaction() as connection:
             if connection.scalar(fold_sql.days_gone(before_ms)) is None:
                 return
-        with begin() as connection:
+        with write_transaction() as connection:
             held_watermark(connection)
-            days = _days_to_trim(connection, before_ms, note_removed(connection))
+            days = _days_to_trim(connection, before_ms, update_raw_from(connection))
             if not days:
                 return
             connection.execute(fold_sql.trim(days))
 
 
 def can_trim(connection: Connection, before_ms: int) -> bool:
-    """Whether `trim` would find something to delete."""
-    removed = removed_before(connection, look_at(connection))
+    """Whether `trim` would delete anything."""
+    removed = removed_before(connection, read_state(connection))
     return bool(_days_to_trim(connection, before_ms, removed))
 
 
@@ -311,91 +321,80 @@ def _days_to_trim(connection: Connection, before_ms: int, removed: int | None) -
     return list(connection.scalars(fold_sql.days_gone(min(before_ms, removed), _TRIM_DAYS)))
 
 
-def subtract(connection: Connection, condition: ColumnElement[bool]) -> None:
-    """Take rows out of the roll-ups, which are to be erased in the same transaction.
-
-    Args:
-        connection: In a transaction of its own.
-        condition: Which rows; those above the watermark are in no roll-up.
-    """
-    rows = fold_sql.folded_rows(held_watermark(connection), condition)
-    _add(connection, _summed(connection.execute(rows.quarters).mappings().all(), sign=-1))
-    connection.execute(fold_sql.drop_empty())
-
-
 def rebuild(
-    begin: Begin,
+    write_transaction: OpenTransaction,
     *,
     since: int = INSTANT_MIN_MS,
     until: int = INSTANT_MAX_MS,
-    stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
-) -> Folded:
-    """Make the roll-ups of folded rows anew, a quarter of an hour at a time.
+) -> int:
+    """Recompute the roll-ups of folded rows, a quarter of an hour at a time.
 
-    What is known of a time whose rows were removed stays, unless more rows are there than are
-    known. Answers are right at every moment; one that was interrupted can be begun again.
+    Roll-ups of a time whose rows were removed stay, unless more rows exist than the roll-ups hold.
+    Answers are correct at every moment. If interrupted, call again.
 
     Args:
-        begin: Opens a transaction that may write.
-        since: From the quarter of this instant on.
-        until: The first instant whose quarter stays as it is, unless it is that of an earlier one.
-        stop: Asked before each step whether to leave it at that.
-        on_step: Told after each step how many rows were counted so far.
+        write_transaction: Opens a transaction that writes.
+        since: Begin with the quarter of this instant.
+        until: End before this instant; the quarter that contains it is included if it begins
+            earlier.
+        on_step: Called after each step with the number of rows counted so far.
+
+    Returns:
+        The number of rows counted.
 
     Raises:
-        RollupsRefused: The roll-ups did not take what was counted; the step was rolled back.
+        RollupsRefused: The roll-ups did not keep what was counted; the step was rolled back.
     """
     after, rows = floor_to(QUARTER_MS, max(since, INSTANT_MIN_MS)), 0
-    while not stop():
-        with begin() as connection:
+    while True:
+        with write_transaction() as connection:
             held_watermark(connection)
-            kept_from = ceil_to(QUARTER_MS, note_removed(connection) or INSTANT_MIN_MS)
+            kept_from = ceil_to(QUARTER_MS, update_raw_from(connection) or INSTANT_MIN_MS)
             found = connection.execute(fold_sql.first_from(after, kept_from)).one()
             starts = [
                 floor_to(QUARTER_MS, int(instant)) for instant in found if instant is not None
             ]
             if not starts or min(starts) >= until:
-                return Folded(rows, done=True)
+                return rows
             start = min(starts)
             if start >= kept_from or has_more(connection, start):
                 rows += recount(connection, start) or 0
         on_step(rows)
         after = start + QUARTER_MS
         time.sleep(PAUSE_S)
-    return Folded(rows, done=False)
 
 
 def has_more(connection: Connection, start: int) -> bool:
-    """Whether a quarter has more rows than the roll-ups know of it."""
-    given = state.quarter(start, held_watermark(connection))
+    """Whether a quarter has more rows than the roll-ups hold for it."""
+    given = state.quarter_parameters(start, held_watermark(connection))
     counts = connection.execute(state.counts_of_quarter(), given).one()
     return bool(counts.there > counts.known)
 
 
 def recount(connection: Connection, start: int) -> int | None:
-    """Make the roll-ups of one quarter anew, and those of the hour and the day it is in.
+    """Recompute the roll-ups of one quarter, and of the hour and the day that contain it.
 
     Returns:
-        How many rows it has. None where rows of it were deleted of which maintenance has not yet
-        seen whether it was retention: then nothing was done.
+        The number of its rows. None if rows of it were deleted and maintenance has not yet decided
+            whether that was retention; then nothing was changed.
 
     Raises:
-        RollupsRefused: The roll-ups did not take what was counted.
+        RollupsRefused: The roll-ups did not keep what was counted.
     """
-    rows = fold_sql.rows_of_quarter()
-    given = state.quarter(start, held_watermark(connection))
-    starts = {span: floor_to(span, start) for span in SPANS_MS}
+    rows = fold_sql.quarter_statements()
+    given = state.quarter_parameters(start, held_watermark(connection))
+    starts = {span: floor_to(span, start) for span in BUCKET_LENGTHS_MS}
     connection.execute(rows.enter_dimensions, given)
     quarters = connection.execute(rows.quarters, given).mappings().all()
-    # asked after the rows were read: who deletes some meanwhile has noted it
+    # after reading the rows: a transaction that deleted some meanwhile has left a change entry
     if connection.scalar(fold_sql.deleted_upto(), {"start": start}) is not None:
         return None
     connection.execute(fold_sql.drop_buckets(starts))
     _write(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
     if _requests_of(connection, QUARTER_MS, [start]) != _requests(quarters):
         raise RollupsRefused
-    for span in SPANS_MS[1:]:
+    for span in BUCKET_LENGTHS_MS[1:]:
         connection.execute(fold_sql.sum_of_quarters(span, starts[span]))
     return _requests(quarters)
 
@@ -404,12 +403,12 @@ _Rollup = dict[str, int]
 """A row of the roll-ups."""
 
 
-def _summed(quarters: Sequence[RowMapping], sign: int = 1) -> list[_Rollup]:
-    """What was measured by quarter as roll-ups of every length, to be added to what is there."""
+def _summed(quarters: Sequence[RowMapping]) -> list[_Rollup]:
+    """Sum the measures of quarters into roll-ups of every length, to be added to existing ones."""
     sums: dict[tuple[int, int, int], _Rollup] = {}
     for quarter in quarters:
-        measured = {name: sign * int(quarter[name] or 0) for name in MEASURES}
-        for span in SPANS_MS:
+        measured = {name: int(quarter[name] or 0) for name in MEASURES}
+        for span in BUCKET_LENGTHS_MS:
             start, dimension = floor_to(span, int(quarter["start"])), int(quarter["dimension_id"])
             so_far = sums.get((span, start, dimension))
             if so_far is None:
@@ -426,15 +425,18 @@ def _requests(quarters: Sequence[RowMapping]) -> int:
 
 
 def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
-    """Add to the roll-ups, and make sure that they gained it.
+    """Add to the roll-ups, and verify that they gained what was added.
 
     Raises:
-        RollupsRefused: A rule or trigger of the table, or the database itself, took less.
+        RollupsRefused: A rule or trigger of the table, or the database itself, stored less.
     """
-    starts = {span: sorted({s["start"] for s in sums if s["span_ms"] == span}) for span in SPANS_MS}
-    before = {span: _requests_of(connection, span, starts[span]) for span in SPANS_MS}
+    starts = {
+        span: sorted({s["start"] for s in sums if s["span_ms"] == span})
+        for span in BUCKET_LENGTHS_MS
+    }
+    before = {span: _requests_of(connection, span, starts[span]) for span in BUCKET_LENGTHS_MS}
     _write(connection, sums)
-    for span in SPANS_MS:
+    for span in BUCKET_LENGTHS_MS:
         added = sum(each["requests"] for each in sums if each["span_ms"] == span)
         if _requests_of(connection, span, starts[span]) != before[span] + added:
             raise RollupsRefused

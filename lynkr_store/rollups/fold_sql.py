@@ -1,4 +1,4 @@
-"""What a fold reads of the rows, and writes to the roll-ups. Nothing is executed here."""
+"""The statements by which a fold reads rows and writes roll-ups. Nothing is executed here."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -31,32 +31,32 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.functions import count_of, each_row, inserting, same, unindexed, whole_number
 from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.rollups import measures
-from lynkr_store.rollups.buckets import SPANS_MS, floor_to
-from lynkr_store.rollups.state import folded_in, in_domain
+from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, floor_to
+from lynkr_store.rollups.state import WATERMARK, folded_between, in_domain
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, QUARTER_MS
 
-ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.columns_of())
+ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.measure_columns())
 """The columns of a roll-up."""
 
 MOST_ADDED: Final = 512
-"""Roll-ups that one statement adds on SQLite: half of the 32,766 values that it may take."""
+"""Roll-ups that one statement adds on SQLite: half of the 32,766 parameters that it allows."""
 
 _BY: Final = ("provider", "model", "tier", "request_type")
 _t: Final = TELEMETRY.c
 
 
-def watermark() -> Select[*tuple[Any, ...]]:
-    """The watermark; on PostgreSQL nobody else moves it before the transaction ends."""
-    return select(PROGRESS.c.value).where(PROGRESS.c.name == "folded").with_for_update()
+def watermark_for_update() -> Select[*tuple[Any, ...]]:
+    """The watermark. On PostgreSQL its row stays locked until the transaction ends."""
+    return select(PROGRESS.c.value).where(PROGRESS.c.name == WATERMARK).with_for_update()
 
 
 def first_above(row_id: int) -> Select[*tuple[Any, ...]]:
-    """The first id above another, or NULL."""
+    """The first id above the given one, or NULL."""
     return select(func.min(_t.id)).where(_t.id > row_id)
 
 
 def last_of_step(after: int, upto: int, rows: int) -> Select[*tuple[Any, ...]]:
-    """The id of the last of so many rows after an id; none if there are not as many."""
+    """The id of row number ``rows`` after an id; no row if there are fewer."""
     return (
         select(_t.id).where(_t.id > after, _t.id <= upto).order_by(_t.id).limit(1).offset(rows - 1)
     )
@@ -67,15 +67,16 @@ def newest_id() -> Select[*tuple[Any, ...]]:
     return select(func.max(_t.id))
 
 
-class Rows(NamedTuple):
-    """Statements on some rows.
+class RowStatements(NamedTuple):
+    """Statements about one set of rows.
 
     Attributes:
-        new_dimensions: The combinations of their dimensions that are not known.
-        enter_dimensions: Enters these.
-        quarters: Their measures by quarter and dimension: ``start``, ``dimension_id``, the instants
-            ``first`` and ``last``, measures. Without those whose dimensions are not known.
-        number: How many they are.
+        new_dimensions: The combinations of the rows' dimensions that are not in the table yet.
+        enter_dimensions: Inserts these combinations.
+        quarters: The measures by quarter and dimension: ``start``, ``dimension_id``, the timestamps
+            ``first`` and ``last``, and the measures. Leaves out rows whose dimensions are not in
+            the table.
+        number: The number of rows.
     """
 
     new_dimensions: Select[*tuple[Any, ...]]
@@ -85,43 +86,39 @@ class Rows(NamedTuple):
 
 
 @cache
-def rows_of_step() -> Rows:
-    """The rows with ``after < id <= upto``."""
-    return rows_where(_t.id > whole_number("after"), _t.id <= whole_number("upto"))
+def step_statements() -> RowStatements:
+    """Statements about the rows with ``after < id <= upto``."""
+    return row_statements(_t.id > whole_number("after"), _t.id <= whole_number("upto"))
 
 
 @cache
 def number_between() -> Select[*tuple[Any, ...]]:
-    """How many rows of a step have instants from ``first`` to ``last``, by their index.
+    """How many rows of a step have timestamps from ``first`` to ``last``, counted by the index.
 
-    Which holds a hundred times as many rows to a page as the table does. ``seen`` is how many rows
-    it has there, of any step; where these are ``most``, or more, ``found`` is not the whole number.
+    A page of the index holds a hundred times as many rows as a page of the table. ``seen`` is how
+    many rows of any step are in that range. If it is ``most``, the count stopped there and
+    ``found`` is too low.
     """
-    some = (
+    in_range = (
         select(_t.id)
         .where(_t.timestamp >= whole_number("first"), _t.timestamp < whole_number("last") + 1)
         .limit(whole_number("most"))
         .subquery()
     )
-    mine = and_(some.c.id > whole_number("after"), some.c.id <= whole_number("upto"))
+    mine = and_(in_range.c.id > whole_number("after"), in_range.c.id <= whole_number("upto"))
     return select(func.count().label("seen"), count_of(case((mine, 1))).label("found")).select_from(
-        some
+        in_range
     )
 
 
 @cache
-def rows_of_quarter() -> Rows:
-    """The rows of one `quarter`."""
-    return rows_where(*folded_in("quarter"))
+def quarter_statements() -> RowStatements:
+    """Statements about the folded rows of one quarter; take `state.quarter_parameters`."""
+    return row_statements(*folded_between("quarter"))
 
 
-def folded_rows(folded: int, condition: ColumnElement[bool]) -> Rows:
-    """Of some rows those up to the watermark."""
-    return rows_where(condition, unindexed(_t.id) <= folded)
-
-
-def rows_where(*conditions: ColumnElement[bool]) -> Rows:
-    """Statements on the rows that meet all conditions and name an instant in its domain."""
+def row_statements(*conditions: ColumnElement[bool]) -> RowStatements:
+    """Statements about the rows that meet all conditions and have a timestamp in its domain."""
     mine = [_t[name] for name in _BY]
     rows = select(*mine).where(*conditions, in_domain).distinct().subquery()
     new = (
@@ -142,7 +139,7 @@ def rows_where(*conditions: ColumnElement[bool]) -> Rows:
     )
     keys = (each.c.start, each.c.dimension_id)
     ends = func.min(each.c.instant).label("first"), func.max(each.c.instant).label("last")
-    return Rows(
+    return RowStatements(
         new,
         insert(DIMENSIONS).from_select(list(_BY), new),
         select(*keys, *ends, *measures.of_rows(each.c)).group_by(*keys),
@@ -151,14 +148,14 @@ def rows_where(*conditions: ColumnElement[bool]) -> Rows:
 
 
 def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
-    # provider is never NULL, and an equality is what both databases join by best
+    # provider is never NULL, and both databases join best by an equality
     others = (same(DIMENSIONS.c[name], unindexed(rows.c[name])) for name in _BY[1:])
     return and_(DIMENSIONS.c.provider == unindexed(rows.c.provider), *others)
 
 
 @cache
 def add_to_rollups() -> Insert:
-    """Add measures to roll-ups, which are made if they are not there; PostgreSQL.
+    """Add measures to roll-ups and create those that do not exist; PostgreSQL.
 
     Takes a list for each column of `ROLLUP`.
     """
@@ -170,9 +167,9 @@ def add_to_rollups() -> Insert:
 
 @cache
 def add_text(count: int) -> str:
-    """The same for SQLite, where ``executemany`` would wait for the interpreter at each roll-up.
+    """The same for SQLite, in one statement: ``executemany`` takes the GIL for each roll-up.
 
-    Takes the columns of one after the other; ``count`` of them, `MOST_ADDED` at most.
+    Takes the columns of ``count`` roll-ups (at most `MOST_ADDED`), one roll-up after the other.
     """
     text = str(_adding(inserting(Backend.SQLITE, ROLLUPS)).compile(dialect=sqlite.dialect()))
     one = f"({', '.join('?' * len(ROLLUP))})"
@@ -180,7 +177,7 @@ def add_text(count: int) -> str:
 
 
 def _adding(into: Any) -> Insert:
-    sums = {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.columns_of()}
+    sums = {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.measure_columns()}
     statement: Insert = into.on_conflict_do_update(
         index_elements=list(ROLLUPS.primary_key), set_=sums
     )
@@ -189,9 +186,9 @@ def _adding(into: Any) -> Insert:
 
 @cache
 def requests_of_buckets() -> Select[*tuple[Any, ...]]:
-    """How many rows roll-ups hold, those of some starts of one length.
+    """How many rows the buckets of one length with the given starts hold.
 
-    Takes ``span_ms`` and ``starts``; where none is there, gives NULL.
+    Takes ``span_ms`` and ``starts``. Gives NULL if no bucket exists.
     """
     return select(cast(func.sum(ROLLUPS.c.requests), BigInteger)).where(
         ROLLUPS.c.span_ms == whole_number("span_ms"),
@@ -199,13 +196,8 @@ def requests_of_buckets() -> Select[*tuple[Any, ...]]:
     )
 
 
-def drop_empty() -> Delete:
-    """Delete roll-ups of no row, which erasure leaves behind."""
-    return delete(ROLLUPS).where(ROLLUPS.c.requests == 0)
-
-
 def drop_buckets(starts: Mapping[int, int]) -> Delete:
-    """Delete the roll-ups of some lengths, each with its start."""
+    """Delete one bucket of each given length, at its start."""
     return delete(ROLLUPS).where(
         or_(*(_bucket(span, start) for span, start in sorted(starts.items())))
     )
@@ -216,7 +208,7 @@ def _bucket(span_ms: int, start: int) -> ColumnElement[bool]:
 
 
 def sum_of_quarters(span_ms: int, start: int) -> Insert:
-    """Make the roll-ups of a longer span of those of its quarters."""
+    """Insert the roll-ups of an hour or a day as the sum of its quarters."""
     quarters = (
         select(
             literal(span_ms, BigInteger),
@@ -235,11 +227,11 @@ def sum_of_quarters(span_ms: int, start: int) -> Insert:
 
 
 def first_from(instant: int, kept_from: int) -> Select[*tuple[Any, ...]]:
-    """The first row's instant from an instant on, and the first quarter known, or NULL.
+    """The first row's timestamp from an instant on, and the first quarter in the roll-ups; or NULL.
 
     Args:
         instant: In epoch milliseconds.
-        kept_from: Quarters before it are history, and only looked for by their rows.
+        kept_from: Quarters before this instant are history and are found only by their rows.
     """
     rows = select(func.min(_t.timestamp)).where(
         _t.timestamp >= instant, _t.timestamp < INSTANT_MAX_MS
@@ -251,24 +243,24 @@ def first_from(instant: int, kept_from: int) -> Select[*tuple[Any, ...]]:
 
 
 def oldest_instant() -> Select[*tuple[Any, ...]]:
-    """The first instant of any row, folded or not, in its domain; or NULL."""
+    """The first timestamp of any row, folded or not, that is in its domain; or NULL."""
     return select(cast(func.min(_t.timestamp), BigInteger)).where(in_domain)
 
 
 def drop_from(start: int) -> Delete:
-    """Delete the roll-ups of every length that begin, or whose quarters do, from a quarter on."""
+    """Delete the buckets of every length that contain or follow the start of a quarter."""
     return delete(ROLLUPS).where(
         or_(
             *(
                 and_(ROLLUPS.c.span_ms == span, ROLLUPS.c.start >= floor_to(span, start))
-                for span in SPANS_MS
+                for span in BUCKET_LENGTHS_MS
             )
         )
     )
 
 
 def days_gone(before: int, most: int = 1) -> Select[*tuple[Any, ...]]:
-    """The first days that end before an instant, which the roll-ups know and that have no row."""
+    """The first days before an instant that the roll-ups hold and that have no row left."""
     day = (
         select(ROLLUPS.c.start)
         .where(ROLLUPS.c.span_ms == DAY_MS, ROLLUPS.c.start <= before - DAY_MS)
@@ -283,10 +275,10 @@ def days_gone(before: int, most: int = 1) -> Select[*tuple[Any, ...]]:
 
 
 def trim(days: Sequence[int]) -> Delete:
-    """Delete the roll-ups of whole days, one at least, that are given by their starts."""
+    """Delete all roll-ups of whole days, given by their starts; at least one."""
     start = ROLLUPS.c.start
     return delete(ROLLUPS).where(
-        ROLLUPS.c.span_ms.in_(SPANS_MS),
+        ROLLUPS.c.span_ms.in_(BUCKET_LENGTHS_MS),
         start >= min(days),
         start < max(days) + DAY_MS,
         (start - start % literal(DAY_MS, BigInteger)).in_(days),
@@ -295,31 +287,31 @@ def trim(days: Sequence[int]) -> Delete:
 
 @cache
 def deleted_upto() -> Select[*tuple[Any, ...]]:
-    """The greatest instant of a row that was deleted of the quarter ``start``; NULL for none."""
+    """The greatest timestamp of a deleted row of the quarter ``start``; NULL without one."""
     return select(func.max(CHANGES.c.newest)).where(CHANGES.c.start == whole_number("start"))
 
 
 def newest_change() -> Select[*tuple[Any, ...]]:
-    """The id of the last entry among the changes, or NULL."""
+    """The id of the last change entry, or NULL."""
     return select(func.max(CHANGES.c.id))
 
 
 @cache
 def first_changed() -> Select[*tuple[Any, ...]]:
-    """The first quarter of which changes are noted up to the entry ``upto``, or NULL."""
+    """The first quarter with change entries up to the id ``upto``, or NULL."""
     return select(func.min(CHANGES.c.start)).where(unindexed(CHANGES.c.id) <= whole_number("upto"))
 
 
 @cache
 def take_changes() -> ReturningDelete[*tuple[Any, ...]]:
-    """Take out what is noted of the quarter ``start``; gives ``newest`` of each entry."""
+    """Delete the change entries of the quarter ``start``; returns ``newest`` of each entry."""
     return (
         delete(CHANGES).where(CHANGES.c.start == whole_number("start")).returning(CHANGES.c.newest)
     )
 
 
 def drop_changes(*, before: int | None = None, since: int | None = None) -> Delete:
-    """Delete what is noted of the quarters that begin before an instant, or from one on."""
+    """Delete the change entries of quarters that begin before an instant, or from an instant on."""
     start = CHANGES.c.start
     return delete(CHANGES).where(
         *([] if before is None else [start < before]), *([] if since is None else [start >= since])
@@ -328,7 +320,7 @@ def drop_changes(*, before: int | None = None, since: int | None = None) -> Dele
 
 @cache
 def instant_after() -> Select[*tuple[Any, ...]]:
-    """The instant of the row that comes ``rows`` after the first from ``since`` on, or NULL."""
+    """The timestamp of the row ``rows`` places after the first row from ``since`` on, or NULL."""
     return (
         select(cast(_t.timestamp, BigInteger))
         .where(_t.timestamp >= whole_number("since"), _t.timestamp < INSTANT_MAX_MS)
@@ -340,10 +332,10 @@ def instant_after() -> Select[*tuple[Any, ...]]:
 
 @cache
 def counts_there() -> Select[*tuple[Any, ...]]:
-    """How many rows each quarter has from ``since`` to ``until``, by the index of instants alone.
+    """How many rows each quarter in ``[since, until)`` has, by the index of timestamps alone.
 
-    PostgreSQL would read the table for each row's id: those above the watermark are told apart by
-    `counts_above`.
+    The count includes rows above the watermark, because PostgreSQL would have to read the table for
+    each row's id. `counts_above` counts those rows.
     """
     instant = cast(_t.timestamp, BigInteger)
     start = (instant - instant % QUARTER_MS).label("start")
@@ -356,13 +348,13 @@ def counts_there() -> Select[*tuple[Any, ...]]:
 
 @cache
 def counts_above() -> Select[*tuple[Any, ...]]:
-    """As `counts_there`, of the rows above the watermark ``folded``: they are few after a fold."""
+    """Like `counts_there`, but only rows above ``watermark``: few, shortly after a fold."""
     instant = cast(_t.timestamp, BigInteger)
     start = (instant - instant % QUARTER_MS).label("start")
     return (
         select(start, func.count().label("requests"))
         .where(
-            _t.id > whole_number("folded"),
+            _t.id > whole_number("watermark"),
             unindexed(_t.timestamp) >= whole_number("since"),
             unindexed(_t.timestamp) < whole_number("until"),
         )
@@ -372,7 +364,7 @@ def counts_above() -> Select[*tuple[Any, ...]]:
 
 @cache
 def counts_known() -> Select[*tuple[Any, ...]]:
-    """How many rows the roll-ups know of each quarter from ``since`` to ``until``."""
+    """How many rows the roll-ups hold of each quarter in ``[since, until)``."""
     return (
         select(ROLLUPS.c.start, cast(func.sum(ROLLUPS.c.requests), BigInteger).label("requests"))
         .where(*_quarters_between())
@@ -382,14 +374,14 @@ def counts_known() -> Select[*tuple[Any, ...]]:
 
 @cache
 def known_quarters() -> Select[*tuple[Any, ...]]:
-    """The roll-ups of the quarters from ``since`` to ``until``: keys and measures."""
+    """The roll-ups of the quarters in ``[since, until)``: keys and measures."""
     return select(*(ROLLUPS.c[name] for name in ROLLUP[1:])).where(*_quarters_between())
 
 
 @cache
-def rows_between() -> Rows:
-    """The rows up to the watermark from ``between_since`` to ``between_until``."""
-    return rows_where(*folded_in("between"))
+def range_statements() -> RowStatements:
+    """Statements about the folded rows in ``[between_since, between_until)``."""
+    return row_statements(*folded_between("between"))
 
 
 def _quarters_between() -> tuple[ColumnElement[bool], ...]:

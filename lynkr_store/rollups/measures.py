@@ -1,8 +1,8 @@
-"""What is counted and summed of the rows: from the rows themselves, and again from roll-ups.
+"""What is counted and summed, computed from raw rows or from roll-ups.
 
-Both give the same columns: ``requests``, each count by its name, and for each sum its three parts
-(see `lynkr_store.db.functions.exact_sum`). All are integers, so it does not matter in which order,
-by which backend or in how many steps they were added up.
+Both give the same columns: ``requests``, each count under its name, and three columns for each sum
+(see `lynkr_store.db.functions.exact_sum`). All are integers, so the order of additions, the backend
+and the number of steps do not change the result.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,19 +32,19 @@ SUMMED: Final = {
     "tokens_per_second": SCORE,
     "cost_usd": DOLLARS,
 }
-"""Columns that are summed, and the units of the sums."""
+"""The summed columns, with the units of the sums."""
 
 ALL: Final = (*COUNTED, *SUMMED)
 
 
 NEEDED: Final = ("tier", "error_type", "was_fallback", *SUMMED)
-"""The columns from which `of_a_row` is computed."""
+"""The columns that `of_a_row` reads."""
 
 
 def of_a_row(
     names: Iterable[str] = ALL, row: ReadOnlyColumnCollection[str, Any] = TELEMETRY.c
 ) -> Iterator[Label[Any]]:
-    """What a row adds to each measure: something or NULL to a count, scaled units to a sum."""
+    """What one row adds to each measure: a value or NULL to a count, scaled units to a sum."""
     quality = measured(row.quality_score, SCORE)
     counted: Mapping[str, ColumnElement[Any]] = {
         "errors": row.error_type,
@@ -71,7 +71,7 @@ def of_a_row(
 def of_rows(
     columns: ReadOnlyColumnCollection[str, Any], names: Iterable[str] = ALL
 ) -> Iterator[Label[Any]]:
-    """The measures of many rows, from what each of them adds."""
+    """The measures of many rows, from the columns of `of_a_row`."""
     yield func.count().label("requests")
     for name in names:
         if name in SUMMED:
@@ -83,12 +83,12 @@ def of_rows(
 def of_rollups(
     names: Iterable[str] = ALL, columns: ReadOnlyColumnCollection[str, Any] = ROLLUPS.c
 ) -> Iterator[Label[Any]]:
-    """The same measures from roll-ups."""
-    for column in columns_of(names):
+    """The same measures, from roll-ups."""
+    for column in measure_columns(names):
         yield func.sum(columns[column]).label(column)
 
 
-def columns_of(names: Iterable[str] = ALL) -> Iterator[str]:
+def measure_columns(names: Iterable[str] = ALL) -> Iterator[str]:
     """The names of the columns that hold the measures."""
     yield "requests"
     for name in names:

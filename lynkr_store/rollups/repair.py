@@ -1,12 +1,13 @@
-"""Keeps the roll-ups those of the rows, whoever changed or deleted them and by whatever means.
+"""Keeps the roll-ups equal to their rows when rows are changed or deleted by any means.
 
-Three ways find a quarter of an hour whose roll-ups are not those of its rows. Triggers note each
-UPDATE and DELETE (`db.triggers`). Counts of rows by quarter find rows whose ids had been
-passed already. And a scrub, as file systems have, computes old quarters again: it finds what no
-trigger saw, such as SQLite's REPLACE, a restore with triggers off, or a database that takes none.
+Three checks find a quarter of an hour whose roll-ups differ from its rows. Triggers enter each
+UPDATE and DELETE in a table of changes (`db.triggers`). Comparing the number of rows of each
+quarter finds rows that were inserted below the watermark. A scrub, as in file systems, recomputes
+old quarters; it finds what no trigger sees, such as SQLite's REPLACE, a restore with triggers
+disabled, or a database without triggers.
 
-What retention removed is no such difference: a quarter before the oldest row, or that lost only
-rows older than those that are left, stays as it was counted.
+Rows that retention removed are not such a difference: a quarter before the oldest row, or a quarter
+that lost only rows older than the remaining ones, keeps its roll-ups.
 """
 
 import time
@@ -16,11 +17,15 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, select
 
 from lynkr_store.rollups import fold_sql
-from lynkr_store.rollups.answer import look as look_at
-from lynkr_store.rollups.answer import removed_before
 from lynkr_store.rollups.buckets import ceil_to, floor_to
-from lynkr_store.rollups.fold import MEASURES, Begin, held_watermark, note_removed, recount
-from lynkr_store.rollups.state import NOTHING
+from lynkr_store.rollups.fold import (
+    MEASURES,
+    OpenTransaction,
+    held_watermark,
+    recount,
+    update_raw_from,
+)
+from lynkr_store.rollups.state import read_state, removed_before
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.storage import progress
 from lynkr_store.storage.progress import write
@@ -28,20 +33,20 @@ from lynkr_store.storage.write_lock import PAUSE_S
 
 _Stop = Callable[[], bool]
 _Compare = Callable[[Connection, int, int], set[int]]
-"""The quarters of a range whose roll-ups seem not to be those of the rows."""
+"""Finds the quarters of a range whose roll-ups seem to differ from the rows."""
 
-_STEP_S: Final = 0.012  # of a transaction that may write, after which it takes no further quarter
-_COUNTED_ROWS: Final = 50_000  # of one look, about 40 ms
-_SCRUBBED_ROWS: Final = 2_000  # of one look, about 40 ms
-_COUNTED: Final = "counted"  # names of the progress: how far each has come
+_STEP_S: Final = 0.012  # after this time a write transaction starts no further quarter
+_COUNTED_ROWS: Final = 50_000  # in one read transaction, about 40 ms
+_SCRUBBED_ROWS: Final = 2_000  # in one read transaction, about 40 ms
+_COUNTED: Final = "counted"  # names in the table of progress: where each scan continues
 _SCRUBBED: Final = "scrubbed"
 
 
-class Mended(NamedTuple):
-    """What was counted again.
+class Repaired(NamedTuple):
+    """The result of a repair.
 
     Attributes:
-        quarters: Quarters of an hour whose roll-ups were made again.
+        quarters: The number of quarters whose roll-ups were recomputed.
         done: Nothing is left to do.
     """
 
@@ -50,31 +55,35 @@ class Mended(NamedTuple):
 
 
 def apply_changes(
-    begin: Begin, *, look: Begin | None = None, stop: _Stop = lambda: False
-) -> Mended:
-    """Count the quarters again of which triggers noted changes, in short steps.
+    write_transaction: OpenTransaction,
+    *,
+    read_transaction: OpenTransaction | None = None,
+    stop: _Stop = lambda: False,
+) -> Repaired:
+    """Recompute the quarters for which triggers made change entries, in short steps.
 
-    A step takes the entries out first and reads the rows afterwards, in one transaction: who
+    A step first deletes the entries and then reads the rows, in one transaction. A transaction that
     changes rows in between leaves an entry for the next step.
 
     Args:
-        begin: Opens a transaction that may write.
-        look: Opens one that reads: where nothing was changed, nobody is kept from writing.
-        stop: Asked before each step whether to leave the rest to the next time.
+        write_transaction: Opens a transaction that writes.
+        read_transaction: Opens a transaction that only reads; used to find out whether there are
+            entries, without the write lock. Default: ``write_transaction``.
+        stop: Called before each step; True leaves the rest to the next call.
 
     Raises:
-        RollupsRefused: The roll-ups did not take what was counted; the step was rolled back.
+        RollupsRefused: The roll-ups did not keep what was counted; the step was rolled back.
     """
-    look = look or begin
-    with look() as connection:
+    read_transaction = read_transaction or write_transaction
+    with read_transaction() as connection:
         upto: int | None = connection.scalar(fold_sql.newest_change())
     quarters, more = 0, upto is not None
     while more and not stop():
-        with begin() as connection:
+        with write_transaction() as connection:
             began = time.monotonic()
             held_watermark(connection)
-            raw_from = note_removed(connection)
-            if raw_from is not None:  # retention leaves many, in one statement
+            raw_from = update_raw_from(connection)
+            if raw_from is not None:  # retention makes many entries: delete them in one statement
                 connection.execute(fold_sql.drop_changes(before=raw_from))
             while time.monotonic() - began < _STEP_S:
                 start: int | None = connection.scalar(fold_sql.first_changed(), {"upto": upto})
@@ -84,86 +93,101 @@ def apply_changes(
                 quarters += _apply(connection, start)
         if more:
             time.sleep(PAUSE_S)
-    return Mended(quarters, not more)
+    return Repaired(quarters, not more)
 
 
 def _apply(connection: Connection, start: int) -> bool:
-    """Take out what is noted of a quarter, and count it again unless retention removed its rows."""
-    noted = connection.scalars(fold_sql.take_changes(), {"start": start})
-    deleted = max((instant for instant in noted if instant is not None), default=None)
-    stands = look_at(connection)  # after that: rows that are gone by now were noted, or will be
-    raw_from = stands.raw_from
-    if stands.first_bucket is not None and stands.oldest_row is None:
+    """Delete a quarter's change entries and recompute it, unless retention removed its rows."""
+    entries = connection.scalars(fold_sql.take_changes(), {"start": start})
+    deleted = max((instant for instant in entries if instant is not None), default=None)
+    # read afterwards: rows that are gone by now have an entry above, or one for the next step
+    current = read_state(connection)
+    raw_from = current.raw_from
+    if current.first_bucket is not None and current.oldest_row is None:
         return False
-    if deleted is not None and stands.oldest_row is not None and deleted < stands.oldest_row:
-        raw_from = note_removed(connection)  # if the roll-ups knew them
-    if start < (raw_from or NOTHING):
+    if deleted is not None and current.oldest_row is not None and deleted < current.oldest_row:
+        raw_from = update_raw_from(connection)  # only if the roll-ups held these rows
+    if raw_from is not None and start < raw_from:
         return False
     return recount(connection, start) is not None
 
 
-def compare_counts(begin: Begin, *, look: Begin, stop: _Stop) -> Mended:
-    """Count a quarter again where it has more or fewer rows than the roll-ups know.
+def compare_counts(
+    write_transaction: OpenTransaction, *, read_transaction: OpenTransaction, stop: _Stop
+) -> Repaired:
+    """Recompute each quarter that has more or fewer rows than the roll-ups hold.
 
-    It reads the index of instants alone, from where the last call was stopped.
-
-    Raises:
-        RollupsRefused: The roll-ups did not take what was counted.
-    """
-    return _pass(begin, look, stop, _COUNTED, _COUNTED_ROWS, _of_other_counts)
-
-
-def scrub(begin: Begin, *, look: Begin, stop: _Stop) -> Mended:
-    """Compute the roll-ups of each quarter from its rows, and make those that differ again.
-
-    From where the last call was stopped; after the newest quarter it begins with the oldest.
+    It reads only the index of timestamps, and continues where the last call was stopped.
 
     Raises:
-        RollupsRefused: The roll-ups did not take what was counted.
+        RollupsRefused: The roll-ups did not keep what was counted.
     """
-    return _pass(begin, look, stop, _SCRUBBED, _SCRUBBED_ROWS, _of_other_measures)
+    return _scan(
+        write_transaction, read_transaction, stop, _COUNTED, _COUNTED_ROWS, _with_other_counts
+    )
 
 
-def _pass(
-    begin: Begin, look: Begin, stop: _Stop, name: str, rows: int, differing: _Compare
-) -> Mended:
-    with look() as connection:
+def scrub(
+    write_transaction: OpenTransaction, *, read_transaction: OpenTransaction, stop: _Stop
+) -> Repaired:
+    """Compute each quarter's roll-ups from its rows, and replace the roll-ups that differ.
+
+    It continues where the last call was stopped, and after the newest quarter starts again with the
+    oldest.
+
+    Raises:
+        RollupsRefused: The roll-ups did not keep what was counted.
+    """
+    return _scan(
+        write_transaction, read_transaction, stop, _SCRUBBED, _SCRUBBED_ROWS, _with_other_measures
+    )
+
+
+def _scan(
+    write_transaction: OpenTransaction,
+    read_transaction: OpenTransaction,
+    stop: _Stop,
+    name: str,
+    rows: int,
+    differing: _Compare,
+) -> Repaired:
+    with read_transaction() as connection:
         noted: int | None = connection.scalar(select(progress.value_of(name)))
     since, quarters = noted or INSTANT_MIN_MS, 0
     while since < INSTANT_MAX_MS and not stop():
-        with look() as connection:
+        with read_transaction() as connection:
             last = connection.scalar(fold_sql.instant_after(), {"since": since, "rows": rows})
             until = INSTANT_MAX_MS if last is None else floor_to(QUARTER_MS, last) + QUARTER_MS
             found = differing(connection, since, until)
         for number, start in enumerate(sorted(found)):
-            if number and stop():  # whatever the time, each call comes further
+            if number and stop():  # each call makes some progress, even without time
                 until = start
                 break
-            with begin() as connection:
-                quarters += _mend(connection, start)
+            with write_transaction() as connection:
+                quarters += _recompute_if_different(connection, start)
             time.sleep(PAUSE_S)
         since = until
     done = since >= INSTANT_MAX_MS
     if done:
         since = INSTANT_MIN_MS
     if since != (noted or INSTANT_MIN_MS):
-        with begin() as connection:
+        with write_transaction() as connection:
             write(connection, name, since)
-    return Mended(quarters, done)
+    return Repaired(quarters, done)
 
 
-def _of_other_counts(connection: Connection, since: int, until: int) -> set[int]:
-    given = _between(connection, since, until)
-    there = dict(_pairs(connection, fold_sql.counts_there(), given))
-    for start, requests in _pairs(connection, fold_sql.counts_above(), given):
+def _with_other_counts(connection: Connection, since: int, until: int) -> set[int]:
+    values = _range_parameters(connection, since, until)
+    there = dict(_pairs(connection, fold_sql.counts_there(), values))
+    for start, requests in _pairs(connection, fold_sql.counts_above(), values):
         there[start] = there.get(start, 0) - requests
-    return _differing(connection, there, given)
+    return _differing(connection, there, values)
 
 
-def _differing(connection: Connection, there: dict[int, int], given: dict[str, int]) -> set[int]:
-    kept_from = given["kept_from"]
-    late = any(start < kept_from for start in there)  # hardly any, and of history there is much
-    asked = given if late else given | {"since": max(given["since"], kept_from)}
+def _differing(connection: Connection, there: dict[int, int], values: dict[str, int]) -> set[int]:
+    kept_from = values["kept_from"]
+    late = any(start < kept_from for start in there)  # rare; otherwise skip the long history
+    asked = values if late else values | {"since": max(values["since"], kept_from)}
     known = dict(_pairs(connection, fold_sql.counts_known(), asked))
     return {
         start
@@ -173,54 +197,56 @@ def _differing(connection: Connection, there: dict[int, int], given: dict[str, i
     }
 
 
-def _of_other_measures(connection: Connection, since: int, until: int) -> set[int]:
-    # by their number too: a row of dimensions that are not known has no measures
-    found = _of_other_counts(connection, since, until)
-    given = _between(connection, since, until)
-    kept_from = given["kept_from"]
+def _with_other_measures(connection: Connection, since: int, until: int) -> set[int]:
+    # compare counts too: a row whose dimensions are not in the table has no measures
+    found = _with_other_counts(connection, since, until)
+    values = _range_parameters(connection, since, until)
+    kept_from = values["kept_from"]
     if kept_from >= until:
         return found
-    given |= {"since": max(since, kept_from), "between_since": max(since, kept_from)}
-    there = _measures(connection, fold_sql.rows_between().quarters, given)
-    known = _measures(connection, fold_sql.known_quarters(), given)
+    values |= {"since": max(since, kept_from), "between_since": max(since, kept_from)}
+    there = _measures(connection, fold_sql.range_statements().quarters, values)
+    known = _measures(connection, fold_sql.known_quarters(), values)
     return found | {start for (start, _), _ in there.items() ^ known.items()}
 
 
-def _between(connection: Connection, since: int, until: int) -> dict[str, int]:
-    stands = look_at(connection)
-    raw_from = removed_before(connection, stands)
+def _range_parameters(connection: Connection, since: int, until: int) -> dict[str, int]:
+    current = read_state(connection)
+    raw_from = removed_before(connection, current)
     return {
         "since": since,
         "until": until,
         "between_since": since,
         "between_until": until,
-        "folded": stands.folded,
+        "watermark": current.watermark,
         "kept_from": ceil_to(QUARTER_MS, raw_from or INSTANT_MIN_MS),
     }
 
 
-def _pairs(connection: Connection, statement: Any, given: dict[str, int]) -> list[tuple[int, int]]:
-    return [(int(start), int(requests)) for start, requests in connection.execute(statement, given)]
+def _pairs(connection: Connection, statement: Any, values: dict[str, int]) -> list[tuple[int, int]]:
+    return [
+        (int(start), int(requests)) for start, requests in connection.execute(statement, values)
+    ]
 
 
 def _measures(
-    connection: Connection, statement: Any, given: dict[str, int]
+    connection: Connection, statement: Any, values: dict[str, int]
 ) -> dict[tuple[int, int], tuple[int, ...]]:
     """The measures of quarters, by start and dimension."""
     return {
         (int(row["start"]), int(row["dimension_id"])): tuple(
             int(row[name] or 0) for name in MEASURES
         )
-        for row in connection.execute(statement, given).mappings()
+        for row in connection.execute(statement, values).mappings()
     }
 
 
-def _mend(connection: Connection, start: int) -> bool:
-    """Count a quarter again if it still differs and no entry says that it will be."""
+def _recompute_if_different(connection: Connection, start: int) -> bool:
+    """Recompute a quarter if it still differs and no change entry already schedules that."""
     held_watermark(connection)
-    note_removed(connection)
-    given = _between(connection, start, start + QUARTER_MS)
-    connection.execute(fold_sql.rows_between().enter_dimensions, given)
-    if start not in _of_other_measures(connection, start, start + QUARTER_MS):
+    update_raw_from(connection)
+    values = _range_parameters(connection, start, start + QUARTER_MS)
+    connection.execute(fold_sql.range_statements().enter_dimensions, values)
+    if start not in _with_other_measures(connection, start, start + QUARTER_MS):
         return False
     return recount(connection, start) is not None

@@ -1,7 +1,7 @@
-"""Statements on how the roll-ups stand to the rows: the watermark, and what was removed since.
+"""The state of the roll-ups relative to the rows: the watermark, and which rows were removed.
 
-Rows are folded by their id: the roll-ups hold the rows up to a watermark, whoever wrote them and
-whatever time they name.
+Rows are folded in the order of their ids. The roll-ups hold every row up to a watermark, whichever
+process wrote the row and whatever timestamp it carries.
 """
 
 from functools import cache
@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    Connection,
     ScalarSelect,
     Select,
     and_,
@@ -21,38 +22,42 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.orm import Session
 
 from lynkr_store.db.functions import unindexed, whole_number, written_out
 from lynkr_store.db.models import CHANGES, ROLLUPS, TELEMETRY
+from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
+from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.storage.progress import value_of
 
-NOTHING: Final = -(2**63)
-"""The watermark before the first fold."""
+WATERMARK: Final = "folded"
+"""The watermark's name in the table of progress."""
 
-GREATEST_ID: Final = 2**63 - 1
+NOTHING_FOLDED: Final = INT64_MIN
+"""The watermark before the first fold."""
 
 _t: Final = TELEMETRY.c
 
 in_domain: Final = and_(_t.timestamp >= INSTANT_MIN_MS, _t.timestamp < INSTANT_MAX_MS)
-"""Whether a row names an instant in its domain: only such are in the roll-ups."""
+"""Whether a row's timestamp is in its domain; the roll-ups hold no other rows."""
 
 
-class Standing(NamedTuple):
-    """How the roll-ups stand to the rows.
+class RollupState(NamedTuple):
+    """The state of the roll-ups relative to the rows.
 
     Attributes:
-        folded: The watermark: rows up to this id are in the roll-ups.
+        watermark: Rows up to this id are in the roll-ups.
         newest: The greatest id, or None.
-        raw_from: What was noted: before this instant rows were removed.
-        first_bucket: The first quarter that the roll-ups know.
-        first_kept: The first one whose rows were not merely changed since: where it has no row,
-            they were removed.
-        last_bucket: The last one.
-        oldest_row: The first instant of a folded row that is there, if there are roll-ups.
+        raw_from: As saved: rows before this instant were removed.
+        first_bucket: The first quarter in the roll-ups.
+        first_kept: The first quarter in the roll-ups whose rows were not merely changed. If it has
+            no rows, they were removed.
+        last_bucket: The last quarter in the roll-ups.
+        oldest_row: The timestamp of the oldest folded row that still exists; None without roll-ups.
     """
 
-    folded: int
+    watermark: int
     newest: int | None
     raw_from: int | None
     first_bucket: int | None
@@ -62,27 +67,27 @@ class Standing(NamedTuple):
 
 
 @cache
-def standing() -> Select[*tuple[Any, ...]]:
-    """One row with the values of a `Standing`."""
+def state_query() -> Select[*tuple[Any, ...]]:
+    """One row with the values of a `RollupState`."""
     quarters = select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
     first = quarters.order_by(ROLLUPS.c.start).scalar_subquery()
     changed = exists().where(CHANGES.c.start == ROLLUPS.c.start).correlate(ROLLUPS)
     kept = quarters.where(or_(~changed, changed.where(CHANGES.c.newest.is_not(None))))
     oldest = (
         select(_t.timestamp)
-        .where(in_domain, unindexed(_t.id) <= folded().scalar_subquery())
+        .where(in_domain, unindexed(_t.id) <= watermark().scalar_subquery())
         .order_by(_t.timestamp)
         .limit(1)
     )
     return written_out(
         select(
-            folded().scalar_subquery().label("folded"),
+            watermark().scalar_subquery().label("watermark"),
             select(func.max(_t.id)).scalar_subquery().label("newest"),
             value_of("raw_from").label("raw_from"),
             first.label("first_bucket"),
             kept.order_by(ROLLUPS.c.start).scalar_subquery().label("first_kept"),
             quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
-            # without roll-ups no row is folded, and each would be looked at
+            # without roll-ups no row is folded, and the query would examine every row
             case((first.is_not(None), cast(oldest.scalar_subquery(), BigInteger))).label(
                 "oldest_row"
             ),
@@ -90,36 +95,76 @@ def standing() -> Select[*tuple[Any, ...]]:
     )
 
 
-def lag() -> Select[*tuple[Any, ...]]:
-    """How many ids lie above the watermark; NULL where there is no row.
+def read_state(connection: Session | Connection) -> RollupState:
+    """The state now."""
+    return RollupState(*connection.execute(state_query()).one())
 
-    Never below 0: retention may have taken the row of the greatest id.
+
+def removed_before(connection: Connection, current: RollupState) -> int | None:
+    """The instant before which rows that the roll-ups hold were removed; None if none were.
+
+    Retention, the store's or another program's, removes the oldest rows first, so the oldest
+    remaining row tells. Rows that were changed, or deleted from among rows that stay, do not count
+    as removed: their quarters are recomputed.
+    """
+    found = None
+    if current.first_bucket is not None and current.last_bucket is not None:
+        if current.oldest_row is None:
+            found = current.last_bucket + QUARTER_MS
+        else:
+            start = floor_to(QUARTER_MS, current.oldest_row)
+            earlier = current.first_kept is not None and current.first_kept < start
+            if earlier or _lost_oldest_rows(connection, start, current):
+                found = current.oldest_row
+    return max((i for i in (found, current.raw_from) if i is not None), default=None)
+
+
+def _lost_oldest_rows(connection: Connection, start: int, current: RollupState) -> bool:
+    """Whether the oldest row's quarter lost rows, and only rows older than the remaining ones."""
+    assert current.oldest_row is not None  # noqa: S101 - the quarter was found by it
+    known, there, changed, deleted = connection.execute(
+        counts_of_quarter(), quarter_parameters(start, current.watermark)
+    ).one()
+    if known <= there:
+        return False
+    return not changed or (deleted is not None and deleted < current.oldest_row)
+
+
+def lag() -> Select[*tuple[Any, ...]]:
+    """How many ids are above the watermark; NULL without rows.
+
+    Never negative: retention may have deleted the row with the greatest id.
     """
     newest, oldest = (select(which(_t.id)).scalar_subquery() for which in (func.max, func.min))
-    watermark = value_of("folded")
-    above = newest - case((watermark >= oldest, watermark), else_=oldest - 1)
-    return select(case((watermark > newest, literal(0, BigInteger)), else_=above))
+    folded = value_of(WATERMARK)
+    above = newest - case((folded >= oldest, folded), else_=oldest - 1)
+    return select(case((folded > newest, literal(0, BigInteger)), else_=above))
 
 
 @cache
-def folded() -> Select[*tuple[Any, ...]]:
-    """The watermark, without a hold on it."""
-    return select(func.coalesce(value_of("folded"), literal(NOTHING, BigInteger)))
+def watermark() -> Select[*tuple[Any, ...]]:
+    """The watermark, without locking it."""
+    return select(func.coalesce(value_of(WATERMARK), literal(NOTHING_FOLDED, BigInteger)))
 
 
-def quarter(start: int, folded: int) -> dict[str, int]:
-    """What a statement on one quarter's rows up to the watermark takes."""
-    return {"quarter_since": start, "quarter_until": start + QUARTER_MS, "folded": folded}
+def quarter_parameters(start: int, watermark: int) -> dict[str, int]:
+    """The parameters of a statement about one quarter's rows up to the watermark."""
+    return {
+        "quarter_since": start,
+        "quarter_until": start + QUARTER_MS,
+        "watermark": watermark,
+    }
 
 
 @cache
 def counts_of_quarter() -> Select[*tuple[Any, ...]]:
-    """How many rows of one `quarter` the roll-ups know, and how many of these are there.
+    """How many rows of one quarter the roll-ups hold, and how many of them exist.
 
-    Equal, unless rows were changed or removed. ``changed`` is how many entries say so, and
-    ``deleted`` the greatest instant of a row that was deleted.
+    Takes `quarter_parameters`. The two are equal unless rows were changed or removed. ``changed``
+    is the number of change entries for the quarter, and ``deleted`` the greatest timestamp of a
+    deleted row.
     """
-    known, there = counts_in("quarter")
+    known, there = counts_between("quarter")
     entries = CHANGES.c.start == whole_number("quarter_since")
     changed = select(func.count()).select_from(CHANGES).where(entries).scalar_subquery()
     deleted = select(func.max(CHANGES.c.newest)).where(entries).scalar_subquery()
@@ -131,20 +176,23 @@ def counts_of_quarter() -> Select[*tuple[Any, ...]]:
     )
 
 
-def counts_in(name: str) -> tuple[ScalarSelect[int], ScalarSelect[int]]:
-    """As `counts_of_quarter`, of the one from ``{name}_since`` to ``{name}_until``."""
+def counts_between(name: str) -> tuple[ScalarSelect[int], ScalarSelect[int]]:
+    """Rows that the roll-ups hold, and rows that exist, of one quarter.
+
+    The quarter is ``[{name}_since, {name}_until)``.
+    """
     requests = cast(func.coalesce(func.sum(ROLLUPS.c.requests), 0), BigInteger)
     known = select(requests).where(
         ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start == whole_number(f"{name}_since")
     )
-    there = select(func.count()).select_from(TELEMETRY).where(*folded_in(name))
+    there = select(func.count()).select_from(TELEMETRY).where(*folded_between(name))
     return known.scalar_subquery(), there.scalar_subquery()
 
 
-def folded_in(name: str) -> tuple[ColumnElement[bool], ...]:
-    """Whether a row was folded and its instant lies from ``{name}_since`` to ``{name}_until``."""
+def folded_between(name: str) -> tuple[ColumnElement[bool], ...]:
+    """Whether a row is folded and its timestamp is in ``[{name}_since, {name}_until)``."""
     return (
         _t.timestamp >= whole_number(f"{name}_since"),
         _t.timestamp < whole_number(f"{name}_until"),
-        unindexed(_t.id) <= whole_number("folded"),
+        unindexed(_t.id) <= whole_number("watermark"),
     )

@@ -26,6 +26,9 @@ from pydantic_core import PydanticCustomError
 INT64_MAX: Final = 2**63 - 1
 """The greatest whole number that either backend holds."""
 
+INT64_MIN: Final = -(2**63)
+"""The least one."""
+
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 

@@ -100,7 +100,7 @@ class Core:
             keep_up,
             interval_s,
             self._writer.note_restart,
-            note_fault=partial(_note_refused, self._writer),
+            on_fault=partial(_note_refused, self._writer),
         )
         self._sink.on_written = self._background.rows_written
         # read the revisions now: Python's lock of imports, held by a thread that a signal handler

@@ -68,7 +68,7 @@ def test_a_snapshot_of_a_stranger_holds_up_an_index_for_the_budget(postgres_url,
         pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
     else:
         with pgbouncer.pooled(postgres_url, pgbouncer.AS_IT_COMES) as pooled:
-            _check_snapshot(pooled, stranger, "its build was cancelled")
+            _check_snapshot(pooled, stranger, "the build was cancelled")
 
 
 def _check_snapshot(url, stranger, said):

@@ -299,7 +299,7 @@ def test_health_says_that_a_thread_was_restarted(url, monkeypatch):
             raise SystemExit("a secret")
 
         monkeypatch.setattr(store._background, "_work", work)
-        store._background._bell.put(None)
+        store._background._wake.put(None)
         eventually(lambda: store.health().faults_by.get(RESTARTED))
         health = store.health()
         assert health.last_error == "thread_restarted: SystemExit"

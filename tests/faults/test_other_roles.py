@@ -33,7 +33,6 @@ from lynkr_store import (
 from lynkr_store.cli.commands import app
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
-from lynkr_store.rollups.fold import subtract
 from lynkr_store.storage import diagnosis, identities, ledger
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory
@@ -203,7 +202,6 @@ def use_by_every_way(url: str, schema: str | None = None) -> None:
     own = create_store_engine(url, schema=schema)
     with own.begin() as connection:
         ledger.expire_ledger(connection, NOW * 2)
-        subtract(connection, TELEMETRY.c.provider == "a")
         look_for_faults(connection, schema or "public")
         connection.rollback()
     own.dispose()

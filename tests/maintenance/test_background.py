@@ -45,7 +45,7 @@ def test_it_works_when_enough_was_written_and_not_before(background_maintenance)
     times = []
     background = background_maintenance(lambda _: times.append(1), LONG_S)
     background.rows_written(WAKE_ROWS - 1)
-    assert background._bell.empty()
+    assert background._wake.empty()
     assert not times
     background.rows_written(1)
     eventually(lambda: times)
@@ -113,12 +113,12 @@ def test_without_threads_it_is_tried_the_next_time(background_maintenance, monke
 def test_a_child_has_one_of_its_own(background_maintenance):
     background = background_maintenance(lambda _: None, LONG_S)
     background.rows_written(1)
-    parents, bell = background._thread, background._bell
+    parents, wake = background._thread, background._wake
     background.after_fork_in_child()
     assert background._thread is None
     assert background._rows == 0
     background.finish()
-    bell.put(None)
+    wake.put(None)
     parents.join(30)
     assert not parents.is_alive()
 

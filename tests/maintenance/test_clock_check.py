@@ -12,7 +12,7 @@ from lynkr_store.cli import commands
 from lynkr_store.db.models import LEDGER, ROLLUPS, SAVINGS, TELEMETRY
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.ingest.spool import Spool
-from lynkr_store.maintenance.clock_check import AHEAD_MS, Seen, doubt, is_news, newest, seen_upto
+from lynkr_store.maintenance.clock_check import AHEAD_MS, Seen, doubt, must_save, newest, seen_upto
 from tests.support.stores import adds_up, eventually, looked
 
 NOW = 1_750_000_000_000
@@ -73,7 +73,7 @@ def test_the_words_say_how_far_and_what_to_do():
 
 
 def test_a_present_is_noted_once_an_hour_and_when_it_was_set_back():
-    noted = {at: is_news(NOW, at) for at in (None, NOW - HOUR, NOW - 1, NOW, NOW + 1)}
+    noted = {at: must_save(NOW, at) for at in (None, NOW - HOUR, NOW - 1, NOW, NOW + 1)}
     assert noted == {None: True, NOW - HOUR: True, NOW - 1: False, NOW: False, NOW + 1: True}
 
 

@@ -290,7 +290,7 @@ def test_an_upgrade_that_fails_makes_none_of_them(url, engine, monkeypatch):
         raise RuntimeError("half-way")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lynkr_store.maintenance.restoration._count_again", fail)
+        patched.setattr("lynkr_store.maintenance.restoration._restart_rollups", fail)
         with pytest.raises(RuntimeError, match="half-way"):
             upgrade(url)
     assert schema_of(engine) == before
@@ -306,7 +306,7 @@ def test_a_table_that_was_renamed_is_named_and_a_name_that_is_taken(url, engine,
     with writing(engine).begin() as connection:
         connection.execute(text(f"ALTER TABLE {renamed} RENAME TO elsewhere"))
     before = schema_of(engine)
-    with pytest.raises(SchemaError, match=f"{renamed}: not there, .*of the table elsewhere"):
+    with pytest.raises(SchemaError, match=f"{renamed}: missing, .*the table elsewhere already has"):
         upgrade(url)
     assert schema_of(engine) == before
     with writing(engine).begin() as connection:

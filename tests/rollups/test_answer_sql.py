@@ -9,8 +9,8 @@ from sqlalchemy.dialects.postgresql import psycopg
 from lynkr_store import Store, StoreSettings, Window
 from lynkr_store.queries import statistics
 from lynkr_store.rollups import answer_sql
-from lynkr_store.rollups.buckets import cover
-from lynkr_store.rollups.state import NOTHING
+from lynkr_store.rollups.buckets import split_window
+from lynkr_store.rollups.state import NOTHING_FOLDED
 from lynkr_store.schemas.units import DAY_MS, HOUR_MS
 from tests.conftest import POSTGRES
 
@@ -28,11 +28,11 @@ FROM generate_series(1, {ROWS}) AS numbers (n)
 @pytest.mark.parametrize("hours", [0, 1, 24, 24 * 40])
 def test_only_what_tells_two_windows_apart_is_sent_beside_the_text(engine, question, hours):
     since = NOW - hours * HOUR_MS - 1
-    asked = cover(since, NOW, NOW)
-    given = answer_sql.parameters(asked, since, NOW, NOTHING)
+    parts = split_window(since, NOW, NOW)
+    given = answer_sql.parameters(parts, since, NOW, NOTHING_FOLDED)
     if question.one_provider:
         given |= {"provider": "a"}
-    statement = answer_sql.answer(question, answer_sql.shape(asked), long_backlog=False)
+    statement = answer_sql.answer(question, answer_sql.statement_key(parts), long_backlog=False)
     sent = statement.compile(engine).params
     assert {name for name, value in sent.items() if value is None} == set(given)
     if engine.dialect.name == "postgresql":  # SQLite's OFFSET needs a LIMIT, which is sent
@@ -86,10 +86,12 @@ def test_an_engine_that_commits_each_statement_is_left_as_it_is(store, caplog):
 def test_no_more_is_read_of_the_rows_than_one_range_of_one_index(store, question, long_backlog):
     """With the plan for any parameters: a host's transaction may come to it too."""
     since, until = NOW - 10 * DAY_MS - 100_000, NOW - 100_000
-    asked = cover(since, until, NOW)
-    statement = answer_sql.answer(question, answer_sql.shape(asked), long_backlog=long_backlog)
+    parts = split_window(since, until, NOW)
+    statement = answer_sql.answer(
+        question, answer_sql.statement_key(parts), long_backlog=long_backlog
+    )
     compiled = statement.compile(dialect=psycopg.dialect(paramstyle="numeric_dollar"))
-    given = answer_sql.parameters(asked, since, until, ROWS) | {"provider": "'a'"}
+    given = answer_sql.parameters(parts, since, until, ROWS) | {"provider": "'a'"}
     values = ", ".join(str(given[name]) for name in compiled.positiontup)
     with store.engine.connect() as connection:
         for line in (
@@ -100,7 +102,7 @@ def test_no_more_is_read_of_the_rows_than_one_range_of_one_index(store, question
         plan = connection.exec_driver_sql(f"EXPLAIN EXECUTE asked ({values})").scalars().all()
         connection.exec_driver_sql("DEALLOCATE asked")
     read = [line for line in plan if re.search(r" on routing_telemetry", line)]
-    assert len(read) == 1 + len(asked.rows) + len(asked.ends)
+    assert len(read) == 1 + len(parts.rows) + len(parts.edges)
     own = "idx_telemetry_timestamp" if long_backlog else "pk_routing_telemetry"
     used = [re.search(r"Index (?:Only )?Scan using (\w+)", line)[1] for line in read]
     assert sorted(used) == sorted([own] + ["idx_telemetry_timestamp"] * (len(read) - 1))

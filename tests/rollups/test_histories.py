@@ -34,6 +34,7 @@ from tests.rollups.test_rollups import (
     opener,
     place,  # noqa: F401 - a fixture
     put,
+    rebuild_in_part,
 )
 
 _t = TELEMETRY.c
@@ -265,12 +266,11 @@ class World:
         repair.apply_changes(self.begin)
         assert folding.fold(self.begin).done
         for check_ in (repair.compare_counts, repair.scrub):
-            assert check_(self.begin, look=self.begin, stop=lambda: False).done
+            assert check_(self.begin, read_transaction=self.begin, stop=lambda: False).done
         self.sure = True
 
     def rebuild(self, steps):
-        done = []
-        folding.rebuild(self.begin, on_step=done.append, stop=lambda: len(done) > steps)
+        rebuild_in_part(self.begin, steps)
 
     def trim(self, before):
         folding.trim(self.begin, before)

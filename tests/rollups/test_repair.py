@@ -273,17 +273,17 @@ def test_rows_that_retention_deletes_while_a_quarter_is_counted_stay_history(
     with begin() as connection:
         put(connection, *({"timestamp": START + n * MINUTE_MS} for n in range(60)))
     fold.fold(begin)
-    look_at = repair.look_at
+    read_state = repair.read_state
 
     def removed_meanwhile(connection):
-        stands = look_at(connection)
+        stands = read_state(connection)
         with begin() as other:
             other.execute(delete(TELEMETRY).where(_t.timestamp < START + 20 * MINUTE_MS))
         return stands
 
     with begin() as connection:
         connection.execute(update(TELEMETRY).values(cost_usd=1))
-    monkeypatch.setattr(repair, "look_at", removed_meanwhile)
+    monkeypatch.setattr(repair, "read_state", removed_meanwhile)
     repair.apply_changes(begin)
     monkeypatch.undo()
     repair.apply_changes(begin)
@@ -520,11 +520,13 @@ def test_both_go_on_where_they_were_stopped(store, monkeypatch):
         connection.execute(update(TELEMETRY).values(cost_usd=1))
     for check, found in ((repair.compare_counts, 0), (repair.scrub, 14)):
         steps = 0
-        mended = repair.Mended(0, done=False)
+        mended = repair.Repaired(0, done=False)
         total = 0
         while not mended.done:
             stop = partial(next, iter([False]), True)  # noqa: FBT003
-            mended = check(database.write_transaction, look=database.read, stop=stop)
+            mended = check(
+                database.write_transaction, read_transaction=database.read_transaction, stop=stop
+            )
             total += mended.quarters
             steps += 1
             assert steps < 50

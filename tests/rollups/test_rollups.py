@@ -19,15 +19,15 @@ from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEME
 from lynkr_store.rollups import answer_sql, measures, state
 from lynkr_store.rollups import fold as folding
 from lynkr_store.rollups.answer import Part, ask
-from lynkr_store.rollups.answer_sql import Question, Shape
-from lynkr_store.rollups.buckets import ceil_to, cover, floor_to
-from lynkr_store.rollups.state import NOTHING, Standing
+from lynkr_store.rollups.answer_sql import Question, StatementKey
+from lynkr_store.rollups.buckets import ceil_to, floor_to, split_window
+from lynkr_store.rollups.state import NOTHING_FOLDED, read_state
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MIN_MS, QUARTER_MS
 from tests.conftest import POSTGRES
 
 NOW = 1_750_000_000_000
 EVERYTHING = Question(by=("provider", "model", "tier", "request_type"), names=measures.ALL)
-COLUMNS = tuple(measures.columns_of())
+COLUMNS = tuple(measures.measure_columns())
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def answered(engine, since, until):
 
 def from_rows(engine, since, until):
     """The answer as it is without roll-ups."""
-    given = answer_sql.parameters(cover(0, 0, 0), since, until, NOTHING)
+    given = answer_sql.parameters(split_window(0, 0, 0), since, until, NOTHING_FOLDED)
     with engine.connect() as connection:
-        statement = answer_sql.answer(EVERYTHING, Shape(0, 0, 0), long_backlog=True)
+        statement = answer_sql.answer(EVERYTHING, StatementKey(0, 0, 0), long_backlog=True)
         parts = connection.execute(statement, given).mappings().all()
     return added_up(
         Part(
@@ -155,7 +155,7 @@ def test_ids_far_apart_are_folded_in_as_few_steps(engine, begin, monkeypatch):
 
 def test_nothing_can_be_folded_too(engine, begin):
     assert folding.fold(begin) == (0, True)
-    assert folding.rebuild(begin) == (0, True)
+    assert folding.rebuild(begin) == 0
     assert answered(engine, 0, NOW) == ({}, None)
 
 
@@ -228,7 +228,7 @@ def test_rows_that_go_between_the_look_and_the_write_are_not_counted(
             with begin() as connection:
                 connection.execute(delete(TELEMETRY).where(TELEMETRY.c.provider == "gone"))
 
-    assert folding.fold(begin, look=look) == (kept, True)
+    assert folding.fold(begin, read_transaction=look) == (kept, True)
     assert len(looks) == 3
     measured, removed_before = answered(engine, 0, NOW)
     assert measured == from_rows(engine, 0, NOW)
@@ -248,7 +248,7 @@ def test_a_folder_leaves_to_a_quicker_one_what_that_one_folded(engine, begin):
         if len(looks) == 3:
             assert folding.fold(begin) == (2, True)
 
-    assert folding.fold(begin, look=look) == (0, True)
+    assert folding.fold(begin, read_transaction=look) == (0, True)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
 
 
@@ -271,10 +271,10 @@ def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
 def test_without_roll_ups_no_row_is_looked_at(engine, begin):
     with begin() as connection:
         put(connection, {}, {})
-        assert Standing(*connection.execute(state.standing()).one()).oldest_row is None
+        assert read_state(connection).oldest_row is None
     folding.fold(begin)
     with begin() as connection:
-        assert Standing(*connection.execute(state.standing()).one()).oldest_row == NOW - 1
+        assert read_state(connection).oldest_row == NOW - 1
 
 
 def test_a_session_may_have_an_engine_for_each_table(engine, begin):
@@ -419,11 +419,11 @@ def test_where_no_roll_up_is_old_enough_nobody_is_kept_from_writing(begin):
         pytest.fail("a transaction that may write was begun")
 
     today = floor_to(DAY_MS, NOW)
-    folding.trim(refuse, today, look=begin)
+    folding.trim(refuse, today, read_transaction=begin)
     with begin() as connection:
         put(connection, {"timestamp": today})
     folding.fold(begin)
-    folding.trim(refuse, today + DAY_MS - 1, look=begin)
+    folding.trim(refuse, today + DAY_MS - 1, read_transaction=begin)
 
 
 def total(engine):
@@ -440,7 +440,7 @@ def test_when_all_rows_are_gone_the_history_is_there(engine, begin):
     found, raw_from = answered(engine, 0, NOW)
     assert [sums[0] for sums in found.values()] == [2]
     assert raw_from == ceil_to(QUARTER_MS, NOW)
-    assert folding.rebuild(begin) == (0, True)
+    assert folding.rebuild(begin) == 0
     assert answered(engine, 0, NOW) == (found, raw_from)
 
 
@@ -469,13 +469,13 @@ def test_a_fold_between_two_statements_of_an_answer_is_noticed(engine, begin, mo
     with begin() as connection:
         put(connection, {}, {})
     with engine.connect() as connection:
-        stale = connection.execute(state.standing()).one()
+        stale = connection.execute(state.state_query()).one()
     folding.fold(begin)
     given = iter([stale])
 
     class StaleSession(Session):
         def execute(self, statement, *args, **kwargs):
-            if statement is state.standing() and (old := next(given, None)):
+            if statement is state.state_query() and (old := next(given, None)):
                 return SimpleNamespace(one=lambda: old)
             return super().execute(statement, *args, **kwargs)
 
@@ -563,7 +563,6 @@ STEPS = st.one_of(
     st.tuples(st.just("put"), st.lists(RECORDS, min_size=1, max_size=6)),
     st.tuples(st.just("fold"), st.integers(0, 3)),
     st.tuples(st.just("killed"), st.integers(0, 12)),
-    st.tuples(st.just("erase"), st.sampled_from(["a", "é"])),
     st.tuples(st.just("cleanup"), INSTANTS.filter(lambda at: 10 < at <= NOW)),
     st.tuples(st.just("rebuild"), st.integers(0, 3)),
 )
@@ -589,6 +588,19 @@ def kill_after(connection, left):
         setattr(connection, way, counted(getattr(connection, way)))
 
 
+def rebuild_in_part(begin, steps):
+    """Rebuild the roll-ups, and be interrupted after more than so many steps."""
+    done = []
+
+    def interrupt(rows):
+        done.append(rows)
+        if len(done) > steps:
+            raise Killed
+
+    with suppress(Killed):
+        folding.rebuild(begin, on_step=interrupt)
+
+
 class History:
     """What happens to a database."""
 
@@ -612,8 +624,7 @@ class History:
         folding.fold(self.begin, on_step=done.append, stop=lambda: len(done) > steps)
 
     def rebuild(self, steps):
-        done = []
-        folding.rebuild(self.begin, on_step=done.append, stop=lambda: len(done) > steps)
+        rebuild_in_part(self.begin, steps)
 
     def killed(self, statements):
         """Fold, and be killed before a statement: the transaction never ends well."""
@@ -627,22 +638,14 @@ class History:
         with suppress(Killed):
             folding.fold(begin)
 
-    def erase(self, provider):
-        mine = TELEMETRY.c.provider == provider
-        with self.begin() as connection:
-            there = set(connection.scalars(select(TELEMETRY.c.id).where(mine)))
-            folding.subtract(connection, mine)
-            connection.execute(delete(TELEMETRY).where(mine))
-        self.known = [row for row in self.known if row[0] not in there]
-
     def cleanup(self, cutoff):
         with self.begin() as connection:
-            folded = connection.scalar(state.folded())
+            watermark = connection.scalar(state.watermark())
             connection.execute(delete(TELEMETRY).where(TELEMETRY.c.timestamp < cutoff))
         self.known = [
             (row_id, at)
             for row_id, at in self.known
-            if at >= cutoff or (row_id <= folded and at >= INSTANT_MIN_MS)
+            if at >= cutoff or (row_id <= watermark and at >= INSTANT_MIN_MS)
         ]
 
     def requests(self, since, until):
