@@ -1,7 +1,7 @@
 """The values that go in and come out: records, filters, rows, statistics, health.
 
-Inputs forbid unknown names; outputs ignore them. Everything is frozen all the way down. What a
-stored number can mean stands in `units`. No database, thread or file may come in here.
+Inputs forbid unknown names; outputs ignore them. Every value is frozen, including its parts.
+`units` says what a stored number can mean. No database, thread or file may be used here.
 """
 
 from lynkr_store.schemas.base import utc

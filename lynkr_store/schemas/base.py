@@ -1,4 +1,4 @@
-"""The common ground of the schemas: frozen models, instants, frozen mappings."""
+"""What all schemas share: frozen models, instants, frozen mappings."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 class FrozenInput(BaseModel):
-    """A model of what a caller passes in: unknown names are errors, and errors hide the input."""
+    """A model of caller input: unknown names are errors, and error messages hide the input."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=False
@@ -23,15 +23,15 @@ class FrozenInput(BaseModel):
 
 
 class FrozenOutput(BaseModel):
-    """A model of what the store answers: a field that a newer release added is ignored."""
+    """A model of the store's output: fields that a newer release added are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
-def made(model: type[_M], rows: Iterable[dict[str, Any]]) -> list[_M]:
-    """Instances with exactly these values, one for each field; the dicts become their own.
+def construct_all(model: type[_M], rows: Iterable[dict[str, Any]]) -> list[_M]:
+    """Create instances from dicts with exactly the model's fields, and take the dicts over.
 
-    What `model_construct` does, without looking each field up: a seventh of the time.
+    The result equals `model_construct`, which looks up each field and takes seven times as long.
     """
     fields, put, instances = set(model.model_fields), object.__setattr__, []
     for values in rows:
@@ -51,14 +51,14 @@ def _sorted_frozen(value: Mapping[str, _V]) -> Mapping[str, _V]:
 FrozenMap = Annotated[
     Mapping[str, _V], AfterValidator(_sorted_frozen), PlainSerializer(dict, return_type=dict)
 ]
-"""A mapping that cannot be changed, ordered by key; it hashes, pickles and dumps as a dict."""
+"""An immutable mapping, ordered by key; it can be hashed and pickled, and is dumped as a dict."""
 
 
 def utc(ms: int) -> datetime:
-    """The aware UTC datetime of epoch milliseconds.
+    """Epoch milliseconds as an aware UTC datetime.
 
     Raises:
-        OverflowError: Beyond the years 1 to 9999.
+        OverflowError: The year is not in 1 to 9999.
     """
     return _EPOCH + timedelta(milliseconds=ms)
 

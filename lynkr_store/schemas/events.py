@@ -1,4 +1,4 @@
-"""The record: one routing event as a gateway reports it, mended and checked on the way in."""
+"""The record: one routing event as a gateway reports it, sanitized and checked on the way in."""
 
 import json
 import math
@@ -32,28 +32,28 @@ from lynkr_store.schemas.units import (
 
 REPLACEMENT: Final = "\ufffd"
 TEXT_FIELDS: Final = ("request_text", "response_text")
-"""The two fields that hold what people and models wrote."""
+"""The two fields with the text of people and models."""
 
 FLAG_FIELDS: Final = ("was_fallback", "pinned", "stream", "cache_tokens_included")
-"""The fields that say yes or no."""
+"""The boolean fields."""
 
 NAME_MAX_CHARS: Final = 512
-"""Characters kept of every other text that is no JSON: PostgreSQL's indexes hold 2,704 bytes."""
+"""Maximum characters of any other text that is not JSON: PostgreSQL's indexes hold 2,704 bytes."""
 
 JSON_FIELDS: Final = ("candidates", "cache_decision", "attributes")
-"""The fields of JSON text of any content."""
+"""The fields that hold JSON text of any content."""
 LONG_FIELDS: Final = (*TEXT_FIELDS, *JSON_FIELDS)
-"""The fields of free text: those two, and the JSON ones."""
+"""The fields of free text: the two texts and the JSON fields."""
 
 
 def sanitize_text(text: str) -> tuple[str, str | None]:
-    """Replace what a database cannot hold, one U+FFFD for each character.
+    """Replace each character that a database cannot store by U+FFFD.
 
-    PostgreSQL's text holds no NUL, and UTF-8 has no form for a lone surrogate. Both backends get
-    the same text, so that they give the same answers.
+    PostgreSQL's text cannot contain NUL, and UTF-8 has no encoding for a lone surrogate. Both
+    backends store the same text, so that they give the same answers.
 
     Returns:
-        The text and the cause for the count of mended values: ``nul``, ``surrogate`` or None.
+        The text, and the cause under which the change is counted: ``nul``, ``surrogate`` or None.
     """
     cause = None
     if "\0" in text:
@@ -68,25 +68,26 @@ def sanitize_text(text: str) -> tuple[str, str | None]:
 
 
 def instant_in_domain(value: object) -> int | None:
-    """A record's instant as epoch milliseconds, if it names one.
+    """A record's timestamp as epoch milliseconds; None stays None.
 
     Raises:
-        ValueError: It is none, is naive, or lies outside of its domain.
+        ValueError: The value is not an instant, is naive, or is out of its domain.
     """
     if value is None:
         return None
     ms = values.epoch_ms(value)
     if not INSTANT_MIN_MS <= ms < INSTANT_MAX_MS:
         raise PydanticCustomError(
-            "out_of_domain", "a record's instant lies from 2000 to 2099: give epoch milliseconds"
+            "out_of_domain",
+            "the year of a record's timestamp must be 2000 to 2099: give milliseconds, not seconds",
         )
     return ms
 
 
 def encoding_by(encoder: json.JSONEncoder) -> Callable[[object], str]:
-    """As ``encoder.encode`` of an object or a list, in half of the time.
+    """The same as ``encoder.encode`` for an object or a list, in half of the time.
 
-    ``encode`` makes the function in C that does its work anew for each call.
+    ``encode`` creates its C function again on each call; this creates it once.
     """
     make: Any = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     try:
@@ -101,7 +102,7 @@ def encoding_by(encoder: json.JSONEncoder) -> Callable[[object], str]:
             encoder.skipkeys,
             encoder.allow_nan,
         )
-    except TypeError:  # Python without it, or with another one
+    except TypeError:  # this Python has no such function, or one with other arguments
         return encoder.encode
     return lambda value: "".join(pieces(value, 0))
 
@@ -111,31 +112,31 @@ encoded: Final = encoding_by(
         ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
     )
 )
-"""An object or a list as JSON text, as the gateway writes it; ValueError, TypeError or
-RecursionError where JSON has no form for a part of it."""
+"""Encode an object or a list as JSON text, in the gateway's format. Raises ValueError, TypeError or
+RecursionError if JSON cannot express a part of it."""
 
 _NO_JSON: Final = "give JSON text, or an object or list that JSON can express"
 
 
 def _json_text(value: object) -> object:
-    """Keep JSON text as it is; write objects and lists as JSON, as the gateway does."""
+    """Keep JSON text as it is; encode objects and lists as JSON."""
     if value is None or type(value) is str:
         return value
     return _as_json(value, []) if _is_container(value) else values.text(value)
 
 
 def _as_json(value: object, causes: list[str]) -> str:
-    """The value as JSON text; a cause is added for each kind of part that was mended.
+    """The value as JSON text; adds a cause for each kind of part that was sanitized.
 
     Raises:
-        ValueError: It has a part that JSON cannot express.
+        ValueError: JSON cannot express a part of the value.
     """
     try:
         try:
             text = encoded(value)
         except (TypeError, ValueError):
             text = encoded(_expressible(value, causes))
-    except Exception:  # noqa: BLE001 - a part's own methods may raise anything
+    except Exception:  # noqa: BLE001 - a part's own methods may raise any exception
         raise ValueError(_NO_JSON) from None
     text, cause = sanitize_text(text)
     if cause:
@@ -144,7 +145,7 @@ def _as_json(value: object, causes: list[str]) -> str:
 
 
 def _expressible(value: object, causes: list[str]) -> object:
-    """The same value of parts that JSON has a form for: None for NaN and infinities."""
+    """The same value with parts that JSON can express: None for NaN and infinities."""
     container: Any = value
     if issubclass(type(value), Mapping):
         return {values.plain(key): _expressible(item, causes) for key, item in container.items()}
@@ -160,32 +161,32 @@ def _expressible(value: object, causes: list[str]) -> object:
 
 
 def _is_container(value: object) -> bool:
-    """Whether it is an object or a list of JSON; by its type alone, for ``__class__`` may fail."""
+    """Whether it is a JSON object or list, by its type only, because ``__class__`` may raise."""
     return issubclass(type(value), (Mapping, list, tuple))
 
 
 def _provider(value: object) -> object:
     if value is None:
-        raise PydanticCustomError("no_provider", "give the provider's name as a text")
+        raise PydanticCustomError("no_provider", "provider is required: give its name as a text")
     return value
 
 
 def flag_number(flag: bool | None) -> int | None:  # noqa: FBT001 - its only argument
-    """A flag as it is stored: SQLite's driver looks for an adapter of each bool that it binds."""
+    """A flag as it is stored. SQLite's driver would look up an adapter for each bool."""
     return None if flag is None else int(flag)
 
 
-_whole: Final = BeforeValidator(values.taking(values.whole, int))
-_real: Final = BeforeValidator(values.taking(values.real, float))
-_text: Final = BeforeValidator(values.taking(values.text, str))
-_flag: Final = BeforeValidator(values.taking(values.flag, bool))
+_whole: Final = BeforeValidator(values.validator(values.whole, int))
+_real: Final = BeforeValidator(values.validator(values.real, float))
+_text: Final = BeforeValidator(values.validator(values.text, str))
+_flag: Final = BeforeValidator(values.validator(values.flag, bool))
 
 _Json = Annotated[str | Mapping[str, Any] | Sequence[Any] | None, PlainValidator(_json_text)]
 _Count = Annotated[int | None, Field(strict=True, ge=-COUNT.limit, le=COUNT.limit), _whole]
 _Code = Annotated[
     int | None,
     Field(strict=True, ge=-COUNT.limit, le=COUNT.limit),
-    BeforeValidator(values.taking(values.code, int)),
+    BeforeValidator(values.validator(values.code, int)),
 ]
 _Milliseconds = Annotated[
     float | None, Field(strict=True, ge=-MILLISECONDS.limit, le=MILLISECONDS.limit), _real
@@ -200,24 +201,25 @@ _FlagOrFalse = Annotated[
 
 
 class RoutingEvent(FrozenInput):
-    """One routed request, as handed to the writer. Only ``provider`` is required.
+    """One routed request, as passed to the writer. Only ``provider`` is required.
 
-    None means not measured, which is never 0. Values of other libraries are taken as the plain
-    values that say the same (see `lynkr_store.schemas.values`). Numbers outside the limits of
-    `lynkr_store.schemas.units`, other types, unknown names and naive datetimes are errors.
-    What a database cannot hold is mended and named in `mended`: NUL and lone surrogates in text
-    become U+FFFD, NaN and infinities None, and names are cut at 512 characters.
+    None means not measured, which is different from 0. Values of other libraries are converted to
+    the plain values with the same meaning (see `lynkr_store.schemas.values`). Numbers outside the
+    limits of `lynkr_store.schemas.units`, other types, unknown names and naive datetimes are
+    errors. What a database cannot store is sanitized, and the cause is listed in `mended`: NUL and
+    lone surrogates in text become U+FFFD, NaN and infinities become None, and names are cut at 512
+    characters.
 
-    Each field's OpenTelemetry GenAI attribute stands in brackets where there is one.
+    Fields with an OpenTelemetry GenAI attribute give its name in brackets.
     """
 
     request_id: _Text = None
-    """The client's or gateway's own id, not unique. Default: a new UUID."""
+    """The client's or gateway's own id; not unique. Default: a new UUID."""
     session_id: _Text = None
     """The conversation [gen_ai.conversation.id]."""
     timestamp: Annotated[datetime | int | None, BeforeValidator(instant_in_domain)] = None
-    """When it happened, kept as epoch milliseconds: an aware datetime, a whole number of them, or
-    ISO 8601 text with a zone. Default: the moment of recording."""
+    """When it happened, kept as epoch milliseconds. Give an aware datetime, a whole number of epoch
+    milliseconds, or ISO 8601 text with a zone. Default: the time of recording."""
     complexity_score: _Score = None
     tier: _Text = None
     """The tier chosen: SIMPLE, MEDIUM, COMPLEX, REASONING or any other text."""
@@ -229,7 +231,7 @@ class RoutingEvent(FrozenInput):
     message_count: _Count = None
     request_type: _Text = None
     provider: Annotated[str, Field(strict=True), _text, BeforeValidator(_provider)]
-    """Who answered [gen_ai.provider.name]."""
+    """The provider that answered [gen_ai.provider.name]."""
     model: _Text = None
     """The model that answered [gen_ai.response.model]."""
     routing_method: _Text = None
@@ -238,11 +240,11 @@ class RoutingEvent(FrozenInput):
     """Tokens out, reasoning included [gen_ai.usage.output_tokens]."""
     latency_ms: _Milliseconds = None
     status_code: _Code = None
-    """HTTP status, also as a text of digits; 599 stands for a stream that broke."""
+    """HTTP status, also as a text of digits; 599 means a broken stream."""
     error_type: _Text = None
-    """What failed [error.type]; any text, the empty one too, counts as an error."""
+    """What failed [error.type]. Any text, including an empty one, counts as an error."""
     cost_usd: _Dollars = None
-    """The price of the request in US dollars; None when unknown."""
+    """The price of the request in US dollars; None if unknown."""
     tool_calls_made: _Count = None
     retry_count: Annotated[_Count, BeforeValidator(lambda v: 0 if v is None else v)] = 0
     circuit_breaker_state: _Text = None
@@ -253,7 +255,7 @@ class RoutingEvent(FrozenInput):
     request_text: _Text = None
     """The last user message, unless capturing is off."""
     response_text: _Text = None
-    """The answer's text, unless capturing is off."""
+    """The text of the answer, unless capturing is off."""
     base_tier: _Text = None
     """The tier before escalation."""
     escalation_source: _Text = None
@@ -265,13 +267,14 @@ class RoutingEvent(FrozenInput):
     """The session was pinned to this model."""
     switch_reason: _Text = None
     cache_decision: _Json = None
-    """JSON text: the receipt of a decision to hold or switch for the prompt cache's sake."""
+    """JSON text: the record of a decision to stay with or leave a model because of its prompt
+    cache."""
     cache_read_tokens: _Count = None
     """[gen_ai.usage.cache_read.input_tokens]"""
     cache_creation_tokens: _Count = None
     """[gen_ai.usage.cache_creation.input_tokens]"""
     trace_id: _Text = None
-    """Joins the attempts of one request."""
+    """The same for all attempts of one request."""
     attempt_index: _Count = None
     """0 for the first attempt."""
     requested_model: _Text = None
@@ -280,7 +283,7 @@ class RoutingEvent(FrozenInput):
     """Milliseconds to the first token of a stream."""
     stream: _Flag = None
     cache_tokens_included: _Flag = None
-    """Whether `input_tokens` includes the cached ones; None when not known."""
+    """Whether `input_tokens` includes the cached ones; None if unknown."""
     reasoning_tokens: _Count = None
     finish_reason: _Text = None
     attributes: _Json = None
@@ -290,16 +293,16 @@ class RoutingEvent(FrozenInput):
 
     @property
     def mended(self) -> tuple[str, ...]:
-        """One cause for each mended value: ``nul``, ``surrogate``, ``not_finite``, ``cut``."""
+        """A cause for each sanitized value: ``nul``, ``surrogate``, ``not_finite``, ``cut``."""
         return self._mended
 
     @model_validator(mode="wrap")
     @classmethod
-    def _mend(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _sanitize(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if not issubclass(type(data), Mapping):
             return handler(data)
         causes: list[str] = []
-        event = handler({name: _mend(name, value, causes) for name, value in data.items()})
+        event = handler({name: _sanitize(name, value, causes) for name, value in data.items()})
         event._mended = tuple(causes)  # noqa: SLF001 - its own instance
         return event
 
@@ -307,9 +310,9 @@ class RoutingEvent(FrozenInput):
 _USUAL: Final = frozenset({str, int, float, bool, NoneType})
 
 
-def _mend(name: str, value: Any, causes: list[str]) -> Any:
+def _sanitize(name: str, value: Any, causes: list[str]) -> Any:
     if type(value) not in _USUAL:
-        with suppress(Exception):  # its field's validator says what is wrong
+        with suppress(Exception):  # the field's validator reports what is wrong
             value = values.plain(value)
     kind = type(value)
     if kind is str:
@@ -323,6 +326,6 @@ def _mend(name: str, value: Any, causes: list[str]) -> Any:
         causes.append("not_finite")
         return None
     elif name in JSON_FIELDS and _is_container(value):
-        with suppress(ValueError):  # likewise
+        with suppress(ValueError):  # here too
             return _as_json(value, causes)
     return value

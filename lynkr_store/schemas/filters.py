@@ -1,4 +1,4 @@
-"""What can be asked: a window of time, the dimensions of a row, how many rows. Knows no SQL."""
+"""What a question consists of: a window of time, filters, a number of rows. Knows no SQL."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -14,7 +14,9 @@ from lynkr_store.schemas import epoch_ms, values
 from lynkr_store.schemas.base import FrozenInput
 from lynkr_store.schemas.events import NAME_MAX_CHARS, sanitize_text
 
-_MAX_VALUES: Final = 1_000  # well below what one statement can bind on either backend
+_MAX_VALUES: Final = (
+    1_000  # well below the number of parameters that a statement may have on either backend
+)
 
 
 def _bound(value: object) -> object:
@@ -24,12 +26,11 @@ def _bound(value: object) -> object:
 class Window(FrozenInput):
     """The half-open range of time ``[since, until)``.
 
-    Both ends are instants as `RoutingEvent.timestamp` takes them, and are kept as epoch
-    milliseconds.
-    In a statistic a missing ``until`` is now, included, and a missing ``since`` the statistic's
-    own look-back (24 hours unless its docstring says otherwise); in lists a missing end is open.
-    An empty or inverted window holds no row. The gateway's own ranges include both ends: its
-    ``until=U`` is ``until=U + 1`` here.
+    Both ends accept what `RoutingEvent.timestamp` accepts, and are kept as epoch milliseconds. In a
+    statistic a missing ``until`` means now, inclusive, and a missing ``since`` means the
+    statistic's look-back (24 hours unless its docstring says otherwise). In lists a missing end is
+    open. An empty or inverted window contains no rows. The gateway's own ranges include both ends:
+    its ``until=U`` is ``until=U + 1`` here.
     """
 
     since: Annotated[datetime | int | None, BeforeValidator(_bound)] = None
@@ -37,20 +38,20 @@ class Window(FrozenInput):
 
     @property
     def since_ms(self) -> int | None:
-        """The first millisecond inside, or None for an open end."""
+        """The first millisecond in the window; None for an open end."""
         return None if self.since is None else epoch_ms(self.since)
 
     @property
     def until_ms(self) -> int | None:
-        """The first millisecond after, or None for an open end."""
+        """The first millisecond after the window; None for an open end."""
         return None if self.until is None else epoch_ms(self.until)
 
     def resolved(self, now_ms: int, look_back: timedelta) -> tuple[int, int]:
-        """Both ends in epoch milliseconds, as a statistic takes them.
+        """Both ends in epoch milliseconds, with a statistic's defaults.
 
         Args:
-            now_ms: The present, which a missing ``until`` includes.
-            look_back: How long before the present a missing ``since`` lies.
+            now_ms: The present, which is included if ``until`` is missing.
+            look_back: How long before the present the window begins if ``since`` is missing.
         """
         since, until = self.since_ms, self.until_ms
         if since is None:
@@ -59,10 +60,10 @@ class Window(FrozenInput):
 
 
 def _several(value: object, convert: Callable[[object], Any], say: str) -> list[Any] | None:
-    """The value, or each of several, converted; None for none.
+    """The value, or each of several values, converted; None for None.
 
     Raises:
-        ValueError: One is not of the dimension's kind, or they are none, or too many.
+        ValueError: A value has the wrong type, or there are no values or too many.
     """
     if value is None:
         return None
@@ -73,16 +74,18 @@ def _several(value: object, convert: Callable[[object], Any], say: str) -> list[
             if isinstance(value, str | bytes) or not isinstance(value, Collection):
                 raise
             found = [convert(item) for item in islice(value, _MAX_VALUES + 1)]
-    except Exception:  # noqa: BLE001 - a value's own methods may raise anything
+    except Exception:  # noqa: BLE001 - a value's own methods may raise any exception
         raise ValueError(f"give {say}, or several in a list") from None
     if not 0 < len(found) <= _MAX_VALUES:
-        raise ValueError(f"give from 1 to {_MAX_VALUES} values, or leave it out to match all")
+        raise ValueError(
+            f"give 1 to {_MAX_VALUES} values, or leave the filter out to match all rows"
+        )
     return found
 
 
 def _texts(value: object) -> object:
     texts = _several(value, values.text, "a text")
-    # mended as records are on their way in, so that a text finds what was recorded with it
+    # sanitized as records are, so that a text finds what was recorded with it
     return texts and tuple(sorted({sanitize_text(text)[0][:NAME_MAX_CHARS] for text in texts}))
 
 
@@ -97,23 +100,23 @@ def _finite(value: object) -> object:
     with suppress(ValueError):
         if math.isfinite(number := values.real(value)):
             return number
-    raise ValueError("a bound is a finite number, which a float can hold")
+    raise ValueError("give a finite number that fits in a float")
 
 
 _Texts = Annotated[str | Collection[str] | None, PlainValidator(_texts)]
 _Codes = Annotated[int | Collection[int] | None, PlainValidator(_codes)]
 _Bound = Annotated[float | None, BeforeValidator(_finite)]
 _YesNo = Annotated[
-    bool | None, Field(strict=True), BeforeValidator(values.taking(values.flag, bool))
+    bool | None, Field(strict=True), BeforeValidator(values.validator(values.flag, bool))
 ]
 
 
 class RoutingFilter(FrozenInput):
-    """Which rows: every dimension given must match; one left out matches all.
+    """Which rows: every filter that is set must match; a filter that is left out matches all rows.
 
-    A dimension takes one value or several, of which one must match: the values that `RoutingEvent`
-    takes in the field of that name. An empty text is a value.
-    Bounds include their own value; a row where the number was not measured is outside them.
+    A filter takes one value or several, of which one must match. It accepts the values that
+    `RoutingEvent` accepts in the field of the same name. An empty text is a value, not a missing
+    filter. Bounds are inclusive; a row whose number was not measured is never within bounds.
     """
 
     provider: _Texts = None
@@ -125,7 +128,7 @@ class RoutingFilter(FrozenInput):
     routing_method: _Texts = None
     status_code: _Codes = None
     has_error: _YesNo = None
-    """True for rows with an error type, False for rows without."""
+    """True: rows with an error type. False: rows without one."""
     was_fallback: _YesNo = None
     min_latency_ms: _Bound = None
     max_latency_ms: _Bound = None
@@ -140,10 +143,10 @@ class RoutingFilter(FrozenInput):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_dimensions(cls, data: Any) -> Any:
+    def _known_filters(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and (unknown := set(data) - set(cls.model_fields)):
-            known = ", ".join(cls.model_fields)
-            raise ValueError(f"no dimension {', '.join(map(repr, unknown))}; there are {known}")
+            names, valid = ", ".join(map(repr, unknown)), ", ".join(cls.model_fields)
+            raise ValueError(f"unknown filter {names}; valid filters: {valid}")
         return data
 
     @model_validator(mode="after")
@@ -151,7 +154,7 @@ class RoutingFilter(FrozenInput):
         for name in ("latency_ms", "cost_usd", "quality_score", "input_tokens", "output_tokens"):
             low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
             if low is not None and high is not None and low > high:
-                raise ValueError(f"min_{name} is greater than max_{name}: exchange them")
+                raise ValueError(f"min_{name} is greater than max_{name}: swap them")
         return self
 
 
@@ -159,10 +162,10 @@ _Value = TypeVar("_Value")
 
 
 def checked_window(window: Window | None) -> Window:
-    """The window; one without ends for None.
+    """The window; an unbounded one for None.
 
     Raises:
-        BadArgument: Another type.
+        BadArgument: The value has another type.
     """
     return _of_type("window", Window, window)
 
@@ -171,7 +174,7 @@ def checked_criteria(criteria: RoutingFilter | None) -> RoutingFilter:
     """The filter; one that matches every row for None.
 
     Raises:
-        BadArgument: Another type.
+        BadArgument: The value has another type.
     """
     return _of_type("criteria", RoutingFilter, criteria)
 
@@ -180,9 +183,9 @@ def checked_provider(provider: object) -> str:
     """A provider's name.
 
     Raises:
-        BadArgument: No text.
+        BadArgument: The value is not a text.
     """
-    if type(provider) is str:  # asked for each time that a kept answer is given
+    if type(provider) is str:  # the usual case, on the path of every cached answer
         return provider
     return _checked("provider", "give the provider's name as a text", values.text, provider)
 
@@ -191,7 +194,7 @@ def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
     """A whole number of rows.
 
     Raises:
-        BadArgument: Fewer than ``least``, fractional, NaN, or no number.
+        BadArgument: Less than ``least``, fractional, NaN, or not a number.
     """
     words = f"give a whole number of rows, {least} or more"
     rows = _checked(name, words, values.whole, limit)
@@ -201,10 +204,10 @@ def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
 
 
 def checked_age(older_than: object) -> timedelta:
-    """An age in the past.
+    """An age.
 
     Raises:
-        BadArgument: Negative, or no ``timedelta``.
+        BadArgument: Negative, or not a ``timedelta``.
     """
     words = "give a timedelta of 0 or more, as in timedelta(days=30)"
     age = _checked("older_than", words, values.duration, older_than)
@@ -214,10 +217,10 @@ def checked_age(older_than: object) -> timedelta:
 
 
 def checked_seconds(seconds: object, name: str) -> float:
-    """A time to wait, in seconds; infinity is one.
+    """A time to wait, in seconds; infinity is allowed.
 
     Raises:
-        BadArgument: Negative, NaN, too large for a float, or no number.
+        BadArgument: Negative, NaN, too large for a float, or not a number.
     """
     words = "give seconds, 0 or more"
     found = _checked(name, words, values.real, seconds)

@@ -1,8 +1,8 @@
-"""Stored records as they come out, whatever was stored.
+"""Stored records as they are read, whatever another program stored.
 
-SQLite keeps what it was given: a real in an integer column, text in a number's column, bytes that
-are no UTF-8. `Reading` turns each stored value into what its column means and counts what could
-not be read.
+SQLite keeps what it is given: a real in an integer column, text in a number's column, invalid
+UTF-8. `Reading` converts each stored value to what its column means, and counts values that it
+cannot interpret.
 """
 
 import math
@@ -16,27 +16,27 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from pydantic import BeforeValidator, Field
 
 from lynkr_store.schemas import values
-from lynkr_store.schemas.base import FrozenInput, FrozenOutput, made, utc
+from lynkr_store.schemas.base import FrozenInput, FrozenOutput, construct_all, utc
 
 _CURSOR_TEXT: Final = re.compile(r"(-?\d{1,19}(\.\d+)?(e[+-]?\d+)?):(-?\d{1,19})", re.ASCII)
 
 Number = int | float
-"""A stored number: a real in an integer's column comes out as it is (``79.5``)."""
+"""A stored number. A real in an integer column is returned as it is (``79.5``)."""
 
 StoredInstant = int | float | str | bytes
-"""The timestamp column's raw value; anything but an int was stored by another writer."""
+"""The timestamp column's raw value; anything but an int was stored by another program."""
 
-# What SQLite itself takes for a number; Python's float() would also accept "1_0", "nan" and "٣".
-# Each character can be of one part only, so that a text which is none is told in one pass.
+# What SQLite itself reads as a number; Python's float() would also accept "1_0", "nan" and "٣".
+# Each character can match only one part, so a text that is not a number fails in one pass.
 _NUMERIC_TEXT: Final = re.compile(r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
-_LONGEST_NUMBER: Final = 1_000  # characters; a double's digits are 767 at most
+_LONGEST_NUMBER: Final = 1_000  # characters; a double has at most 767 digits
 
 
 def _place(value: object) -> int | float:
-    """The timestamp of a cursor that a caller makes.
+    """The timestamp of a cursor that a caller creates.
 
     Raises:
-        ValueError: It is no instant, and no number of epoch milliseconds within 64 bits.
+        ValueError: Not an instant, and not a number of epoch milliseconds within 64 bits.
     """
     with suppress(ValueError):
         number = values.real(value)
@@ -50,10 +50,10 @@ def _row_id(value: object) -> int:
 
 
 class Cursor(FrozenInput):
-    """A place in the order ``(timestamp, id)`` of the rows, from which paging goes on.
+    """A position in the order ``(timestamp, id)`` of the rows, from which the next page continues.
 
-    A row's own cursor has the timestamp that is stored, whatever that is. One that a caller makes
-    takes what `RoutingEvent.timestamp` takes, and a fraction of a millisecond.
+    A row's own cursor has the stored timestamp, whatever it is. A cursor that a caller creates
+    accepts what `RoutingEvent.timestamp` accepts, and fractions of a millisecond.
     """
 
     timestamp: Annotated[
@@ -67,27 +67,29 @@ class Cursor(FrozenInput):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the text form, ``<epoch ms>:<id>``.
+        """Parse the text form, ``<epoch ms>:<id>``.
 
         Raises:
-            ValueError: Another form.
+            ValueError: The text has another form.
         """
         with suppress(ValueError):
             if found := _CURSOR_TEXT.fullmatch(text):
                 instant, *parts, row_id = found.groups()
                 timestamp = float(instant) if any(parts) else int(instant)
                 return cls(timestamp=timestamp, id=int(row_id))
-        raise ValueError("a cursor is <epoch ms>:<id>, as the last row's cursor says")
+        raise ValueError(
+            "a cursor is <epoch ms>:<id>: give the cursor of the previous page's last row"
+        )
 
 
 class Reading:
-    """Reads stored values by their column's meaning and counts those it could not read."""
+    """Converts stored values to their column's meaning, and counts those it cannot interpret."""
 
     def __init__(self) -> None:
         self.unreadable = 0
 
     def number(self, value: object) -> Number | None:
-        """The number as stored; text that is one becomes one; anything else is None, counted."""
+        """The number as stored, also from a text; None for anything else, which is counted."""
         if value is None or type(value) is int:
             return value
         if isinstance(value, float) and math.isfinite(value):
@@ -104,13 +106,13 @@ class Reading:
         return None
 
     def text(self, value: object) -> str | None:
-        """Text; bytes are decoded with U+FFFD for what is no UTF-8."""
+        """Text; bytes are decoded, with U+FFFD for invalid UTF-8."""
         if value is None or isinstance(value, str):
             return value
         return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
     def flag(self, value: object) -> bool | None:
-        """True or False for 1 or 0; anything else is None, counted unless NULL."""
+        """True or False for 1 or 0; None for anything else, which is counted unless NULL."""
         if value is None:
             return None
         if value in (0, 1):
@@ -119,7 +121,7 @@ class Reading:
         return None
 
     def instant(self, value: object) -> datetime | None:
-        """An aware UTC datetime; None, counted, where the stored value names none."""
+        """An aware UTC datetime; None if the stored value is not an instant, which is counted."""
         if isinstance(value, datetime):
             return value
         number = self.number(value)
@@ -142,7 +144,7 @@ class RoutingRowBrief(FrozenOutput):
     request_id: str | None
     session_id: str | None
     timestamp: datetime | None
-    """UTC; None where the stored value names no instant (`cursor` has it as it is)."""
+    """UTC; None if the stored value is not an instant (`cursor` has the stored value)."""
     complexity_score: Number | None
     tier: str | None
     agentic_type: str | None
@@ -184,9 +186,9 @@ class RoutingRowBrief(FrozenOutput):
     finish_reason: str | None
     attributes: str | None
     cursor: Annotated[Cursor, Field(exclude=True, repr=False)]
-    """Where this row stands in the order of the list; pass it as ``before=`` for the next page."""
+    """This row's position in the list; pass it as ``before=`` for the next page."""
 
-    # The columns that only this store has: the gateway's own answer leaves them out.
+    # The columns that only this store has; the gateway's answers do not include them.
     _OWN: ClassVar[frozenset[str]] = frozenset(
         {
             "trace_id",
@@ -205,24 +207,26 @@ class RoutingRowBrief(FrozenOutput):
     def from_stored(
         cls, names: Sequence[str], rows: Iterable[Sequence[Any]], reading: Reading
     ) -> list[Self]:
-        """Read stored rows, a column at a time: most need no look at each of their values.
+        """Convert stored rows, by column, because most columns need no check of each value.
 
         Args:
-            names: Of the rows' columns.
+            names: The names of the rows' columns.
             rows: Their values, straight from the database.
-            reading: Counts the values that could not be read.
+            reading: Counts the values that it cannot interpret.
         """
         columns = dict(zip(names, zip(*rows, strict=True), strict=False))
         if not columns:
             return []
         read = {name: read(reading, columns[name]) for name, read in _READERS[cls].items()}
         places = zip(columns["timestamp"], columns["id"], strict=True)
-        read["cursor"] = made(Cursor, ({"timestamp": at, "id": row_id} for at, row_id in places))
+        read["cursor"] = construct_all(
+            Cursor, ({"timestamp": at, "id": row_id} for at, row_id in places)
+        )
         whole = zip(*read.values(), strict=True)
-        return made(cls, (dict(zip(read, row, strict=True)) for row in whole))
+        return construct_all(cls, (dict(zip(read, row, strict=True)) for row in whole))
 
     def to_gateway(self) -> dict[str, Any]:
-        """The row as the gateway's ``query`` gives it: its column names, 0/1 flags, epoch ms."""
+        """The row as the gateway's ``query`` returns it: its column names, 0/1 flags, epoch ms."""
         values: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
         values["timestamp"] = values.pop("cursor").timestamp
         return {
@@ -243,7 +247,7 @@ _Read = Callable[[Reading, Sequence[Any]], Sequence[Any]]
 
 
 def _column_of(one: Callable[[Reading, Any], Any], *usual: type) -> _Read:
-    """Reads a column: as it is where it holds the usual types alone, else each value by itself."""
+    """Reads a column: unchanged if it has only the usual types, otherwise value by value."""
     types = {*usual, NoneType}
 
     def read(reading: Reading, values: Sequence[Any]) -> Sequence[Any]:
@@ -273,4 +277,4 @@ _READERS: Final = {
     }
     for model in (RoutingRowBrief, RoutingRow)
 }
-"""How a model's columns are read."""
+"""How each model's columns are read."""

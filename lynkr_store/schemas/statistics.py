@@ -1,4 +1,4 @@
-"""Statistics over a window. Rounding is the gateway's: half up, on the exact value."""
+"""The statistics of a window. Rounding is the gateway's: half up, on the exact value."""
 
 from datetime import datetime
 from typing import Any, ClassVar, Final, Literal
@@ -15,11 +15,11 @@ class _Statistic(FrozenOutput):
     """An answer that the gateway's module gives too, in camelCase and without our additions."""
 
     source: Literal["rows", "buckets"] = "rows"
-    """``rows``: exactly what the window's rows say. ``buckets``: rows of the window were removed
-    by retention, and the answer comes from what was counted of them, by whole quarters of an hour
-    in UTC; it may include rows of the first quarter that lie before the window."""
+    """``rows``: computed from exactly the window's rows. ``buckets``: retention removed rows of the
+    window, and the answer comes from pre-aggregated buckets, in whole quarters of an hour in UTC;
+    it may include rows of the first quarter that are before the window."""
     raw_from: datetime | None = None
-    """The instant from which on the rows are there; None where the answer is exact."""
+    """The instant from which the rows exist; None if the answer is exact."""
 
     _OWN: ClassVar[frozenset[str]] = _SOURCE
 
@@ -33,16 +33,16 @@ class _Statistic(FrozenOutput):
 
 
 class RoutingStats(_Statistic):
-    """What a person reads first about a window. Percentages are 0 to 100, to one decimal."""
+    """The main figures of a window. Percentages are 0 to 100, to one decimal."""
 
     total_requests: int
     avg_latency_by_provider: FrozenMap[int]
-    """Provider to mean latency in whole milliseconds, over requests whose latency was measured;
-    a provider without any is left out."""
+    """Provider to mean latency in whole milliseconds, over requests with a measured latency;
+    providers without any are left out."""
     avg_quality_by_tier: FrozenMap[float]
     """Tier to mean quality score (0 to 100) to one decimal, over requests with both."""
     error_rate: float
-    """Requests with an error type, in percent of all."""
+    """Requests with an error type, in percent of all requests."""
     over_provisioned_pct: float
     """See `RoutingAccuracy`."""
     under_provisioned_pct: float
@@ -50,9 +50,9 @@ class RoutingStats(_Statistic):
     requests_by_tier: FrozenMap[int]
     """Requests without a tier are left out."""
     total_cost: float | None
-    """US dollars to four decimals, over requests whose cost is known; None when none is."""
+    """US dollars to four decimals, over requests with a known cost; None if there are none."""
     unpriced_requests: int
-    """Requests whose cost is not known, and is in no sum."""
+    """Requests with an unknown cost, which `total_cost` does not include."""
 
     _OWN = _SOURCE | {
         "requests_by_provider",
@@ -63,7 +63,7 @@ class RoutingStats(_Statistic):
 
 
 class ProviderStats(_Statistic):
-    """One provider's figures. An average is None when nothing was measured; a true 0 stays 0."""
+    """One provider's figures. An average is None if nothing was measured; a true 0 stays 0."""
 
     total: int
     avg_latency: int | None
@@ -72,15 +72,15 @@ class ProviderStats(_Statistic):
     """Mean quality score (0 to 100) to one decimal."""
     avg_output_tokens: int | None
     error_rate: float
-    """Percent of all, to one decimal."""
+    """Percent of all requests, to one decimal."""
     fallback_rate: float
-    """Percent of all, to one decimal."""
+    """Percent of all requests, to one decimal."""
     avg_tokens_per_second: float | None
     """To one decimal."""
     total_cost: float | None
-    """US dollars to four decimals, over requests whose cost is known; None when none is."""
+    """US dollars to four decimals, over requests with a known cost; None if there are none."""
     unpriced_requests: int
-    """Requests whose cost is not known, and is in no sum."""
+    """Requests with an unknown cost, which `total_cost` does not include."""
 
     _OWN = _SOURCE | {"unpriced_requests"}
 
@@ -88,8 +88,8 @@ class ProviderStats(_Statistic):
 class RoutingAccuracy(_Statistic):
     """How often the tier was wrong, judged by the answer.
 
-    Over-provisioned: a REASONING or COMPLEX tier for an answer of quality above 80 in fewer than
-    50 tokens. Under-provisioned: a SIMPLE tier for an answer of quality below 45. Percentages are
+    Over-provisioned: a REASONING or COMPLEX tier for an answer with quality above 80 and fewer than
+    50 tokens. Under-provisioned: a SIMPLE tier for an answer with quality below 45. Percentages are
     of all requests, measured or not, to one decimal.
     """
 

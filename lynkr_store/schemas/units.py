@@ -1,16 +1,16 @@
-"""What a stored number can mean: the range it must lie in and the unit it is summed in.
+"""What a stored number can mean: its valid range, and the unit in which it is summed.
 
-A value outside its domain is refused on the way in; where one is stored all the same (by another
-writer), every aggregate counts it as not measured. Reals are summed as integers, each scaled by
-``floor(x * scale + 0.5)``, so that every backend gives the same sum in any order. With these
-limits a scaled value stays below 2**53, where doubles hold every integer exactly.
+A value outside its domain is refused on the way in. If another program stored one, every aggregate
+treats it as not measured. Reals are summed as integers, each scaled by ``floor(x * scale + 0.5)``,
+so every backend computes the same sum in any order. Within these limits a scaled value is below
+2**53, up to which doubles represent every integer exactly.
 """
 
 from typing import Final, NamedTuple
 
 
 class Domain(NamedTuple):
-    """A number's range, ``|x| <= limit``, and the integer units per 1 that sums are made of."""
+    """A number's range, ``|x| <= limit``, and how many integer units its sums count per 1."""
 
     limit: int
     scale: int
@@ -29,10 +29,10 @@ SCORE: Final = Domain(limit=10**9, scale=10**6)
 """Scores and rates, summed in millionths."""
 
 INSTANT_MIN_MS: Final = 946_684_800_000
-"""2000-01-01T00:00Z in epoch milliseconds: the earliest instant a record may carry."""
+"""2000-01-01T00:00Z in epoch milliseconds: the earliest timestamp of a record."""
 
 INSTANT_MAX_MS: Final = 4_102_444_800_000
-"""2100-01-01T00:00Z in epoch milliseconds: the latest instant a record may carry."""
+"""2100-01-01T00:00Z in epoch milliseconds: the first instant after the latest timestamp."""
 
 QUARTER_MS: Final = 900_000
 HOUR_MS: Final = 3_600_000
@@ -48,7 +48,7 @@ def half_up(numerator: int, denominator: int, digits: int) -> float:
     Args:
         numerator: Any integer.
         denominator: A positive integer.
-        digits: Decimals to keep, 0 or more.
+        digits: The number of decimals, 0 or more.
 
     Returns:
         The double nearest to the rounded decimal.

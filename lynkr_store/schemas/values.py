@@ -1,11 +1,11 @@
-"""What a value of any library is in Python's own types: one rule for records and for questions.
+"""Converts values of any library to Python's own types: one rule for records and questions.
 
-Hosts hand over what their libraries made: members of enumerations, UUIDs, NumPy's numbers,
-Decimals, pendulum's datetimes. A value is taken if a plain one says the same, and refused if none
-does, in a record, a filter, a window and a cursor alike.
+Hosts pass what their libraries create: members of enumerations, UUIDs, NumPy's numbers, Decimals,
+pendulum's datetimes. A value is accepted if a plain value means the same, and refused otherwise;
+the rule is the same in records, filters, windows and cursors.
 
-No library is imported. A value is known by its class, or by the methods of Python's number
-protocol. What these methods raise is the value's fault, and it is refused for its type.
+No library is imported. A value is recognised by its class, or by the methods of Python's number
+protocol. If these methods raise an exception, the value is refused because of its type.
 """
 
 import math
@@ -24,10 +24,10 @@ from uuid import UUID
 from pydantic_core import PydanticCustomError
 
 INT64_MAX: Final = 2**63 - 1
-"""The greatest whole number that either backend holds."""
+"""The greatest whole number that either backend stores."""
 
 INT64_MIN: Final = -(2**63)
-"""The least one."""
+"""The lowest whole number that either backend stores."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 def _or_refuse(words: LiteralString) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
-    """Refuse a value with these words where its own methods, or the function, raise anything."""
+    """Raise a ValueError with these words if the function, or the value's own methods, raise."""
 
     def decorate(convert: Callable[..., _T]) -> Callable[..., _T]:
         @wraps(convert)
@@ -60,15 +60,15 @@ def _or_refuse(words: LiteralString) -> Callable[[Callable[..., _T]], Callable[.
 
 
 def plain(value: Any) -> Any:
-    """The value of Python's own types that says the same.
+    """The value of Python's own types with the same meaning.
 
     Returns:
-        A text, number, bool or datetime (see `datetime_of`) of exactly that type; a ``Decimal``
-        that is no float exactly stays one, for `real` to round. Any other value as it is: no field
-        takes it.
+        A text, number, bool or datetime (see `datetime_of`) of exactly that type. A ``Decimal``
+            that a float cannot hold exactly stays a Decimal, for `real` to round. Any other value
+            is returned unchanged; no field accepts it.
 
     Raises:
-        ValueError: It is a number that no float is.
+        ValueError: It is a number that a float cannot hold.
         Exception: What the value's own methods raise.
     """
     kind = type(value)
@@ -88,7 +88,7 @@ def plain(value: Any) -> Any:
 
 
 _BY_CLASS: Final[dict[type, Callable[[Any], Any]]] = {
-    str: str.__str__,  # the base's own, for a subclass may have another
+    str: str.__str__,  # the base class's method, because a subclass may override it
     int: int.__int__,
     float: float.__float__,
     UUID: UUID.__str__,
@@ -97,13 +97,13 @@ _BY_CLASS: Final[dict[type, Callable[[Any], Any]]] = {
 
 
 def datetime_of(value: object) -> datetime | None:
-    """The standard library's datetime of a datetime of any library; None for another value.
+    """The standard library's datetime for a datetime of any library; None for another value.
 
-    Its zone is the offset at that moment, or None: arithmetic and zones of other libraries need
-    not work with the standard library's, and a zone may hold much.
+    Its zone is the offset at that moment, or None, because arithmetic and zones of other libraries
+    may not work with the standard library's, and a zone object may be large.
 
     Raises:
-        Exception: What the value's own methods, or those of its zone, raise.
+        Exception: What the methods of the value or its zone raise.
     """
     kind = type(value)
     if not issubclass(kind, datetime):
@@ -122,8 +122,8 @@ def datetime_of(value: object) -> datetime | None:
 def _number(value: Any) -> Any:
     """The number, or the bool, of an object with Python's number protocol.
 
-    Arrays have it too, and the bools and complex numbers in them: where there is a ``dtype``, it
-    says what the object is.
+    Arrays and their bools and complex numbers have this protocol too; ``dtype``, where it exists,
+    tells them apart.
     """
     dtype = str(getattr(value, "dtype", float))
     if getattr(value, "shape", ()) != ():
@@ -132,7 +132,7 @@ def _number(value: Any) -> Any:
         return bool(value)
     if "int" not in dtype and "float" not in dtype:
         return value
-    with suppress(TypeError):  # an array of floats has the method as well
+    with suppress(TypeError):  # an array of floats has this method too
         return operator.index(value)
     try:
         number = float(value)
@@ -145,7 +145,7 @@ def _number(value: Any) -> Any:
     if math.isinf(number):
         raise _too_large()
     raise PydanticCustomError(
-        "wrong_type", "no float is exactly this number: give float(value), which rounds it"
+        "wrong_type", "a float cannot hold this number exactly: give float(value) to round it"
     )
 
 
@@ -158,7 +158,7 @@ def text(value: object) -> str:
     """A text: a ``str``, a UUID, or a member of an enumeration of texts.
 
     Raises:
-        ValueError: Another value.
+        ValueError: Any other value.
     """
     found = plain(value)
     if type(found) is not str:
@@ -168,10 +168,10 @@ def text(value: object) -> str:
 
 @_or_refuse("give a whole number")
 def whole(value: object) -> int:
-    """A whole number: an ``int``, or another number without a fraction; no bool.
+    """A whole number: an ``int``, or another number without a fraction; not a bool.
 
     Raises:
-        ValueError: Another value.
+        ValueError: Any other value.
     """
     return _whole(plain(value))
 
@@ -186,10 +186,10 @@ def _whole(number: object) -> int:
 
 @_or_refuse("give a whole number, or its digits as a text")
 def code(value: object) -> int:
-    """A whole number, which may be given as a text of its digits: HTTP's libraries do so.
+    """A whole number, or a text of its digits, as HTTP libraries give it.
 
     Raises:
-        ValueError: Another value.
+        ValueError: Any other value.
     """
     found = plain(value)
     return int(found) if type(found) is str and _DIGITS.fullmatch(found) else _whole(found)
@@ -197,13 +197,13 @@ def code(value: object) -> int:
 
 @_or_refuse("give a number")
 def real(value: object) -> float:
-    """A number as a float, NaN and infinities included; no bool.
+    """A number as a float, including NaN and infinities; not a bool.
 
-    A Decimal is rounded to the nearest float, as its digits in a program's text would be. Another
-    number must be a float exactly.
+    A Decimal is rounded to the nearest float, like a literal in a program. A float must be able to
+    hold any other number exactly.
 
     Raises:
-        ValueError: Another value.
+        ValueError: Any other value.
     """
     found = plain(value)
     if type(found) is float:
@@ -218,10 +218,10 @@ def real(value: object) -> float:
 
 @_or_refuse("give True or False, or 1 or 0")
 def flag(value: object) -> bool:
-    """A yes or no: a bool, also of another library, or the number 1 or 0.
+    """A bool, also of another library, or the number 1 or 0.
 
     Raises:
-        ValueError: Another value.
+        ValueError: Any other value.
     """
     found = plain(value)
     if type(found) not in (bool, int, float) or found not in (0, 1):
@@ -231,10 +231,10 @@ def flag(value: object) -> bool:
 
 @_or_refuse("give a timedelta")
 def duration(value: object) -> timedelta:
-    """A duration: a ``timedelta``, also one of another library, as the standard library's.
+    """A ``timedelta``, also of another library, as the standard library's.
 
     Raises:
-        ValueError: Another value.
+        ValueError: Any other value.
     """
     if not issubclass(type(value), timedelta):
         raise TypeError
@@ -246,13 +246,14 @@ def duration(value: object) -> timedelta:
     "zone, as in 2026-01-31T12:00Z"
 )
 def epoch_ms(value: object, *, round_up: bool = False) -> int:
-    """The epoch milliseconds of an instant.
+    """An instant as epoch milliseconds.
 
     Args:
-        value: An aware datetime, also of another library; ISO 8601 text of a date, a time and a
-            zone; or a whole number that is already in epoch milliseconds.
-        round_up: Round a part of a millisecond up. Bounds of windows need it: for whole
-            milliseconds t, ``t >= x`` is ``t >= ceil(x)``. A record's own instant is cut instead.
+        value: An aware datetime, also of another library; ISO 8601 text with a date, a time and a
+            zone; or a whole number that already is epoch milliseconds.
+        round_up: Round a fraction of a millisecond up. A window's bounds need it: for whole
+            milliseconds t, ``t >= x`` is ``t >= ceil(x)``. A record's own timestamp is rounded
+            down.
 
     Returns:
         Whole milliseconds since 1970-01-01T00:00Z, within 64 bits.
@@ -267,7 +268,7 @@ def epoch_ms(value: object, *, round_up: bool = False) -> int:
         if found.tzinfo is None:
             raise PydanticCustomError(
                 "naive_datetime",
-                "a naive datetime names no instant: give it a zone, as in tzinfo=UTC, or "
+                "a naive datetime has no time zone: give it one, as in tzinfo=UTC, or "
                 "2026-01-31T12:00Z as text",
             )
         ms, rest = divmod(found - _EPOCH, _MILLISECOND)
@@ -276,10 +277,10 @@ def epoch_ms(value: object, *, round_up: bool = False) -> int:
 
 
 def _parsed(given: str) -> datetime:
-    """The datetime of an ISO 8601 text, whose letters may be small ones as in RFC 3339.
+    """The datetime of an ISO 8601 text; lower-case letters are accepted, as in RFC 3339.
 
     Raises:
-        ValueError: It is none, or a date alone, which is no instant in any zone.
+        ValueError: Another text, or a date alone, which is not an instant.
     """
     with suppress(ValueError):
         date.fromisoformat(given)
@@ -288,21 +289,21 @@ def _parsed(given: str) -> datetime:
 
 
 def in_64_bits(number: int, what: str) -> int:
-    """The whole number, if a database can hold it.
+    """The whole number, if a database can store it.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: It does not fit in 64 bits.
     """
     if abs(number) > INT64_MAX:
         raise PydanticCustomError("wrong_type", "{what} must fit in 64 bits", {"what": what})
     return number
 
 
-def taking(convert: Callable[[object], Any], *usual: type) -> Callable[[object], Any]:
-    """A field's validator: None and values of the usual types as they are, others converted."""
+def validator(convert: Callable[[object], Any], *usual: type) -> Callable[[object], Any]:
+    """A field's validator: keeps None and values of the usual types, and converts others."""
     types = frozenset({*usual, NoneType})
 
-    def taken(value: object) -> Any:
+    def validated(value: object) -> Any:
         return value if type(value) in types else convert(value)
 
-    return taken
+    return validated

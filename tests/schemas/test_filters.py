@@ -59,7 +59,7 @@ def test_a_dimension_takes_one_or_several():
         ({"providr": "a"}, "providr.*provider, tier, model"),
         ({"provider": 5}, "provider.*a text"),
         ({"provider": ["a", None]}, "provider.*a text"),
-        ({"provider": []}, "provider.*leave it out"),
+        ({"provider": []}, "provider.*leave the filter out"),
         ({"provider": ["x"] * 1001}, "provider.*1000"),
         ({"status_code": "2xx"}, "status_code.*whole number"),
         ({"status_code": "9" * 30}, "status_code.*whole number"),
