@@ -1,7 +1,7 @@
-"""A bounded cache with a time to live, and the decorator that uses one.
+"""A bounded cache with a time to live, and a decorator that uses it.
 
-Built on `cachetools`, to which this adds one flight per key: while an answer is being computed,
-whoever asks the same waits for it, in threads and in asyncio alike.
+Built on `cachetools`. This module adds single-flight computation: while one caller computes an
+answer, others with the same question wait for it, in threads and in asyncio.
 """
 
 import asyncio
@@ -24,14 +24,14 @@ _MISSING: Final = object()
 
 
 class TTLCache(Forkable):
-    """Answers by the question asked, each kept for a time. Shared between threads and loops.
+    """Answers by question, each kept for a limited time. Shared by threads and event loops.
 
-    Values are given to every caller alike, so they must be immutable. Failures are not kept; None
-    is. Whoever waits for a computation that fails gets its failure.
+    All callers receive the same object, so values must be immutable. None is cached; failures are
+    not. Callers that wait for a computation that fails receive its exception.
 
     Args:
-        ttl_s: Seconds an answer is kept, from its computation's end; 0 switches the cache off.
-        max_entries: Answers kept; the least recently used go first.
+        ttl_s: Seconds for which an answer is kept after it was computed; 0 switches the cache off.
+        max_entries: The maximum number of answers; the least recently used are removed first.
         timer: A monotonic clock in seconds.
 
     Raises:
@@ -52,29 +52,29 @@ class TTLCache(Forkable):
         self.after_fork_in_child()
 
     def after_fork_in_child(self) -> None:
-        """Wait for no thread of the parent's; what was answered stays answered."""
+        """Keep the answers; do not wait for computations of the parent's threads."""
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Any] = {}  # key to _Flight, or loop and key to task
 
     def __len__(self) -> int:
-        """How many answers are kept now."""
+        """The number of answers in the cache."""
         with self._lock:
             self._answers.expire()
             return len(self._answers)
 
     def clear(self) -> None:
-        """Forget every answer, those under way included: nobody new waits for them."""
+        """Remove every answer; later callers do not wait for computations in progress."""
         with self._lock:
             self._answers.clear()
             self._flights.clear()
 
-    def get_or_compute(  # noqa: C901 - one block, so that no interruption falls between two
+    def get_or_compute(  # noqa: C901 - one block, so that an interruption cannot fall between two
         self, key: Hashable, compute: Callable[[], _T]
     ) -> _T:
-        """The kept answer, or the one computed now, by this thread or one that is at it.
+        """Return the cached answer, or compute it in this thread, or wait for the thread that does.
 
-        What interrupts a computation (KeyboardInterrupt, SystemExit) is its own thread's: those
-        who wait for it compute themselves.
+        An exception that interrupts a computation (KeyboardInterrupt, SystemExit) is raised only in
+        that thread. Waiting threads then compute the answer themselves.
         """
         if self._off:
             return compute()
@@ -90,66 +90,66 @@ class TTLCache(Forkable):
                         own = flight = self._flights[key] = _Flight(threading.get_ident())
                 if flight is own:
                     flight.answer = compute()
-                    self._land(key, key, flight, flight.answer)
+                    self._finish(key, key, flight, flight.answer)
                     flight.end()
                     return cast("_T", flight.answer)
                 if flight.leader == threading.get_ident():
-                    return compute()  # asked again while computing: waiting would be for oneself
+                    return compute()  # re-entrant: waiting would be a deadlock
                 flight.wait()
                 if flight.failure is not None:
-                    raise flight.failure  # noqa: TRY301 - who leads has handled it
+                    raise flight.failure  # noqa: TRY301 - the computing thread has handled it
                 if flight.answer is not _MISSING:
                     return cast("_T", flight.answer)
         except BaseException as error:
-            if own is not None:  # each step here may have been done before
-                self._land(key, key, own)
+            if own is not None:  # each of these steps may have been done already
+                self._finish(key, key, own)
                 if own.answer is _MISSING and isinstance(error, Exception):
                     own.failure = error
                 own.end()
             raise
 
     async def get_or_await(self, key: Hashable, compute: Callable[[], Awaitable[_T]]) -> _T:
-        """The kept answer, or the one computed now, by this task or one that is at it.
+        """Return the cached answer, or compute it in a task, or wait for the task that does.
 
-        A caller that is cancelled leaves the computation to the others; where the computation is
-        cancelled, or something interrupts it, those who wait for it compute again.
+        If a waiting caller is cancelled, the computation continues for the others. If the
+        computation itself is cancelled or interrupted, waiting callers compute again.
         """
         if self._off:
             return await compute()
-        # a future belongs to its loop: each has flights of its own
+        # a future belongs to its event loop, so each loop has its own computations
         place = (asyncio.get_running_loop(), key)
         while True:
-            gone: list[Any] = []
+            removed: list[Any] = []
             with self._lock:
                 answer = self._kept(key)
                 if answer is not _MISSING:
                     return cast("_T", answer)
                 task = self._flights.get(place)
                 if task is None:
-                    gone = self._of_closed_loops()
-                    task = asyncio.ensure_future(self._fly(key, place, compute))
-                    task.add_done_callback(_look_at)
+                    removed = self._remove_closed_loops()
+                    task = asyncio.ensure_future(self._compute(key, place, compute))
+                    task.add_done_callback(_retrieve_exception)
                     self._flights[place] = task
-            del gone  # only now: what ends with a task may want the lock
+            del removed  # after the lock: a task's destructor may acquire it
             if task is asyncio.current_task():
-                return await compute()  # asked again while computing: waiting would be for oneself
+                return await compute()  # re-entrant: waiting would be a deadlock
             await asyncio.wait([task])
             if not task.cancelled() and isinstance(task.exception(), Exception | None):
                 return cast("_T", task.result())
 
-    async def _fly(
+    async def _compute(
         self, key: Hashable, place: Hashable, compute: Callable[[], Awaitable[_T]]
     ) -> _T:
         answer: Any = _MISSING
-        flight = asyncio.current_task()  # asked now: the collector may end this without a loop
+        flight = asyncio.current_task()  # now: the garbage collector may end this without a loop
         try:
             answer = await compute()
         finally:
-            self._land(key, place, flight, answer)
+            self._finish(key, place, flight, answer)
         return cast("_T", answer)
 
-    def _of_closed_loops(self) -> list[Any]:
-        """Take out the computations of loops that were closed in the middle of them."""
+    def _remove_closed_loops(self) -> list[Any]:
+        """Remove the computations of event loops that were closed before they ended."""
         closed = [
             place
             for place, flight in self._flights.items()
@@ -161,13 +161,15 @@ class TTLCache(Forkable):
         try:
             return self._answers[key]
         except BaseException:
-            self._answers = self._empty()  # it may have been interrupted in the middle of a change
+            self._answers = self._empty()  # a change of it may have been interrupted
             raise
 
-    def _land(self, key: Hashable, place: Hashable, flight: object, answer: Any = _MISSING) -> None:
-        """End a flight, and keep its answer unless `clear` came between."""
+    def _finish(
+        self, key: Hashable, place: Hashable, flight: object, answer: Any = _MISSING
+    ) -> None:
+        """End a computation, and keep its answer unless `clear` was called meanwhile."""
         if self._flights.get(place) is not flight:
-            return  # without the lock, which this thread may hold: the collector ends flights too
+            return  # no lock: the garbage collector may call this while the thread holds it
         with self._lock:
             if self._flights.get(place) is flight:
                 try:
@@ -181,18 +183,17 @@ class TTLCache(Forkable):
 
 
 class _Answers(cachetools.TTLCache[Hashable, Any]):
-    """Says that an answer is missing in a third of the time that its ``get`` takes."""
+    """Reports a missing answer in a third of the time of ``get``."""
 
     def __missing__(self, key: Hashable) -> object:
         return _MISSING
 
 
 class _Flight:
-    """A computation under way, and the thread that is at it.
+    """A computation in progress, and the thread that runs it.
 
-    Where it ended and there is neither `answer` nor `failure`, something interrupted it.
-    `threading.Event` does not do here: an exception that a signal handler raises in its `set` may
-    leave it locked.
+    If it has ended with neither `answer` nor `failure`, it was interrupted. `threading.Event`
+    cannot be used: an exception that a signal handler raises inside its `set` may leave it locked.
     """
 
     def __init__(self, leader: int) -> None:
@@ -200,24 +201,24 @@ class _Flight:
         self.answer: Any = _MISSING
         self.failure: Exception | None = None
         self._ended = False
-        self._wake: SimpleQueue[None] = SimpleQueue()  # holds one when it ended, or for nothing
+        self._wake: SimpleQueue[None] = SimpleQueue()  # an item means: check again
 
     def end(self) -> None:
-        """Let the others go on; may be called again."""
+        """Wake the waiting threads; may be called again."""
         self._ended = True
         self._wake.put(None)
 
     def wait(self) -> None:
-        """Return when it ended."""
+        """Return when the computation has ended."""
         try:
             while not self._ended:
                 self._wake.get()
         finally:
-            self._wake.put(None)  # for the next who waits
+            self._wake.put(None)  # for the next waiting thread
 
 
-def _look_at(task: asyncio.Future[Any]) -> None:
-    """See a failure that every caller was cancelled before seeing; asyncio would complain."""
+def _retrieve_exception(task: asyncio.Future[Any]) -> None:
+    """Retrieve a failure if every caller was cancelled; otherwise asyncio logs that nobody did."""
     if not task.cancelled():
         task.exception()
 
@@ -232,11 +233,11 @@ _S = TypeVar("_S", bound=_Caching)
 def cached(
     question: Callable[_P, Hashable],
 ) -> Callable[[Callable[Concatenate[_S, _P], _T]], Callable[Concatenate[_S, _P], _T]]:
-    """Answer a method, plain or ``async``, from its object's ``_cache``.
+    """Cache the answers of a method, plain or ``async``, in its object's ``_cache``.
 
     Args:
-        question: Takes the method's arguments and returns what is asked, as a key. A default
-            that moves with time, such as the last 24 hours, is one question.
+        question: Takes the method's arguments and returns a key for the question. A default that
+            moves with time, such as the last 24 hours, counts as one question.
     """
 
     def decorate(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:

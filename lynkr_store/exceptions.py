@@ -1,31 +1,31 @@
-"""Every error a caller can catch; each says what to do about it.
+"""Every error that a caller can catch; each message says what to do.
 
-No message carries a row's values or a URL's password, or anything that a terminal obeys.
+No message contains row values, a URL's password, or control characters.
 """
 
 from typing import NoReturn
 
 
 def printable(text: str) -> str:
-    r"""The text with escapes in the place of characters that a terminal would obey or hide.
+    r"""The text with escapes for characters that a terminal would obey or hide.
 
-    Names of columns, indexes, revisions and files, and what clients call their models, are other
-    people's: an ESC (shown as ``\x1b``) can rewrite what a person reads, a line break can pretend
-    another line, and a bidirectional override can show text in another order.
+    Names of columns, indexes, revisions, files and models come from other people. An ESC (shown as
+    ``\x1b``) can overwrite what a person reads, a line break can imitate another line, and a
+    bidirectional override can reorder the text.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class LynkrStoreError(Exception):
-    """The root of this library's own errors."""
+    """The base class of this library's errors."""
 
     def __str__(self) -> str:
-        """The message, printable: it may name what others named, and is logged and printed."""
+        """The message, printable, because it may contain names from other people."""
         return printable(super().__str__())
 
 
 class BadArgument(LynkrStoreError, ValueError):
-    """An argument is not of the form its documentation asks for."""
+    """An argument does not have the documented form."""
 
 
 class UnsupportedDatabase(BadArgument):
@@ -37,41 +37,41 @@ class MissingDriver(LynkrStoreError, ImportError):
 
 
 class StoreUnavailable(LynkrStoreError):
-    """The database cannot be reached or refuses to work; try again when it is back.
+    """The database cannot be reached or does not work; try again later.
 
     Attributes:
-        unclear: A statement failed, which may be because the schema was changed.
+        unclear: A statement failed, possibly because the schema was changed.
     """
 
     unclear = False
 
 
 class RollupsRefused(StoreUnavailable):
-    """The tables of roll-ups did not keep what was added; statistics read the rows meanwhile.
+    """The tables of roll-ups did not store what was added; until then statistics read raw rows.
 
-    A rule, trigger or policy of one of them discards rows without an error. Remove it, then run
-    ``lynkr-store maintain``.
+    A rule, trigger or policy on one of the tables discards rows without an error. Remove it, then
+    run ``lynkr-store maintain``.
     """
 
     def __init__(
         self,
-        message: str = "routing_rollups, routing_dimensions or lynkr_store_progress did not keep "
-        "what was added: a rule, trigger or policy of theirs discards rows. Statistics read the "
-        "rows meanwhile. Remove it, then run lynkr-store maintain",
+        message: str = "routing_rollups, routing_dimensions or lynkr_store_progress did not store "
+        "what was added: a rule, trigger or policy on one of them discards rows. Remove it, then "
+        "run lynkr-store maintain. Until then statistics read the raw rows",
     ) -> None:
         super().__init__(message)
 
 
 class UpgradeTimeout(StoreUnavailable):
-    """A migration could not begin in time: another one ran, or somebody kept a table locked."""
+    """A migration could not start in time: another one ran, or another session locked a table."""
 
 
 class OutcomeUnknown(StoreUnavailable):
-    """The connection was lost while a commit was under way: its rows may be stored or not."""
+    """The connection was lost during a commit: its rows may be stored or not."""
 
 
 class SpoolError(LynkrStoreError):
-    """The spool cannot be used; the message says why, and records wait in memory meanwhile."""
+    """The spool cannot be used; the message says why. Meanwhile records wait in memory."""
 
 
 class StoreClosed(LynkrStoreError):
@@ -79,21 +79,21 @@ class StoreClosed(LynkrStoreError):
 
 
 class RowRejected(LynkrStoreError, ValueError):
-    """The database refused a row for the row's own fault; none of the call's rows is stored.
+    """The database refused a row because of its content; no row of the call is stored.
 
-    Raised without its cause: a driver's message repeats the row.
+    Raised without its cause, because a driver's message repeats the row.
     """
 
 
 class ClockAhead(LynkrStoreError):
-    """The clock is far ahead of all that the database has seen, and may be wrong.
+    """The clock is far ahead of everything in the database, and may be wrong.
 
-    Nothing was deleted: set the clock, or, where it is right, insist (``trust_clock=True``).
+    Nothing was deleted. Set the clock, or, if it is right, pass ``trust_clock=True``.
     """
 
 
 class SchemaError(LynkrStoreError):
-    """The database's schema is not the one this release works with."""
+    """The database's schema is not the one that this release works with."""
 
 
 class SchemaBehind(SchemaError):
@@ -105,10 +105,10 @@ class SchemaAhead(SchemaError):
 
 
 class AdoptionRefused(SchemaError):
-    """An existing database is not exactly one that the gateway made; nothing was changed.
+    """An existing database is not exactly one that the gateway created; nothing was changed.
 
     Attributes:
-        difference: The first difference found, in words.
+        difference: The first difference, in words.
     """
 
     def __init__(self, difference: str) -> None:
@@ -124,7 +124,7 @@ class DowngradeRefused(SchemaError):
 
 
 def raise_alone(error: LynkrStoreError) -> NoReturn:
-    """Raise an error without the one that is being handled, whose words may repeat a row.
+    """Raise an error without the one that is being handled, whose message may repeat a row.
 
     ``from None`` only hides that one from tracebacks; a tool that collects errors still finds it.
     """

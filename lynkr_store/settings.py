@@ -1,4 +1,4 @@
-"""Every option of a store: an argument wins over the environment, which wins over the default."""
+"""All options of a store. An argument overrides the environment, which overrides the default."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,23 +10,23 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from lynkr_store.exceptions import BadArgument
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
-"""Where the gateway itself keeps its telemetry, below the working directory."""
+"""Where the gateway keeps its telemetry, relative to the working directory."""
 
 _MIB: Final = 2**20
 _GIB: Final = 2**30
 _TIB: Final = 2**40
-_LEAST_QUEUE_BYTES: Final = 2_048  # one of the units that records are measured in
+_LEAST_QUEUE_BYTES: Final = 2_048  # one unit in which the queue measures records
 _YEAR_S: Final = 366 * 86_400
 _MOST_STATEMENT_S: Final = 2_147_483  # PostgreSQL counts milliseconds in 32 bits; 0 is no limit
 _SCHEMA_BYTES: Final = 63  # https://www.postgresql.org/docs/current/sql-syntax-lexical.html
-_LEAST_SPOOL_BYTES: Final = 32_768  # five pages of 4,096 bytes are an empty spool's
+_LEAST_SPOOL_BYTES: Final = 32_768  # an empty spool has five pages of 4,096 bytes
 
 
 def checked_schema(name: str | None) -> str | None:
-    """The schema's name; None for none, which ``""`` means too.
+    """The schema's name; None for None and ``""``.
 
     Raises:
-        BadArgument: PostgreSQL takes no schema of that name.
+        BadArgument: PostgreSQL does not allow a schema of that name.
     """
     if not name:
         return None
@@ -54,10 +54,10 @@ class _Settings(BaseSettings):
 
 
 class DatabaseSettings(_Settings):
-    """Which database: the part of `StoreSettings` that a migration needs.
+    """The options of the database: the part of `StoreSettings` that a migration needs.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it wants.
+        ValidationError: A ``ValueError`` that names the option and the value it needs.
     """
 
     url: Annotated[str, Field(repr=False)] = DEFAULT_URL
@@ -67,71 +67,74 @@ class DatabaseSettings(_Settings):
         Field(validation_alias="LYNKR_STORE_SCHEMA"),
         AfterValidator(checked_schema),
     ] = None
-    """PostgreSQL: the schema of everything that is the store's, created where that is permitted;
-    None or ``""``: where the server puts it. From the environment: ``LYNKR_STORE_SCHEMA``."""
+    """PostgreSQL: the schema that holds all of the store's tables, created if permitted. None or
+    ``""``: the server's search_path decides. Environment variable: ``LYNKR_STORE_SCHEMA``."""
 
 
 class TextSettings(_Settings):
     """What is kept of free texts: the part of `StoreSettings` that is needed without a store.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it wants.
+        ValidationError: A ``ValueError`` that names the option and the value it needs.
     """
 
     capture_text: bool = True
-    """Store what people and models wrote (``request_text``, ``response_text``)."""
+    """Store the texts of people and models (``request_text``, ``response_text``)."""
     text_max_chars: Annotated[int, Field(ge=0)] = 65_536
     """Characters kept of each of the two texts."""
     redact: Annotated[Callable[[str], str] | None, NoDecode] = None
-    """Takes each free text (the two, and the JSON of ``attributes``, ``candidates`` and
-    ``cache_decision``) and returns what is stored; for code only. It may be given what it
-    returned: rows of another process's spool are redacted again. Where it raises, the row is stored
-    without them and counted."""
+    """A function that takes each free text (the two texts, and the JSON of ``attributes``,
+    ``candidates`` and ``cache_decision``) and returns what is stored; only in code. It may receive
+    its own results, because rows from another process's spool are redacted again. If it raises an
+    exception, the row is stored without its free texts, and this is counted."""
 
 
 class StoreSettings(TextSettings, DatabaseSettings):
-    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is made.
+    """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is created.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it wants.
+        ValidationError: A ``ValueError`` that names the option and the value it needs.
     """
 
     upgrade_on_open: bool | None = None
-    """Create, adopt and upgrade the schema on first use. Default: SQLite yes, PostgreSQL no."""
+    """Create, adopt and upgrade the schema on first use. Default: yes on SQLite, no on
+    PostgreSQL."""
     cache_ttl_s: Annotated[float, Field(ge=0, le=_YEAR_S, allow_inf_nan=False)] = 5.0
-    """Seconds for which a statistic is answered from the cache; 0 switches it off."""
+    """Seconds for which a statistic is answered from the cache; 0 switches the cache off."""
     queue_max_rows: Annotated[int, Field(ge=1, le=10**9)] = 50_000
-    """Records that may wait; the next one is dropped and counted."""
+    """Maximum records in the queue; further ones are dropped and counted."""
     queue_max_bytes: Annotated[int, Field(ge=_LEAST_QUEUE_BYTES, le=_TIB)] = 64 * _MIB
-    """Bytes of records that may wait; one that does not fit is dropped and counted. The least holds
-    one record of some hundred bytes."""
+    """Maximum bytes of records in the queue; a record that does not fit is dropped and counted. The
+    minimum holds one record of a few hundred bytes."""
     batch_max_rows: Annotated[int, Field(ge=1, le=10**9)] = 1_000
-    """Records written in one transaction."""
+    """Maximum records written in one transaction."""
     flush_interval_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 0.5
     """Seconds after which a batch is written even if it is not full."""
     spool_path: Path | None = None
-    """A local file where batches wait while the database is away; None keeps them in memory."""
+    """A local file that holds batches while the database is unreachable; None keeps them in
+    memory."""
     spool_max_bytes: Annotated[int, Field(ge=_LEAST_SPOOL_BYTES, le=_TIB)] = _GIB
-    """Size up to which one process fills its spool."""
+    """Maximum size of the spool of one process."""
     spool_after_s: Annotated[float, Field(ge=0, le=_YEAR_S, allow_inf_nan=False)] = 5.0
     """Seconds without the database after which batches enter the spool."""
     handle_sigterm: bool = False
-    """Close the store on SIGTERM, then let the handler that was there before run."""
+    """Close the store on SIGTERM, then run the handler that was installed before."""
     retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
-    """``maintain()`` deletes rows that are older; None keeps them for ever."""
+    """``maintain()`` and the store's own thread delete older rows; None keeps all rows."""
     text_retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
-    """``maintain()`` removes the two texts of rows that are older; None keeps them with the row."""
+    """``maintain()`` and the store's own thread remove the two texts of older rows; None keeps the
+    texts as long as their rows."""
     rollup_retention_days: Annotated[float, Field(gt=0, le=36_525)] = 400
-    """Days for which roll-ups are kept of times whose rows retention has removed; while the rows
-    are there, their roll-ups are too."""
+    """Days for which roll-ups are kept after retention removed their rows; roll-ups of existing
+    rows are always kept."""
     maintenance_interval_s: Annotated[float, Field(ge=0.001, le=_YEAR_S, allow_inf_nan=False)] = 300
-    """Seconds from one time to the next that the store's own thread folds new rows into the
-    roll-ups; 5,000 rows written make it fold sooner."""
+    """Seconds between two runs of the store's own maintenance thread, which folds new rows into the
+    roll-ups; 10,000 written rows make it run sooner."""
     connect_timeout_s: Annotated[int, Field(ge=1, le=_YEAR_S)] = 5
-    """Seconds to wait for a PostgreSQL server's answer to a new connection."""
+    """Seconds to wait for a PostgreSQL server to accept a connection."""
     statement_timeout_s: Annotated[
         float, Field(ge=0.001, le=_MOST_STATEMENT_S, allow_inf_nan=False)
     ] = 30.0
-    """Seconds after which a statement is given up, on PostgreSQL and on read-only SQLite files."""
+    """Seconds after which a statement is cancelled, on PostgreSQL and on read-only SQLite files."""
     echo: bool = False
-    """Log the statements, never their values, through SQLAlchemy's logger."""
+    """Log the statements through SQLAlchemy's logger, never their values."""

@@ -1,6 +1,6 @@
-"""What the operating system does to a process, and what the process does to files and threads.
+"""What happens to a process: forks, signals, its end; and its files, log lines and threads.
 
-Forks, signals and the end of the interpreter (`lifecycle`), which file a path names and files that
-only their owner may read (`files`), log lines without values (`log`), and waiting for threads from
-coroutines (`waiting`). Every other package may import it; it knows no database and no record.
+`lifecycle` handles forks, signals and the end of the interpreter. `files` identifies files and
+creates private ones, `log` writes log lines without values, and `waiting` lets coroutines wait for
+threads. Every other package may import this one; it knows no database and no record.
 """

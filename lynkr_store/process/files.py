@@ -1,12 +1,13 @@
-"""Which file a path names, whose it is, and files that only their owner may read.
+"""Identifies files, checks their owner, and creates files that only their owner can read.
 
-A process that closes any descriptor of a file loses every lock that it holds on that file (POSIX),
-SQLite's among them, in whatever thread. Therefore nothing here opens a file that SQLite may have
-open: `make_private` makes one by ``mknod``, which needs no descriptor, and `private` looks at one
-through a descriptor of Linux's ``O_PATH``, which can neither read nor write and whose end releases
-no lock (``filp_close`` in the kernel's ``fs/open.c``). Other systems have no such descriptor; there
-``lstat`` and ``chmod`` that follow no link take the path, and the caller compares the identity
-before and after: in a directory where other users cannot rename files that is as good.
+When a process closes any descriptor of a file, it loses all its locks on that file (POSIX),
+including SQLite's, in every thread. So nothing here opens a file that SQLite may have open.
+`make_private` creates a file with ``mknod``, which needs no descriptor. `private` examines a file
+through a descriptor of Linux's ``O_PATH``, which can neither read nor write and releases no lock
+when it is closed (``filp_close`` in the kernel's ``fs/open.c``). Other systems have no such
+descriptor. There ``lstat`` and ``chmod`` act on the path without following links, and the caller
+compares the identity before and after; that is equivalent in a directory where other users cannot
+rename files.
 """
 
 import errno
@@ -23,7 +24,7 @@ _PATH_ONLY: Final[int | None] = getattr(os, "O_PATH", None)
 
 
 def identity_of(file: Path | int) -> Identity | None:
-    """What tells a file from every other: its device and number there; None where there is none.
+    """The device and inode number that identify a file; None if it does not exist.
 
     Args:
         file: A path, or a descriptor of this process.
@@ -36,13 +37,13 @@ def identity_of(file: Path | int) -> Identity | None:
 
 
 def make_private(path: Path) -> bool:
-    """Make an empty file that its owner alone may read, unless the path is taken.
+    """Create an empty file that only its owner can read, unless the path exists.
 
     Returns:
-        Whether this call made it. A link at the path, even one that leads nowhere, stays as it is.
+        Whether this call created it. An existing link stays as it is, even a dangling one.
 
     Raises:
-        OSError: It cannot be made there, or not without a descriptor on this system.
+        OSError: It cannot be created there, or this system needs a descriptor for that.
     """
     try:
         os.mknod(path, _MODE | stat.S_IFREG)
@@ -54,21 +55,22 @@ def make_private(path: Path) -> bool:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory that its owner alone may enter, and those above it, where they are missing.
+    """Create a directory that only its owner can enter, with missing parents.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: It cannot be created.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def refuse_open_directory(path: Path) -> None:
-    """Refuse a directory in which any user can put another file in the place of one of ours.
+    """Refuse a directory in which any user can replace our files.
 
-    In one with the sticky bit, as ``/tmp`` has it, users can rename and remove only what they own.
+    In a directory with the sticky bit, such as ``/tmp``, users can rename and remove only their
+    own.
 
     Raises:
-        PermissionError: The reason and the remedy, as its ``strerror``.
+        PermissionError: The reason and the remedy, in ``strerror``.
     """
     mode = path.stat().st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
@@ -79,18 +81,18 @@ def refuse_open_directory(path: Path) -> None:
 
 
 def private(path: Path, *, shut: bool = False) -> Identity:
-    """Tell which file it is, provided that it is a file of this user's under one name.
+    """Return a file's identity, if it is a regular file of this user with a single name.
 
     Args:
-        path: Its last part may be no link.
-        shut: Take away the rights that other users have on it. Whoever had it open before goes on.
+        path: The last component must not be a link.
+        shut: Remove other users' rights. A process that already has it open keeps its access.
 
     Raises:
-        FileNotFoundError: There is none.
-        PermissionError: It is another user's, or no such file; the reason and the remedy, as its
-            ``strerror``.
+        FileNotFoundError: It does not exist.
+        PermissionError: It belongs to another user, or is not such a file; the reason and the
+            remedy are in ``strerror``.
     """
-    if not hasattr(os, "geteuid"):  # Windows: there a file's mode says nothing of other users
+    if not hasattr(os, "geteuid"):  # Windows: a file's mode says nothing about other users
         found = os.lstat(path)
         return found.st_dev, found.st_ino
     if _PATH_ONLY is None:
@@ -112,7 +114,7 @@ def private(path: Path, *, shut: bool = False) -> Identity:
 
 def _shut(descriptor: int) -> None:
     try:
-        # that very file, whatever name it has by now; fchmod() takes no such descriptor
+        # the opened file, even if it was renamed; fchmod() does not accept such a descriptor
         Path(f"/proc/self/fd/{descriptor}").chmod(_MODE)
     except FileNotFoundError:
         raise _refused("without /proc its mode cannot be changed: run chmod 600 on it") from None

@@ -1,4 +1,4 @@
-"""What happens to a process: it forks, it ends, it is told to end."""
+"""Forks, the end of the process, and SIGTERM."""
 
 import contextlib
 import logging
@@ -15,37 +15,36 @@ from lynkr_store.exceptions import BadArgument
 from lynkr_store.process.log import say
 
 FORK_WAIT_S: Final = 5.0
-"""Seconds that a fork waits for a part that is at work: longer than SQLite's busy timeout of 3."""
+"""Seconds for which a fork waits for a busy part; longer than SQLite's busy timeout of 3."""
 
 _MULTIPROCESSING_PRIORITY: Final = 100  # before multiprocessing closes what the store may need
 
 
 class Forkable:
-    """A part of the library that must be told when the process forks.
+    """A part of the library whose hooks are called when the process forks.
 
-    The parts are told one after the other: before a fork and in the child in the order in which
-    `on_fork` was called for them, in the parent in the reverse. A part that raises an exception
-    does not keep the others from being told.
+    The hooks run one after the other: before a fork and in the child in the order of the calls of
+    `on_fork`, in the parent in reverse order. If one raises an exception, the others still run.
     """
 
     def before_fork(self) -> None:
-        """In the parent: bring what the child would inherit half-done to an end, in a few s."""
+        """In the parent: within a few seconds, finish what the child would inherit half done."""
 
     def after_fork_in_parent(self) -> None:
-        """In the parent: go on."""
+        """In the parent: continue."""
 
     def after_fork_in_child(self) -> None:
         """In the child: start with new threads, locks and connections.
 
-        Also called for a part that was not told before, because another thread made it meanwhile.
+        Also called for a part that another thread created during the fork, without `before_fork`.
         """
 
 
 class _Forks:
-    """Tells the parts of one fork at a time.
+    """Calls the hooks of one fork at a time.
 
-    A second thread that forks meanwhile waits: what its child inherits must be at rest too, and the
-    first fork's end would set it going again.
+    A second thread that forks waits for the first fork to end: its child must inherit the parts at
+    rest too, and the end of the first fork would make them continue.
     """
 
     def __init__(self) -> None:
@@ -54,8 +53,8 @@ class _Forks:
         self._reset()
 
     def _reset(self) -> None:
-        self._turn = threading.RLock()  # a signal handler may fork while its thread does
-        self._told: list[list[Forkable]] = []  # a list for each fork under way
+        self._fork_lock = threading.RLock()  # a signal handler may fork while its thread does
+        self._called: list[list[Forkable]] = []  # a list for each fork under way
 
     def add(self, part: Forkable) -> None:
         self._parts.setdefault(part)
@@ -73,41 +72,41 @@ class _Forks:
     def _before(self) -> None:
         while True:
             try:
-                self._turn.acquire()
+                self._fork_lock.acquire()
                 break
-            except BaseException as error:  # noqa: BLE001 - of a signal handler; the fork goes on
+            except BaseException as error:  # noqa: BLE001 - from a signal handler; the fork continues
                 _log_failure(error)
-        told: list[Forkable] = []
-        self._told.append(told)
+        called: list[Forkable] = []
+        self._called.append(called)
         for part in self._alive():
-            told.append(part)  # also if it fails half-way
-            _tell(part.before_fork)
+            called.append(part)  # even if its hook fails
+            _call(part.before_fork)
 
     def _after_in_parent(self) -> None:
         try:
-            for part in reversed(self._told.pop()):
-                _tell(part.after_fork_in_parent)
+            for part in reversed(self._called.pop()):
+                _call(part.after_fork_in_parent)
         finally:
-            self._turn.release()
+            self._fork_lock.release()
 
     def _after_in_child(self) -> None:
         self._reset()
         for part in self._alive():
-            _tell(part.after_fork_in_child)
+            _call(part.after_fork_in_child)
 
 
 _forks: Final = _Forks()
 
 
 def on_fork(part: Forkable) -> None:
-    """Have an object told of forks for as long as it lives; harmless when called again."""
+    """Call an object's hooks on forks for as long as it lives; repeated calls have no effect."""
     _forks.add(part)
 
 
-def _tell(hook: Callable[[], None]) -> None:
+def _call(hook: Callable[[], None]) -> None:
     try:
         hook()
-    except BaseException as error:  # noqa: BLE001 - Python would print it and fork all the same
+    except BaseException as error:  # noqa: BLE001 - Python would print it and fork anyway
         _log_failure(error)
 
 
@@ -116,10 +115,10 @@ def _log_failure(error: BaseException) -> None:
 
 
 def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
-    """Have a function called when a process that multiprocessing made ends.
+    """Call a function when a process that multiprocessing started ends.
 
-    Such a process skips `atexit`. The registration lives as long as the owner, which ``end`` must
-    not hold.
+    Such a process skips `atexit`. The registration lives as long as the owner, to which ``end``
+    must not hold a reference.
     """
     multiprocessing: Any = sys.modules.get("multiprocessing.util")
     process: Any = sys.modules.get("multiprocessing.process")
@@ -129,10 +128,10 @@ def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def without_sigterm() -> Iterator[None]:
-    """Have SIGTERM wait, while a thread is started.
+    """Block SIGTERM while a thread is started.
 
-    A handler that closes a store would meet `threading`'s own lock, held by what it interrupted,
-    and the threads that it waits for need that lock to end.
+    A handler that closes a store would otherwise wait for threads that need `threading`'s lock,
+    which the interrupted code holds.
     """
     mask = getattr(signal, "pthread_sigmask", None)
     before = mask and mask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -144,27 +143,28 @@ def without_sigterm() -> Iterator[None]:
 
 
 class SigtermHandler:
-    """Runs a function on SIGTERM, then whatever would have run without it.
+    """Runs a function on SIGTERM, then the handler that would have run without it.
 
     Args:
         end: Called in the main thread.
 
-    As process 1 of a container a process does not end by a signal that it sends to itself: there
-    it exits with 143 where nothing was to run, as a shell says of a process that SIGTERM ended.
+    A process that is process 1 of a container does not end by a signal that it sends to itself. If
+    there was no other handler, it exits with 143, as a shell reports for a process that SIGTERM
+    ended.
 
     Raises:
-        BadArgument: This is not the main thread, where Python handles signals, or the handler that
-            is there is none of Python's.
+        BadArgument: This is not the main thread, where Python handles signals, or the installed
+            handler is not Python's.
     """
 
     def __init__(self, end: Callable[[], None]) -> None:
         self._end = end
-        self._under_way = False
+        self._handling = False
         if signal.getsignal(signal.SIGTERM) is None:
             raise BadArgument(
-                "handle_sigterm: the program that runs Python handles SIGTERM itself, and Python "
-                "could not call its handler; leave handle_sigterm off, and close the store where "
-                "that program says that it ends"
+                "handle_sigterm: the program that embeds Python handles SIGTERM itself, and Python "
+                "cannot call its handler; leave handle_sigterm off, and close the store when that "
+                "program shuts down"
             )
         try:
             self._previous: Any = signal.signal(signal.SIGTERM, self._handle)
@@ -174,14 +174,14 @@ class SigtermHandler:
             ) from None
 
     def remove(self) -> None:
-        """Put the previous handler back, unless somebody has put another in front of this one."""
+        """Restore the previous handler, unless another one was installed after this one."""
         if signal.getsignal(signal.SIGTERM) == self._handle:
             with contextlib.suppress(ValueError):  # not the main thread: it stays, and only chains
                 signal.signal(signal.SIGTERM, self._previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._under_way:  # a second signal does not wait for the first
-            self._under_way = True
+        if not self._handling:  # a second signal does not wait for the first
+            self._handling = True
             self._end()
         if callable(self._previous):
             self._previous(number, frame)

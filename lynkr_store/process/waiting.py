@@ -1,7 +1,8 @@
-"""How coroutines wait for what threads do, without an event loop's default executor.
+"""Lets coroutines wait for threads, without an event loop's default executor.
 
-That executor has a few threads, which a host's own blocking calls may fill, and it takes no work
-any more once the interpreter exits. The threads here are daemons, so they keep no process alive.
+The default executor has few threads, which a host's own blocking calls may occupy, and it accepts
+no work once the interpreter exits. The threads here are daemons, so they do not keep the process
+alive.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ _T = TypeVar("_T")
 class Event:
     """Set once, by any thread; coroutines of any event loop wait for it.
 
-    It has no lock, so that a signal handler may set it at whatever moment.
+    It has no lock, so that a signal handler may set it at any moment.
     """
 
     def __init__(self) -> None:
@@ -34,26 +35,26 @@ class Event:
 
     @property
     def is_set(self) -> bool:
-        """Whether it was set."""
+        """Whether it is set."""
         return self._set
 
     def set(self) -> None:
-        """Let everything that waits go on; never waits, and may be called again."""
+        """Wake every waiting coroutine; never blocks, and may be called again."""
         self._set = True
         for future in list(self._futures):
-            with suppress(RuntimeError):  # the future's loop was closed meanwhile
+            with suppress(RuntimeError):  # the future's loop was closed
                 future.get_loop().call_soon_threadsafe(_wake, future)
 
     async def wait(self, timeout_s: float | None = None) -> bool:
-        """Return when it is set, or after ``timeout_s`` seconds, and whether it is set."""
-        # not by asyncio.timeout(): CPython 3.11 crashed where the collector ended a task inside it
+        """Return when it is set, or after ``timeout_s`` seconds; returns whether it is set."""
+        # no asyncio.timeout(): CPython 3.11 crashed when garbage collection ended a task inside it
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
         timer = None if timeout_s is None else loop.call_later(timeout_s, _wake, future)
         self._futures[future] = None
         try:
-            if self._set:  # asked with the future in its place, so that no `set` is missed
-                await asyncio.sleep(0)  # who asks again and again must not hold up its loop
+            if self._set:  # checked after the future is registered, so that no `set` is missed
+                await asyncio.sleep(0)  # a caller that polls must not block its loop
             else:
                 await future
         finally:
@@ -64,14 +65,14 @@ class Event:
 
 
 def _wake(future: "asyncio.Future[None]") -> None:
-    if not future.done():  # its coroutine may go on already, or was cancelled
+    if not future.done():  # its coroutine may have continued or been cancelled
         future.set_result(None)
 
 
 class Call(Generic[_T]):
-    """One call of a function in a thread; coroutines of any event loop wait for its outcome.
+    """One call of a function in a thread; coroutines of any event loop wait for its result.
 
-    The function sees the context variables of the coroutine that asked for the call.
+    The function sees the context variables of the coroutine that requested the call.
     """
 
     def __init__(self, function: Callable[[], _T]) -> None:
@@ -79,27 +80,27 @@ class Call(Generic[_T]):
         self._over = Event()
         self._result: Any = None
         self._error: BaseException | None = StoreUnavailable(
-            "a thread of the store's own was ended from outside; try again"
+            "a thread of the store was ended from outside; try again"
         )
 
     @property
     def is_over(self) -> bool:
-        """Whether the outcome is there."""
+        """Whether the call has ended."""
         return self._over.is_set
 
     def run(self) -> None:
-        """Call the function; whatever it raises goes to the coroutines."""
+        """Call the function; the coroutines receive its result or exception."""
         try:
             assert self._function  # noqa: S101 - it is called once
             self._result, self._error = self._function(), None
-        except BaseException as error:  # noqa: BLE001 - it is the caller's, not this thread's
+        except BaseException as error:  # noqa: BLE001 - raised in the caller, not in this thread
             self._error = error
         finally:
-            self._function = None  # and with it, what only the call kept alive
+            self._function = None  # releases what only the call kept alive
             self._over.set()
 
     async def outcome(self) -> _T:
-        """Wait for the function's result, or raise what it raised."""
+        """Wait for the function's result, or raise its exception."""
         await self._over.wait()
         if self._error is not None:
             raise self._error
@@ -110,26 +111,26 @@ class Call(Generic[_T]):
 async def in_thread(
     name: str, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
 ) -> _T:
-    """Call a function in a thread of its own and wait for it.
+    """Call a function in a new thread and wait for it.
 
-    A coroutine that is cancelled waits no longer; the call goes on to its end.
+    If the coroutine is cancelled, it stops waiting, and the call continues.
     """
     return await _start(partial(function, *args, **kwargs), name).outcome()
 
 
 class SharedCall(Forkable):
-    """A call in a thread of its own, for which all wait that ask while it is under way."""
+    """A call in a new thread; callers that arrive during the call wait for the same one."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._call: Call[None] | None = None
 
     def after_fork_in_child(self) -> None:
-        """Begin with none: the parent's goes on in the parent."""
+        """Start without a call; the parent's continues in the parent."""
         self._call = None
 
     async def run(self, function: Callable[[], None]) -> None:
-        """Call the function, unless it is being called; raise what it raises."""
+        """Call the function unless a call is in progress; raise what the call raises."""
         call = self._call
         if call is None or call.is_over:
             call = self._call = _start(function, self._name)
@@ -137,10 +138,10 @@ class SharedCall(Forkable):
 
 
 class Workers(Forkable):
-    """At most ``most`` threads, which make the calls that coroutines ask for, in their order.
+    """At most ``most`` threads that run the calls of coroutines, in the order of the requests.
 
-    A thread that has nothing to do waits a while for the next call, because a start takes longer
-    than most reads, and ends.
+    An idle thread waits a while for the next call, because starting a thread takes longer than most
+    reads, and then ends.
     """
 
     def __init__(self, most: int, name: str) -> None:
@@ -156,13 +157,13 @@ class Workers(Forkable):
         self._idle = 0
 
     def after_fork_in_child(self) -> None:
-        """Start with nothing to do: the threads are the parent's."""
+        """Start without calls; the threads are the parent's."""
         self._reset()
 
     async def run(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call a function in one of the threads and wait for it.
 
-        Where the coroutine is cancelled before the call began, it is not made.
+        If the coroutine is cancelled before the call begins, the call is not made.
         """
         call = Call(partial(function, *args, **kwargs))
         with self._asked:
@@ -173,7 +174,7 @@ class Workers(Forkable):
             alone = not self._threads
             if alone:
                 self._calls.remove(call)
-        if alone:  # the system gives no thread at all
+        if alone:  # the system gives no threads: call it here
             call.run()
         try:
             return await call.outcome()
@@ -182,7 +183,7 @@ class Workers(Forkable):
                 self._calls.remove(call)
 
     def finish(self) -> None:
-        """Have the threads end as soon as they have nothing to do."""
+        """Make the threads end as soon as they are idle."""
         self._linger_s = 0
         with self._asked:
             self._asked.notify_all()
@@ -195,7 +196,7 @@ class Workers(Forkable):
     def _work(self) -> None:
         while (call := self._next_call()) is not None:
             call.run()
-            del call  # what it returned is not this thread's to keep alive
+            del call  # do not keep its result alive in this thread
 
     def _next_call(self) -> Call[Any] | None:
         with self._asked:
@@ -207,13 +208,13 @@ class Workers(Forkable):
                     self._idle -= 1
             with suppress(IndexError):
                 return self._calls.popleft()
-            # in one step with the look: who asks next must not count on this thread
+            # under the same lock: the next caller must not count on this thread
             self._threads.discard(threading.current_thread())
             return None
 
 
 def _start(function: Callable[[], _T], name: str) -> Call[_T]:
-    """Call a function in a new thread; where the system gives none, here and now."""
+    """Call a function in a new thread; without threads, call it here."""
     call = Call(function)
     if _thread(call.run, name) is None:
         call.run()
@@ -225,6 +226,6 @@ def _thread(body: Callable[[], None], name: str) -> threading.Thread | None:
     try:
         with without_sigterm():
             thread.start()
-    except (RuntimeError, MemoryError):  # no more threads, or the interpreter is ending
+    except (RuntimeError, MemoryError):  # no more threads, or the interpreter is exiting
         return None
     return thread

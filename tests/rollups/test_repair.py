@@ -428,7 +428,9 @@ def test_a_fold_that_loses_rows_is_rolled_back_and_says_so(store, table):
     store.add_many(minutes(100))
     backend = store._database.backend
     by_sql(store, *(each.replace("routing_rollups", table) for each in LOSING[backend]))
-    with pytest.raises(RollupsRefused, match="a rule, trigger or policy of theirs discards rows"):
+    with pytest.raises(
+        RollupsRefused, match="a rule, trigger or policy on one of them discards rows"
+    ):
         store.maintain()
     health = store.health()
     assert dict(health.faults_by) == {"RollupsRefused": 1}
