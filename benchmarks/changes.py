@@ -104,8 +104,6 @@ def _through(store: Store, check: Callable[..., repair.Repaired]) -> None:
         RuntimeError: It found something, so the time is not that of looking.
     """
     database = store._database  # noqa: SLF001 - this project's own
-    mended = check(
-        database.write_transaction, read_transaction=database.read_transaction, stop=lambda: False
-    )
+    mended = check(database.write_transaction, read=database.read, stop=lambda: False)
     if mended != (0, True):
         raise RuntimeError("roll-ups differed from their rows")

@@ -175,7 +175,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
         StoreUnavailable: The database cannot be reached; what was removed before is gone.
     """
     with translated():
-        settled = settled_id(database.write_transaction, database.read_transaction)
+        settled = settled_id(database.write_transaction, database.read)
     saved: _Position | None = None  # by this call, which also knows the exact place:
     exactly: retention_sql.Place = INT64_MIN, INT64_MIN
 

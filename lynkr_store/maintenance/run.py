@@ -181,12 +181,10 @@ def fold(
         on_step(rows)
 
     with translated():
-        changed = repair.apply_changes(
-            database.write_transaction, read_transaction=database.read_transaction, stop=stop
-        )
+        changed = repair.apply_changes(database.write_transaction, read=database.read, stop=stop)
         folded = folding.fold(
             database.write_step,
-            read_transaction=database.read_transaction,
+            read=database.read,
             stop=stop,
             on_step=after_step,
         )
@@ -212,9 +210,7 @@ def repair_rollups(
             return stop() or time.monotonic() >= deadline
 
         with translated():
-            quarters += check(
-                database.write_transaction, read_transaction=database.read_transaction, stop=over
-            ).quarters
+            quarters += check(database.write_transaction, read=database.read, stop=over).quarters
     if quarters:
         say(
             logging.WARNING,
@@ -271,7 +267,7 @@ def retain(
             folding.trim(
                 database.write_transaction,
                 rollups_before,
-                read_transaction=database.read_transaction,
+                read=database.read,
                 stop=stop,
             )
             _expire_batches(database, now, stop)
@@ -299,7 +295,7 @@ def _doubt(database: Database, now_ms: int, *, trust_clock: bool) -> str | None:
 
 def _expire_batches(database: Database, now_ms: int, stop: Callable[[], bool]) -> None:
     """Delete expired batches from the ledger, a limited number in each run."""
-    with database.read_transaction() as connection:
+    with database.read() as connection:
         more = has_expired(connection, now_ms)
     for _ in range(_LEDGER_STEPS):
         if not more or stop():
@@ -335,7 +331,7 @@ def cleanup(database: Database, cutoff_ms: int, now_ms: int, *, trust_clock: boo
 
 def folded_upto(database: Database) -> int:
     """The watermark; retention must not delete rows with greater ids."""
-    with translated(), database.read_transaction() as connection:
+    with translated(), database.read() as connection:
         folded: int = connection.execute(state.watermark()).scalar_one()
     return folded
 

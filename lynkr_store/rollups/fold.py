@@ -49,7 +49,7 @@ class FoldResult(NamedTuple):
 def fold(
     write_transaction: OpenTransaction,
     *,
-    read_transaction: OpenTransaction | None = None,
+    read: OpenTransaction | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> FoldResult:
@@ -57,7 +57,7 @@ def fold(
 
     Args:
         write_transaction: Opens a transaction that writes.
-        read_transaction: Opens a transaction that only reads. Most of the work happens there, on
+        read: Opens a transaction that only reads. Most of the work happens there, on
             SQLite without the write lock. Default: ``write_transaction``.
         stop: Called before each step; True ends the fold.
         on_step: Called after each step with the number of rows folded so far.
@@ -69,12 +69,12 @@ def fold(
     Raises:
         RollupsRefused: The roll-ups did not gain what was added; the step was rolled back.
     """
-    read_transaction = read_transaction or write_transaction
-    upto, rows = settled_id(write_transaction, read_transaction), 0
+    read = read or write_transaction
+    upto, rows = settled_id(write_transaction, read), 0
     if upto is None:
         return FoldResult(0, done=False)
     while not stop():
-        step, last = _fold_step(write_transaction, read_transaction, upto)
+        step, last = _fold_step(write_transaction, read, upto)
         rows += step
         on_step(rows)
         if last >= upto:
@@ -128,7 +128,7 @@ def _ids_restarted(connection: Connection, watermark: int) -> bool:
     return passed and identities.gives_upto(connection, watermark)
 
 
-def settled_id(write_transaction: OpenTransaction, read_transaction: OpenTransaction) -> int | None:
+def settled_id(write_transaction: OpenTransaction, read: OpenTransaction) -> int | None:
     """An id up to which no further row can appear; None if waiting for it would take too long.
 
     SQLite's writers take turns, so this is the greatest id. PostgreSQL assigns ids before their
@@ -138,7 +138,7 @@ def settled_id(write_transaction: OpenTransaction, read_transaction: OpenTransac
     writers would make later writers queue behind it, and a lock with a short timeout would never be
     granted during a long VACUUM.
     """
-    with read_transaction() as connection:
+    with read() as connection:
         newest: int = connection.scalar(fold_sql.newest_id()) or NOTHING_FOLDED
         backend = backend_of(connection)
     match backend:
@@ -175,11 +175,11 @@ def _wait_for_writers(write_transaction: OpenTransaction) -> bool:
 
 
 def _fold_step(
-    write_transaction: OpenTransaction, read_transaction: OpenTransaction, upto: int
+    write_transaction: OpenTransaction, read: OpenTransaction, upto: int
 ) -> tuple[int, int]:
     """Fold one step; return the number of rows, and the watermark."""
     rows = fold_sql.step_statements()
-    with read_transaction() as connection:
+    with read() as connection:
         watermark: int = connection.execute(state.watermark()).scalar_one()
         first: int | None = connection.scalar(fold_sql.first_above(watermark))
         if first is not None and first <= upto:
@@ -196,7 +196,7 @@ def _fold_step(
         with write_transaction() as connection:
             held_watermark(connection)
             connection.execute(rows.enter_dimensions, given)
-        with read_transaction() as connection:
+        with read() as connection:
             quarters = connection.execute(rows.quarters, given).mappings().all()
     sums = _summed(quarters)
     with write_transaction() as connection:
@@ -282,7 +282,7 @@ def trim(
     write_transaction: OpenTransaction,
     before_ms: int,
     *,
-    read_transaction: OpenTransaction | None = None,
+    read: OpenTransaction | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Delete roll-ups before an instant: whole days whose rows are gone, a month at a time.
@@ -292,13 +292,13 @@ def trim(
     Args:
         write_transaction: Opens a transaction that writes.
         before_ms: The first instant that is kept.
-        read_transaction: Opens a transaction that only reads; used to find out whether there is
+        read: Opens a transaction that only reads; used to find out whether there is
             anything to delete, without the write lock. Default: ``write_transaction``.
         stop: Called before each step; True ends the work.
     """
-    read_transaction = read_transaction or write_transaction
+    read = read or write_transaction
     while not stop():
-        with read_transaction() as connection:
+        with read() as connection:
             if connection.scalar(fold_sql.days_gone(before_ms)) is None:
                 return
         with write_transaction() as connection:

@@ -57,7 +57,7 @@ class Repaired(NamedTuple):
 def apply_changes(
     write_transaction: OpenTransaction,
     *,
-    read_transaction: OpenTransaction | None = None,
+    read: OpenTransaction | None = None,
     stop: _Stop = lambda: False,
 ) -> Repaired:
     """Recompute the quarters for which triggers made change entries, in short steps.
@@ -67,15 +67,15 @@ def apply_changes(
 
     Args:
         write_transaction: Opens a transaction that writes.
-        read_transaction: Opens a transaction that only reads; used to find out whether there are
+        read: Opens a transaction that only reads; used to find out whether there are
             entries, without the write lock. Default: ``write_transaction``.
         stop: Called before each step; True leaves the rest to the next call.
 
     Raises:
         RollupsRefused: The roll-ups did not keep what was counted; the step was rolled back.
     """
-    read_transaction = read_transaction or write_transaction
-    with read_transaction() as connection:
+    read = read or write_transaction
+    with read() as connection:
         upto: int | None = connection.scalar(fold_sql.newest_change())
     quarters, more = 0, upto is not None
     while more and not stop():
@@ -113,7 +113,7 @@ def _apply(connection: Connection, start: int) -> bool:
 
 
 def compare_counts(
-    write_transaction: OpenTransaction, *, read_transaction: OpenTransaction, stop: _Stop
+    write_transaction: OpenTransaction, *, read: OpenTransaction, stop: _Stop
 ) -> Repaired:
     """Recompute each quarter that has more or fewer rows than the roll-ups hold.
 
@@ -122,14 +122,10 @@ def compare_counts(
     Raises:
         RollupsRefused: The roll-ups did not keep what was counted.
     """
-    return _scan(
-        write_transaction, read_transaction, stop, _COUNTED, _COUNTED_ROWS, _with_other_counts
-    )
+    return _scan(write_transaction, read, stop, _COUNTED, _COUNTED_ROWS, _with_other_counts)
 
 
-def scrub(
-    write_transaction: OpenTransaction, *, read_transaction: OpenTransaction, stop: _Stop
-) -> Repaired:
+def scrub(write_transaction: OpenTransaction, *, read: OpenTransaction, stop: _Stop) -> Repaired:
     """Compute each quarter's roll-ups from its rows, and replace the roll-ups that differ.
 
     It continues where the last call was stopped, and after the newest quarter starts again with the
@@ -138,24 +134,22 @@ def scrub(
     Raises:
         RollupsRefused: The roll-ups did not keep what was counted.
     """
-    return _scan(
-        write_transaction, read_transaction, stop, _SCRUBBED, _SCRUBBED_ROWS, _with_other_measures
-    )
+    return _scan(write_transaction, read, stop, _SCRUBBED, _SCRUBBED_ROWS, _with_other_measures)
 
 
 def _scan(
     write_transaction: OpenTransaction,
-    read_transaction: OpenTransaction,
+    read: OpenTransaction,
     stop: _Stop,
     name: str,
     rows: int,
     differing: _Compare,
 ) -> Repaired:
-    with read_transaction() as connection:
+    with read() as connection:
         noted: int | None = connection.scalar(select(progress.value_of(name)))
     since, quarters = noted or INSTANT_MIN_MS, 0
     while since < INSTANT_MAX_MS and not stop():
-        with read_transaction() as connection:
+        with read() as connection:
             last = connection.scalar(fold_sql.instant_after(), {"since": since, "rows": rows})
             until = INSTANT_MAX_MS if last is None else floor_to(QUARTER_MS, last) + QUARTER_MS
             found = differing(connection, since, until)

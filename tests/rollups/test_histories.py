@@ -266,7 +266,7 @@ class World:
         repair.apply_changes(self.begin)
         assert folding.fold(self.begin).done
         for check_ in (repair.compare_counts, repair.scrub):
-            assert check_(self.begin, read_transaction=self.begin, stop=lambda: False).done
+            assert check_(self.begin, read=self.begin, stop=lambda: False).done
         self.sure = True
 
     def rebuild(self, steps):

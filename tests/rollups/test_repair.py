@@ -526,9 +526,7 @@ def test_both_go_on_where_they_were_stopped(store, monkeypatch):
         total = 0
         while not mended.done:
             stop = partial(next, iter([False]), True)  # noqa: FBT003
-            mended = check(
-                database.write_transaction, read_transaction=database.read_transaction, stop=stop
-            )
+            mended = check(database.write_transaction, read=database.read, stop=stop)
             total += mended.quarters
             steps += 1
             assert steps < 50

@@ -228,7 +228,7 @@ def test_rows_that_go_between_the_look_and_the_write_are_not_counted(
             with begin() as connection:
                 connection.execute(delete(TELEMETRY).where(TELEMETRY.c.provider == "gone"))
 
-    assert folding.fold(begin, read_transaction=look) == (kept, True)
+    assert folding.fold(begin, read=look) == (kept, True)
     assert len(looks) == 3
     measured, removed_before = answered(engine, 0, NOW)
     assert measured == from_rows(engine, 0, NOW)
@@ -248,7 +248,7 @@ def test_a_folder_leaves_to_a_quicker_one_what_that_one_folded(engine, begin):
         if len(looks) == 3:
             assert folding.fold(begin) == (2, True)
 
-    assert folding.fold(begin, read_transaction=look) == (0, True)
+    assert folding.fold(begin, read=look) == (0, True)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
 
 
@@ -419,11 +419,11 @@ def test_where_no_roll_up_is_old_enough_nobody_is_kept_from_writing(begin):
         pytest.fail("a transaction that may write was begun")
 
     today = floor_to(DAY_MS, NOW)
-    folding.trim(refuse, today, read_transaction=begin)
+    folding.trim(refuse, today, read=begin)
     with begin() as connection:
         put(connection, {"timestamp": today})
     folding.fold(begin)
-    folding.trim(refuse, today + DAY_MS - 1, read_transaction=begin)
+    folding.trim(refuse, today + DAY_MS - 1, read=begin)
 
 
 def total(engine):
