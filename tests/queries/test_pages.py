@@ -213,7 +213,7 @@ def test_texts_are_read_or_left_out_by_either_way(filled):
 
 
 def test_more_values_than_are_put_together_are_found_all_the_same(filled):
-    many = [f"none-{number}" for number in range(pages._MAX_HEADS)]
+    many = [f"none-{number}" for number in range(pages._MAX_PREFIXES)]
     criteria = RoutingFilter(tier=[*many, "RARE", "OLD"])
     assert [r.id for r in page(filled, criteria)] == expected(filled, criteria, None, None)
 
