@@ -17,6 +17,7 @@ from lynkr_store.cli.commands import app
 from lynkr_store.db import triggers
 from lynkr_store.db.dialect import writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
+from lynkr_store.maintenance import run
 from lynkr_store.migrate.upgrade import downgrade, drift, missing_triggers, upgrade
 from lynkr_store.rollups import fold, repair, state
 from lynkr_store.rollups.buckets import floor_to
@@ -30,6 +31,13 @@ START = floor_to(DAY_MS, NOW) - DAY_MS
 MINUTE_MS = 60_000
 ALL = Window(since=0)
 _t = TELEMETRY.c
+
+
+@pytest.fixture(autouse=True)
+def _enough_time(monkeypatch):
+    """Have the checks of maintenance end by themselves, also on a busy machine."""
+    for share in ("COUNTING", "SCRUBBING"):
+        monkeypatch.setattr(run, share, 20)
 
 
 @pytest.fixture
