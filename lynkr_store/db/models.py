@@ -5,6 +5,7 @@ Columns keep the gateway's names and physical order; what each means is said at
 table's: the gateway would make them again under these.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from sqlalchemy import (
@@ -28,9 +29,11 @@ from lynkr_store.db.column_types import (
     Milliseconds,
     Score,
     TokenCount,
+    WholeNumber,
     Words,
     YesNo,
 )
+from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE
 
 _RowId = BigInteger().with_variant(Integer(), "sqlite")
 
@@ -161,11 +164,38 @@ class Dimension(Base):
     request_type: Mapped[Words | None]
 
 
-class Rollup(Base):
-    """Counts and sums of the rows of one span of time and one combination of dimensions.
+COUNTED: Final = ("errors", "fallbacks", "over_provisioned", "under_provisioned")
+"""What roll-ups count, in addition to the requests."""
 
-    Of the rows that were folded, up to the watermark in `Progress`. A sum is two integers,
-    ``high * 2**31 + low``, in the units of its domain; see `lynkr_store.rollups.measures`.
+SUMMED: Final = {
+    "latency_ms": MILLISECONDS,
+    "quality_score": SCORE,
+    "input_tokens": COUNT,
+    "output_tokens": COUNT,
+    "cache_read_tokens": COUNT,
+    "cache_creation_tokens": COUNT,
+    "tokens_per_second": SCORE,
+    "cost_usd": DOLLARS,
+}
+"""The columns that roll-ups sum, with the units of the sums."""
+
+
+def measure_columns(names: Iterable[str] = (*COUNTED, *SUMMED)) -> Iterator[str]:
+    """The names of the columns of roll-ups that hold these measures, in their order."""
+    yield "requests"
+    for name in names:
+        if name in SUMMED:
+            yield from (f"{name}_count", f"{name}_high", f"{name}_low")
+        else:
+            yield name
+
+
+class Rollup(Base):
+    """Counts and sums of the rows of one bucket of time and one combination of dimensions.
+
+    It covers the folded rows, up to the watermark in `Progress`. `measure_columns` names its other
+    columns. A sum is two integers, ``high * 2**31 + low``, in the units of its domain; see
+    `lynkr_store.rollups.measures`.
     """
 
     __tablename__ = "routing_rollups"
@@ -175,37 +205,12 @@ class Rollup(Base):
     start: Mapped[Count] = mapped_column(primary_key=True)
     """Its first millisecond."""
     dimension_id: Mapped[Count] = mapped_column(primary_key=True)
-    requests: Mapped[Count]
-    errors: Mapped[Count]
-    fallbacks: Mapped[Count]
-    over_provisioned: Mapped[Count]
-    under_provisioned: Mapped[Count]
-    latency_ms_count: Mapped[Count]
-    latency_ms_high: Mapped[Count]
-    latency_ms_low: Mapped[Count]
-    quality_score_count: Mapped[Count]
-    quality_score_high: Mapped[Count]
-    quality_score_low: Mapped[Count]
-    input_tokens_count: Mapped[Count]
-    input_tokens_high: Mapped[Count]
-    input_tokens_low: Mapped[Count]
-    output_tokens_count: Mapped[Count]
-    output_tokens_high: Mapped[Count]
-    output_tokens_low: Mapped[Count]
-    cache_read_tokens_count: Mapped[Count]
-    cache_read_tokens_high: Mapped[Count]
-    cache_read_tokens_low: Mapped[Count]
-    cache_creation_tokens_count: Mapped[Count]
-    cache_creation_tokens_high: Mapped[Count]
-    cache_creation_tokens_low: Mapped[Count]
-    tokens_per_second_count: Mapped[Count]
-    tokens_per_second_high: Mapped[Count]
-    tokens_per_second_low: Mapped[Count]
-    cost_usd_count: Mapped[Count]
-    cost_usd_high: Mapped[Count]
-    cost_usd_low: Mapped[Count]
 
     __table_args__ = ({"sqlite_with_rowid": False},)
+
+
+for _name in measure_columns():
+    setattr(Rollup, _name, mapped_column(WholeNumber, nullable=False))
 
 
 class Progress(Base):

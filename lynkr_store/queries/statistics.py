@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Self
 
 from lynkr_store.db.functions import joined
+from lynkr_store.db.models import SUMMED, measure_columns
 from lynkr_store.rollups.answer import Answer, Part
 from lynkr_store.rollups.answer_sql import Question
-from lynkr_store.rollups.measures import SUMMED, measure_columns
 from lynkr_store.schemas import (
     ProviderStats,
     Reading,

@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
     Attributes:
         by: The values of the question's dimensions.
-        sums: The measures, in the order of `lynkr_store.rollups.measures.measure_columns`.
+        sums: The measures, in the order of `lynkr_store.db.models.measure_columns`.
     """
 
     by: tuple[Any, ...]

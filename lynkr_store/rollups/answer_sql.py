@@ -26,7 +26,7 @@ from sqlalchemy import (
 )
 
 from lynkr_store.db.functions import each_row, unindexed, whole_number, written_out
-from lynkr_store.db.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY
+from lynkr_store.db.models import CHANGES, DIMENSIONS, ROLLUPS, TELEMETRY, measure_columns
 from lynkr_store.rollups import measures
 from lynkr_store.rollups.buckets import WindowParts
 from lynkr_store.rollups.state import counts_between, folded_between, watermark
@@ -130,7 +130,7 @@ def answer(
             key has ``changed`` set; otherwise ``changed`` is the number of change entries for all
             quarters.
     """
-    names = list(measures.measure_columns(question.names))
+    names = list(measure_columns(question.names))
     parts = [_from_rows(question, key, long_backlog=long_backlog)]
     facts: dict[str, ColumnElement[int]] = {"watermark": watermark().scalar_subquery()}
     if key.buckets:
@@ -149,7 +149,7 @@ def answer(
 
 
 def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
-    columns = [ROLLUPS.c[name] for name in measures.measure_columns(question.names)]
+    columns = [ROLLUPS.c[name] for name in measure_columns(question.names)]
     buckets = union_all(
         *(
             select(ROLLUPS.c.dimension_id, *columns).where(
@@ -164,7 +164,7 @@ def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
 
 
 def _from_changed_rollups(question: Question) -> Select[*tuple[Any, ...]]:
-    columns = [ROLLUPS.c[name] for name in measures.measure_columns(question.names)]
+    columns = [ROLLUPS.c[name] for name in measure_columns(question.names)]
     buckets = select(ROLLUPS.c.dimension_id, *columns).where(
         ROLLUPS.c.span_ms == QUARTER_MS, ROLLUPS.c.start.in_(_changed_starts())
     )

@@ -13,12 +13,11 @@ from sqlalchemy import Connection, RowMapping, text
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
-from lynkr_store.db.models import TELEMETRY
+from lynkr_store.db.models import TELEMETRY, measure_columns
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
 from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, ceil_to, floor_to
-from lynkr_store.rollups.measures import measure_columns
 from lynkr_store.rollups.state import NOTHING_FOLDED, WATERMARK, read_state, removed_before
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.storage import bulk, identities, progress

@@ -29,13 +29,13 @@ from sqlalchemy.sql.dml import ReturningDelete
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.functions import count_of, each_row, inserting, same, unindexed, whole_number
-from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, measure_columns
 from lynkr_store.rollups import measures
 from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, floor_to
 from lynkr_store.rollups.state import WATERMARK, folded_between, in_domain
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, QUARTER_MS
 
-ROLLUP: Final = ("span_ms", "start", "dimension_id", *measures.measure_columns())
+ROLLUP: Final = ("span_ms", "start", "dimension_id", *measure_columns())
 """The columns of a roll-up."""
 
 MOST_ADDED: Final = 512
@@ -177,7 +177,7 @@ def add_text(count: int) -> str:
 
 
 def _adding(into: Any) -> Insert:
-    sums = {name: ROLLUPS.c[name] + into.excluded[name] for name in measures.measure_columns()}
+    sums = {name: ROLLUPS.c[name] + into.excluded[name] for name in measure_columns()}
     statement: Insert = into.on_conflict_do_update(
         index_elements=list(ROLLUPS.primary_key), set_=sums
     )

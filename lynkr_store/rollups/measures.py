@@ -12,27 +12,13 @@ from sqlalchemy import BigInteger, ColumnElement, Label, and_, case, func, liter
 from sqlalchemy.sql.base import ReadOnlyColumnCollection
 
 from lynkr_store.db.functions import count_of, exact_sum, measured, scaled
-from lynkr_store.db.models import ROLLUPS, TELEMETRY
-from lynkr_store.schemas.units import COUNT, DOLLARS, MILLISECONDS, SCORE
+from lynkr_store.db.models import COUNTED, ROLLUPS, SUMMED, TELEMETRY, measure_columns
+from lynkr_store.schemas.units import COUNT, SCORE
 
 _HIGH_TIERS: Final = ("REASONING", "COMPLEX")
 _HIGH_QUALITY: Final = 80  # the gateway's thresholds
 _FEW_TOKENS: Final = 50
 _LOW_QUALITY: Final = 45
-
-COUNTED: Final = ("errors", "fallbacks", "over_provisioned", "under_provisioned")
-
-SUMMED: Final = {
-    "latency_ms": MILLISECONDS,
-    "quality_score": SCORE,
-    "input_tokens": COUNT,
-    "output_tokens": COUNT,
-    "cache_read_tokens": COUNT,
-    "cache_creation_tokens": COUNT,
-    "tokens_per_second": SCORE,
-    "cost_usd": DOLLARS,
-}
-"""The summed columns, with the units of the sums."""
 
 ALL: Final = (*COUNTED, *SUMMED)
 
@@ -86,13 +72,3 @@ def of_rollups(
     """The same measures, from roll-ups."""
     for column in measure_columns(names):
         yield func.sum(columns[column]).label(column)
-
-
-def measure_columns(names: Iterable[str] = ALL) -> Iterator[str]:
-    """The names of the columns that hold the measures."""
-    yield "requests"
-    for name in names:
-        if name in SUMMED:
-            yield from (f"{name}_count", f"{name}_high", f"{name}_low")
-        else:
-            yield name
