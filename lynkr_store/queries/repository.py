@@ -203,7 +203,7 @@ class RoutingRepository:
 
         Returns:
             The number of rows stored; lower than the number of records if a trigger of the table
-                skips some.
+            skips some.
 
         Raises:
             ValidationError: A record is invalid, or no policy was given and the environment's is

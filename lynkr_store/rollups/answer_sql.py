@@ -122,13 +122,12 @@ def answer(
 
     Returns:
         ``part``, ``sign``, the question's dimensions, ``requests`` and the columns of its measures.
-            A part of the answer has sign 1 or -1. Rows with sign 0 are facts about the answer,
-            named by ``part``, with the value in ``requests``. ``watermark`` is the watermark.
-            ``missing_0`` and ``missing_1`` are, for each partial edge, how many rows of its quarter
-            are in the roll-ups but gone (negative: exist but are not in the roll-ups).
-            ``changed_0`` and ``changed_1`` are the change entries for each edge's quarter, if the
-            key has ``changed`` set; otherwise ``changed`` is the number of change entries for all
-            quarters.
+        A part of the answer has sign 1 or -1. Rows with sign 0 are facts about the answer, named by
+        ``part``, with the value in ``requests``. ``watermark`` is the watermark. ``missing_0`` and
+        ``missing_1`` are, for each partial edge, how many rows of its quarter are in the roll-ups
+        but gone (negative: exist but are not in the roll-ups). ``changed_0`` and ``changed_1`` are
+        the change entries for each edge's quarter, if the key has ``changed`` set; otherwise
+        ``changed`` is the number of change entries for all quarters.
     """
     names = list(measure_columns(question.names))
     parts = [_from_rows(question, key, long_backlog=long_backlog)]

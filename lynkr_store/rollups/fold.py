@@ -63,7 +63,7 @@ def fold(
 
     Returns:
         ``done`` is False if the fold was stopped, or if transactions that may have inserted rows
-            with lower ids stayed open; call again later.
+        with lower ids stayed open; call again later.
 
     Raises:
         RollupsRefused: The roll-ups did not gain what was added; the step was rolled back.
@@ -182,7 +182,7 @@ def _fold_step(
         watermark: int = connection.execute(state.watermark()).scalar_one()
         first: int | None = connection.scalar(fold_sql.first_above(watermark))
         if first is not None and first <= upto:
-            given, quarters, new = _read_step(connection, watermark, first, upto)
+            parameters, quarters, new = _read_step(connection, watermark, first, upto)
         restarted = (first is None or watermark == NOTHING_FOLDED) and _ids_restarted(
             connection, watermark
         )
@@ -194,24 +194,24 @@ def _fold_step(
     if new:
         with write_transaction() as connection:
             held_watermark(connection)
-            connection.execute(rows.enter_dimensions, given)
+            connection.execute(rows.enter_dimensions, parameters)
         with read() as connection:
-            quarters = connection.execute(rows.quarters, given).mappings().all()
+            quarters = connection.execute(rows.quarters, parameters).mappings().all()
     sums = _summed(quarters)
     with write_transaction() as connection:
         now = held_watermark(connection)
         if now != watermark:
             return 0, now  # another process folded in between
         update_raw_from(connection)
-        number = _count_rows(connection, given, quarters)
+        number = _count_rows(connection, parameters, quarters)
         if number != _requests(quarters):  # rows were deleted, or changed dimensions
-            connection.execute(rows.enter_dimensions, given)
-            quarters = connection.execute(rows.quarters, given).mappings().all()
+            connection.execute(rows.enter_dimensions, parameters)
+            quarters = connection.execute(rows.quarters, parameters).mappings().all()
             sums = _summed(quarters)
-            if number == connection.scalar(rows.number, given) != _requests(quarters):
+            if number == connection.scalar(rows.number, parameters) != _requests(quarters):
                 raise RollupsRefused  # the dimensions were not stored
         _add(connection, sums)
-        last = given["upto"]
+        last = parameters["upto"]
         progress.write(connection, WATERMARK, last)
         if connection.execute(state.watermark()).scalar_one() != last:
             raise RollupsRefused
@@ -225,24 +225,28 @@ def _read_step(
 
     Returns:
         The range of ids, the measures, and whether some of the rows have dimensions that are not in
-            the table. Such rows have no measures yet.
+        the table. Such rows have no measures yet.
     """
     rows = fold_sql.step_statements()
     last = min(first + STEP_ROWS - 1, upto)
-    given = {"after": watermark, "upto": last}
-    quarters = connection.execute(rows.quarters, given).mappings().all()
+    parameters = {"after": watermark, "upto": last}
+    quarters = connection.execute(rows.quarters, parameters).mappings().all()
     if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # many ids have no row
         last = connection.scalar(fold_sql.last_of_step(watermark, upto, STEP_ROWS)) or upto
-        given = {"after": watermark, "upto": last}
-        quarters = connection.execute(rows.quarters, given).mappings().all()
+        parameters = {"after": watermark, "upto": last}
+        quarters = connection.execute(rows.quarters, parameters).mappings().all()
     if last - first + 1 == _requests(quarters):
-        return given, quarters, False
+        return parameters, quarters, False
     # an id has no row, or its row has dimensions that are not in the table
-    return given, quarters, connection.execute(rows.new_dimensions, given).first() is not None
+    return (
+        parameters,
+        quarters,
+        connection.execute(rows.new_dimensions, parameters).first() is not None,
+    )
 
 
 def _count_rows(
-    connection: Connection, given: dict[str, int], quarters: Sequence[RowMapping]
+    connection: Connection, parameters: dict[str, int], quarters: Sequence[RowMapping]
 ) -> int:
     """How many rows of a step exist; ``quarters`` are its measures."""
     if quarters:
@@ -251,10 +255,10 @@ def _count_rows(
             "last": max(int(quarter["last"]) for quarter in quarters),
             "most": _MOST_BETWEEN,
         }
-        seen, found = connection.execute(fold_sql.number_between(), given | between).one()
+        seen, found = connection.execute(fold_sql.number_between(), parameters | between).one()
         if seen < _MOST_BETWEEN:
             return int(found)
-    number: int = connection.execute(fold_sql.step_statements().number, given).scalar_one()
+    number: int = connection.execute(fold_sql.step_statements().number, parameters).scalar_one()
     return number
 
 
@@ -366,8 +370,8 @@ def rebuild(
 
 def has_more(connection: Connection, start: int) -> bool:
     """Whether a quarter has more rows than the roll-ups hold for it."""
-    given = state.quarter_parameters(start, held_watermark(connection))
-    counts = connection.execute(state.counts_of_quarter(), given).one()
+    parameters = state.quarter_parameters(start, held_watermark(connection))
+    counts = connection.execute(state.counts_of_quarter(), parameters).one()
     return bool(counts.there > counts.known)
 
 
@@ -376,16 +380,16 @@ def recount(connection: Connection, start: int) -> int | None:
 
     Returns:
         The number of its rows. None if rows of it were deleted and maintenance has not yet decided
-            whether that was retention; then nothing was changed.
+        whether that was retention; then nothing was changed.
 
     Raises:
         RollupsRefused: The roll-ups did not keep what was counted.
     """
     rows = fold_sql.quarter_statements()
-    given = state.quarter_parameters(start, held_watermark(connection))
+    parameters = state.quarter_parameters(start, held_watermark(connection))
     starts = {span: floor_to(span, start) for span in BUCKET_LENGTHS_MS}
-    connection.execute(rows.enter_dimensions, given)
-    quarters = connection.execute(rows.quarters, given).mappings().all()
+    connection.execute(rows.enter_dimensions, parameters)
+    quarters = connection.execute(rows.quarters, parameters).mappings().all()
     # after reading the rows: a transaction that deleted some meanwhile has left a change entry
     if connection.scalar(fold_sql.deleted_upto(), {"start": start}) is not None:
         return None

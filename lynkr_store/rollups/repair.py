@@ -146,8 +146,8 @@ def _scan(
     differing: _Compare,
 ) -> Repaired:
     with read() as connection:
-        noted: int | None = connection.scalar(select(progress.value_of(name)))
-    since, quarters = noted or INSTANT_MIN_MS, 0
+        saved: int | None = connection.scalar(select(progress.value_of(name)))
+    since, quarters = saved or INSTANT_MIN_MS, 0
     while since < INSTANT_MAX_MS and not stop():
         with read() as connection:
             last = connection.scalar(fold_sql.instant_after(), {"since": since, "rows": rows})
@@ -164,7 +164,7 @@ def _scan(
     done = since >= INSTANT_MAX_MS
     if done:
         since = INSTANT_MIN_MS
-    if since != (noted or INSTANT_MIN_MS):
+    if since != (saved or INSTANT_MIN_MS):
         with write_transaction() as connection:
             write(connection, name, since)
     return Repaired(quarters, done)

@@ -64,8 +64,8 @@ def plain(value: Any) -> Any:
 
     Returns:
         A text, number, bool or datetime (see `datetime_of`) of exactly that type. A ``Decimal``
-            that a float cannot hold exactly stays a Decimal, for `real` to round. Any other value
-            is returned unchanged; no field accepts it.
+        that a float cannot hold exactly stays a Decimal, for `real` to round. Any other value is
+        returned unchanged; no field accepts it.
 
     Raises:
         ValueError: It is a number that a float cannot hold.
