@@ -145,7 +145,7 @@ class RoutingFilter(FrozenInput):
     @classmethod
     def _known_filters(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and (unknown := set(data) - set(cls.model_fields)):
-            names, valid = ", ".join(map(repr, unknown)), ", ".join(cls.model_fields)
+            names, valid = ", ".join(sorted(map(repr, unknown))), ", ".join(cls.model_fields)
             raise ValueError(f"unknown filter {names}; valid filters: {valid}")
         return data
 
