@@ -25,7 +25,8 @@ from lynkr_store.exceptions import (
     UpgradeTimeout,
 )
 from lynkr_store.ingest.validation import TextPolicy
-from lynkr_store.migrate.upgrade import not_ours, upgrade
+from lynkr_store.migrate.comparison import not_ours
+from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,

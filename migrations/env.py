@@ -21,7 +21,7 @@ from lynkr_store.db.postgresql import require_utf8, schema_of, script_lines, wit
 from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.maintenance.restoration import recreate_tables
-from lynkr_store.migrate import operations, upgrade
+from lynkr_store.migrate import comparison, operations, upgrade
 from lynkr_store.migrate.lock import exclusively
 from lynkr_store.migrate.revisions import (
     Standing,
@@ -30,6 +30,7 @@ from lynkr_store.migrate.revisions import (
     refuse_to_downgrade,
     standing,
 )
+from lynkr_store.migrate.scripts import note_applied
 from lynkr_store.process.log import say
 from lynkr_store.settings import DatabaseSettings
 
@@ -54,7 +55,8 @@ def _url_of_ini_file() -> str:
 
 def _write_script() -> None:
     dialect = parse_url(_url()).get_backend_name()
-    context.configure(dialect_name=dialect, literal_binds=True, **upgrade.options())
+    options = comparison.options() | {"on_version_apply": note_applied}
+    context.configure(dialect_name=dialect, literal_binds=True, **options)
     with context.begin_transaction():
         if schema and dialect == Backend.POSTGRESQL:
             context.get_context().impl.static_output(script_lines(schema))
@@ -109,10 +111,10 @@ def _migrate(connection: Connection) -> None:
         undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
         operations.refuse_early(connection, {script.revision for script in undone})
     if not _moves():  # it looks, or compares, as a developer does
-        context.configure(connection=connection, **upgrade.options())
+        context.configure(connection=connection, **comparison.options())
         if stands.ahead:  # a name that Alembic could not look up here
             context.get_context().get_current_heads = lambda: (head(),)  # type: ignore[method-assign]
-        with upgrade.comparing(), context.begin_transaction():
+        with comparison.comparing(), context.begin_transaction():
             context.run_migrations()
         return
     is_at_head = _wants_head() and stands.revision == head()
@@ -121,12 +123,11 @@ def _migrate(connection: Connection) -> None:
         # Alembic's own statements need no path, and the revisions do
         for module, up, down in revisions:
             module.upgrade, module.downgrade = in_path(up), in_path(down)
-        options = upgrade.options()
-        options["on_version_apply"] = in_path(options["on_version_apply"])
+        options = comparison.options() | {"on_version_apply": in_path(note_applied)}
         context.configure(
             connection=connection, version_table_schema=version_table_schema, **options
         )
-        with upgrade.comparing(), context.begin_transaction():
+        with comparison.comparing(), context.begin_transaction():
             context.run_migrations()
             if lost:
                 in_path(recreate_tables)(connection, lost)

@@ -25,7 +25,7 @@ from lynkr_store.db.dialect import disposing
 from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.errors import translated
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
-from lynkr_store.migrate import revisions
+from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.queries.repository import LOOK_BACK
 from lynkr_store.schemas import Cursor, Health, epoch_ms
@@ -134,7 +134,7 @@ def upgrade(
             if made:
                 render.say(f"made again, empty: {', '.join(made)}")
             render.say(f"at revision {revisions.current(connection)}")
-            missing = migrate.missing_indexes(connection)
+            missing = comparison.missing_indexes(connection)
     if missing:
         render.say(f"left to 'lynkr-store maintain': {', '.join(missing)}")
 
@@ -171,11 +171,11 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
         revision, ahead = revisions.standing(connection)
         behind = not ahead and revision != revisions.head()
         lost = [] if behind else revisions.missing_tables(connection)
-        drift = [] if behind or lost else migrate.drift(connection)
+        drift = [] if behind or lost else comparison.drift(connection)
         ids = [] if behind else [problem.words for problem in identities.problems(connection)]
-        missing = migrate.missing_indexes(connection)
-        lacking = [] if behind or ahead else migrate.missing_triggers(connection)
-        foreign = migrate.foreign_owners(connection)
+        missing = comparison.missing_indexes(connection)
+        lacking = [] if behind or ahead else comparison.missing_triggers(connection)
+        foreign = revisions.foreign_owners(connection)
     good = not behind and not lost and not drift and not ids
     found = {
         "ok": good,

@@ -23,8 +23,8 @@ from lynkr_store.db.dialect import backend_of, driver_of, writing
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
 from lynkr_store.db.postgresql import by_itself, is_direct
+from lynkr_store.migrate.comparison import missing_indexes
 from lynkr_store.migrate.lock import is_in_the_way
-from lynkr_store.migrate.upgrade import missing_indexes
 from lynkr_store.storage.write_lock import GAP_S
 
 WAIT_S: Final = 30.0

@@ -14,7 +14,7 @@ from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import DIMENSIONS, NOTES, PROGRESS, ROLLUPS, TELEMETRY, Base
 from lynkr_store.exceptions import SchemaError
 from lynkr_store.maintenance.clock_check import TRUSTED
-from lynkr_store.migrate import revisions
+from lynkr_store.migrate import scripts
 from lynkr_store.rollups import state
 from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.rollups.fold import drop_from
@@ -46,7 +46,7 @@ def recreate_tables(connection: Connection, lost: Collection[str]) -> None:
         for statement in triggers.creating(backend_of(connection)):
             connection.exec_driver_sql(statement)
     if NOTES.name in lost:
-        revisions.note_all_applied(connection)
+        scripts.note_all_applied(connection)
     if {TELEMETRY.name, DIMENSIONS.name, ROLLUPS.name, PROGRESS.name} & {*lost}:
         _restart_rollups(connection, lost)
 

@@ -1,27 +1,12 @@
-"""The revisions that this release knows, and where a database stands among them.
+"""Which revisions this release knows, and where a database stands among them.
 
-They are Alembic's and lie in ``migrations/``; a wheel carries them as ``lynkr_store/_migrations``.
+Nothing here loads Alembic: a store whose database is at the head needs no more than this module.
 """
 
 from collections.abc import Collection
-from functools import cache
-from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext, MigrationInfo
-from alembic.script import Script, ScriptDirectory
-from alembic.script.revision import RangeNotAncestorError
-from sqlalchemy import (
-    ColumnClause,
-    ColumnElement,
-    Connection,
-    column,
-    delete,
-    func,
-    insert,
-    select,
-)
+from sqlalchemy import ColumnClause, ColumnElement, Connection, column, func, select
 from sqlalchemy import table as sql_table
 from sqlalchemy.types import NullType
 
@@ -30,13 +15,28 @@ from lynkr_store.db import catalogue
 from lynkr_store.db.dialect import backend_of, require_supported
 from lynkr_store.db.models import NOTES, Base
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind, SchemaError
-from lynkr_store.version import __version__
+
+REVISIONS: Final = (
+    "0001",
+    "0002",
+    "0003",
+    "0004",
+    "0005",
+    "0006",
+    "0007",
+    "0008",
+    "0009",
+    "0010",
+)
+"""The revisions of this release, oldest first; ``migrations/`` holds a script for each.
+
+Written down here so that opening a database at the head loads no script; a test compares the two.
+"""
 
 UPGRADE_COMMAND: Final = "lynkr-store upgrade"
 
 _VERSION: Final = sql_table(VERSION_TABLE, column("version_num"))
 
-_NOTES_SINCE: Final = "0007"
 _MOST_CHARS: Final = 255  # of a revision's name: Alembic's own column takes 32
 _MOST_NOTES: Final = 10_000
 _READ_FIRST: Final = (VERSION_TABLE, NOTES.name)
@@ -55,37 +55,9 @@ class Standing(NamedTuple):
     ahead: bool
 
 
-def directory() -> Path:
-    """Where the revisions lie: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    shipped = package / "_migrations"
-    return shipped if shipped.is_dir() else package.parent / "migrations"
-
-
-def config(**attributes: object) -> Config:
-    """Alembic's configuration for the revisions that come with this release."""
-    made = Config()
-    made.set_main_option("script_location", str(directory()).replace("%", "%%"))
-    made.set_main_option("path_separator", "os")
-    made.attributes.update(attributes)
-    return made
-
-
-@cache
-def _script() -> ScriptDirectory:
-    return ScriptDirectory.from_config(config())
-
-
-@cache
-def _known() -> frozenset[str]:
-    return frozenset(script.revision for script in _script().walk_revisions())
-
-
 def head() -> str:
     """The revision that this release works with."""
-    revision = _script().get_current_head()
-    assert revision is not None, "the installation lacks its revisions"  # noqa: S101
-    return revision
+    return REVISIONS[-1]
 
 
 def current(connection: Connection) -> str | None:
@@ -156,12 +128,12 @@ def standing(connection: Connection) -> Standing:
     """
     require_supported(connection)
     revision = current(connection)
-    if revision is None or revision in _known():
+    if revision is None or revision in REVISIONS:
         return Standing(revision, ahead=False)
     notes = _notes(connection)
     release = notes[revision].release if revision in notes else None
     below, rolling = revision, True
-    while rolling and below not in _known():  # down the line, which may have a gap
+    while rolling and below not in REVISIONS:  # down the line, which may have a gap
         note = notes.pop(below, None)  # or be a circle: each note is passed once
         rolling = note is not None and bool(note.rolling)
         below = note.after if rolling else below
@@ -189,6 +161,11 @@ def lacks_tables(missing: Collection[str]) -> SchemaBehind:
     )
 
 
+def foreign_owners(connection: Connection) -> list[str]:
+    """Roles that own the store's tables and need not be trusted, in words; [] for none."""
+    return catalogue.foreign_owners(connection, (*Base.metadata.tables, VERSION_TABLE))
+
+
 def refuse_to_downgrade(stands: Standing) -> None:
     """Refuse to take back what this release does not know.
 
@@ -200,19 +177,6 @@ def refuse_to_downgrade(stands: Standing) -> None:
             f"the schema's revision {stands.revision} is newer than this release (head {head()}): "
             "downgrade it with the release that made it"
         )
-
-
-def steps(revision: str, stands_at: str | None) -> int:
-    """How many revisions an upgrade to the one from the other would apply.
-
-    Raises:
-        RevisionError: Alembic's; there is no such revision.
-    """
-    lower = stands_at or "base"
-    try:
-        return len(list(_script().iterate_revisions(revision, lower, implicit_base=True)))
-    except RangeNotAncestorError:
-        return 0  # it is behind
 
 
 def require_head(connection: Connection) -> str:
@@ -229,34 +193,3 @@ def require_head(connection: Connection) -> str:
         return revision
     stands = f"is at revision {revision}" if revision else "has no revision"
     raise SchemaBehind(f"the schema {stands}, this release needs {head()}: run {UPGRADE_COMMAND}")
-
-
-def note_applied(*, ctx: MigrationContext, step: MigrationInfo, **_: object) -> None:
-    """Write down, for older releases, what a revision means to them; Alembic calls it after each.
-
-    In a script (``--sql``) the note becomes a statement of it.
-    """
-    script = cast("Script", step.up_revision)  # one a step: there are no branches
-    # of 0007 itself the table goes with the downgrade
-    if script.revision < _NOTES_SINCE or (not step.is_upgrade and script.revision == _NOTES_SINCE):
-        return
-    if step.is_stamp:
-        return  # the table may not be there, and nothing was applied
-    ctx.execute(delete(NOTES).where(NOTES.c.revision == script.revision))
-    if step.is_upgrade:
-        ctx.execute(insert(NOTES).values(_note(script)))
-
-
-def note_all_applied(connection: Connection) -> None:
-    """Write down every revision up to the head, after the notes were lost."""
-    noted = [each for each in _script().walk_revisions() if each.revision >= _NOTES_SINCE]
-    connection.execute(insert(NOTES), [_note(script) for script in noted])
-
-
-def _note(script: Script) -> dict[str, object]:
-    return {
-        "revision": script.revision,
-        "rolling": int(script.module.rolling),
-        "after": script.down_revision,
-        "release": __version__,
-    }

@@ -2,45 +2,25 @@
 
 import os
 import threading
-import warnings
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script.revision import RevisionError
-from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, MetaData, inspect
-from sqlalchemy.exc import DBAPIError, SAWarning
-from sqlalchemy.schema import SchemaItem
+from sqlalchemy import URL, Connection, Engine, inspect
+from sqlalchemy.exc import DBAPIError
 
-from lynkr_store.backend import VERSION_TABLE
-from lynkr_store.db import catalogue, triggers
-from lynkr_store.db.dialect import backend_of, disposing, parse_url
+from lynkr_store.db import catalogue
+from lynkr_store.db.dialect import disposing, parse_url
 from lynkr_store.db.engines import create_store_engine, in_schema
 from lynkr_store.db.errors import translated
-from lynkr_store.db.models import INDEXES, TELEMETRY, Base
 from lynkr_store.db.postgresql import schema_of
 from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
-from lynkr_store.migrate.adoption import ADOPTION_TABLE
 from lynkr_store.migrate.backup import back_up, opened_file
+from lynkr_store.migrate.late import scripts
 from lynkr_store.migrate.lock import WAIT_S, exclusively
-from lynkr_store.migrate.revisions import (
-    config,
-    head,
-    missing_tables,
-    note_applied,
-    standing,
-    steps,
-)
+from lynkr_store.migrate.revisions import head, missing_tables, standing
 from lynkr_store.settings import DatabaseSettings
 
 if TYPE_CHECKING:
@@ -49,70 +29,6 @@ if TYPE_CHECKING:
 _NOT_PERMITTED: Final = ("42501", "3F000")  # the latter: no schema of the path may be used
 
 _turns: Final[dict[int, threading.Lock]] = {}
-
-
-def options() -> dict[str, Any]:
-    """What every Alembic context of ours is configured with."""
-    return {
-        "target_metadata": Base.metadata,
-        "version_table": VERSION_TABLE,
-        # Off by default for SQLite, where it works as long as the driver's own BEGIN is off.
-        "transactional_ddl": True,
-        "include_name": _is_ours,
-        "include_object": _matters,
-        "compare_type": True,
-        "on_version_apply": note_applied,
-    }
-
-
-def not_ours(
-    item: SchemaItem,
-    name: str | None,
-    kind: str,
-    reflected: bool,  # noqa: FBT001 - Alembic's signature
-    compare_to: SchemaItem | None,
-) -> bool:
-    """The ``include_object`` of a host's own Alembic environment: leave out what is the store's.
-
-    With it, ``alembic revision --autogenerate`` and ``alembic check`` of the host neither drop the
-    store's tables, where both are in one database, nor create them, where the host's metadata
-    includes the store's (`lynkr_store.Base.metadata`). Their revisions come with this library.
-    It goes by the tables' names, in whatever schema they are.
-    """
-    del reflected, compare_to
-    table = name if kind == "table" else getattr(getattr(item, "table", None), "name", None)
-    return table not in Base.metadata.tables and table not in (VERSION_TABLE, ADOPTION_TABLE)
-
-
-def _is_ours(name: str | None, kind: str, _parents: object) -> bool:
-    return kind != "table" or name in Base.metadata.tables
-
-
-def _matters(
-    _item: SchemaItem,
-    name: str | None,
-    kind: str,
-    reflected: bool,  # noqa: FBT001 - Alembic's signature
-    compare_to: SchemaItem | None,
-) -> bool:
-    """Whether a difference counts as drift.
-
-    What only the database has is somebody else's: a foreign column, index or constraint. An index
-    of ours that is missing waits for ``maintain()``.
-    """
-    if compare_to is not None:
-        return True
-    return not reflected and not (kind == "index" and name in {index.name for index in INDEXES})
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Give Alembic's complaints of wrong use the library's form."""
-    try:
-        yield
-    except (CommandError, RevisionError, AssertionError) as error:
-        said = error if str(error) else "that is none"
-        raise BadArgument(f"revision: {said}; there are base to {head()}, and head") from None
 
 
 def upgrade(
@@ -158,18 +74,13 @@ def upgrade(
         return copy
 
 
-def foreign_owners(connection: Connection) -> list[str]:
-    """Roles that own the store's tables and need not be trusted, in words; [] for none."""
-    return catalogue.foreign_owners(connection, (*Base.metadata.tables, VERSION_TABLE))
-
-
 def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> None:
     """`upgrade` of an engine that says itself which schema it works in."""
+    apply = scripts.upgrade  # the first use imports Alembic: do it before any lock is taken
 
     def body(connection: Connection) -> None:
         if not standing(connection).ahead:
-            to = config(connection=connection, schema=schema_of(engine))
-            _run(command.upgrade, to, revision)
+            apply(connection, revision, schema_of(engine))
 
     with _alone(wait_s), permitted(engine):
         exclusively(engine, body, wait_s)
@@ -220,10 +131,9 @@ def _copied(engine: Engine, revision: str) -> Path | None:
         stands = standing(connection)
         is_empty = not inspect(connection).get_table_names()
         lost = missing_tables(connection)
-    with _explained():
-        is_whole = not (stands.revision == head() and lost)
-        if stands.ahead or is_empty or (is_whole and not steps(revision, stands.revision)):
-            return None
+    is_whole = not (stands.revision == head() and lost)
+    if stands.ahead or is_empty or (is_whole and not scripts.steps(revision, stands.revision)):
+        return None
     return back_up(engine, f"before-{head()}")
 
 
@@ -245,15 +155,13 @@ def downgrade(
         UpgradeTimeout: It could not begin in time; nothing was changed.
         BadArgument: There is no such revision.
     """
+    undo, steps = scripts.downgrade, scripts.steps  # imports Alembic before any lock is taken
 
     def body(connection: Connection) -> None:
         if standing(connection).revision is None:
-            with _explained():
-                steps("head", revision)
+            steps(revision, None)  # is there such a revision?
             return  # nothing of ours is there, and nothing is left behind
-        options = Namespace(x=["drop-data=yes"] if drop_data else [])
-        to = config(connection=connection, schema=schema_of(engine))
-        _run(command.downgrade, to, revision, options)
+        undo(connection, revision, schema_of(engine), drop_data=drop_data)
 
     with _alone(wait_s):
         exclusively(engine, body, wait_s)
@@ -274,17 +182,6 @@ def _alone(wait_s: float) -> Iterator[None]:
         turn.release()
 
 
-def _run(
-    what: Callable[..., None], to: Config, revision: str, options: Namespace | None = None
-) -> None:
-    if not isinstance(revision, str) or not revision:
-        raise BadArgument(f"revision: there are base to {head()}, and head")
-    with _explained():
-        to.cmd_opts = options
-        to.attributes |= {"command": what}
-        what(to, revision)
-
-
 def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool = False) -> None:
     """Write the SQL of an upgrade or downgrade instead of running it.
 
@@ -297,78 +194,5 @@ def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool =
     Raises:
         BadArgument: There are no such revisions.
     """
-    to = config()
-    to.output_buffer = output
-    what = partial(command.downgrade if down else command.upgrade, sql=True)
     with _alone(WAIT_S):
-        _run(what, to, revisions, Namespace(x=[f"url={url}"]))
-
-
-def drift(connection: Connection) -> list[str]:
-    """The differences between the database's tables and this release's, in words; [] for none."""
-    with catalogue.sealed(connection, VERSION_TABLE) as (schema, _), comparing():
-        if schema is None:
-            context = MigrationContext.configure(connection, opts=options())
-            return [str(difference) for difference in compare_metadata(context, Base.metadata)]
-        with _without_default_schema(connection):
-            context = MigrationContext.configure(connection, opts=_options_in(schema))
-            return [str(each) for each in compare_metadata(context, _metadata_in(schema))]
-
-
-def _options_in(schema: str) -> dict[str, Any]:
-    """`options` for tables that are named with their schema."""
-
-    def is_ours(name: str | None, kind: str, parents: object) -> bool:
-        return name == schema if kind == "schema" else _is_ours(name, kind, parents)
-
-    own = {"include_schemas": True, "include_name": is_ours, "version_table_schema": schema}
-    return options() | own
-
-
-def _metadata_in(schema: str) -> MetaData:
-    """The store's tables in a schema."""
-    metadata = MetaData()
-    for table in Base.metadata.sorted_tables:
-        table.to_metadata(metadata, schema=schema)
-    return metadata
-
-
-@contextmanager
-def _without_default_schema(connection: Connection) -> Iterator[None]:
-    """Have Alembic take every schema by its name, also that which it would take for the default.
-
-    It leaves the name of that out, and asks for what is in the path, where nothing is.
-    """
-    shared = connection.dialect
-    connection.dialect = copy(shared)
-    connection.dialect.default_schema_name = None
-    try:
-        yield
-    finally:
-        connection.dialect = shared
-
-
-@contextmanager
-def comparing() -> Iterator[None]:
-    """Without the warnings that indexes on expressions, ours or not, cannot be read of SQLite."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Skipped unsupported reflection", SAWarning)
-        warnings.filterwarnings("ignore", "autogenerate skipping metadata-specified expression")
-        yield
-
-
-def missing_indexes(connection: Connection) -> list[str]:
-    """Names of the store's indexes that the database lacks, on tables that it has."""
-    tables = catalogue.tables(connection, Base.metadata.tables)
-    there = {name for table in tables for name in catalogue.index_names(connection, table)}
-    return [
-        str(index.name)
-        for index in INDEXES
-        if index.name not in there and index.table is not None and index.table.name in tables
-    ]
-
-
-def missing_triggers(connection: Connection) -> list[str]:
-    """Names of the store's triggers that its table lacks, or that are disabled."""
-    there = catalogue.trigger_names(connection, TELEMETRY.name)
-    return [name for name in triggers.NAMES[backend_of(connection)] if name not in there]
+        scripts.write(url, revisions, output, down=down)

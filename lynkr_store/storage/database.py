@@ -28,7 +28,7 @@ from lynkr_store.exceptions import (
 from lynkr_store.ingest.gil import long_call
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import bring_to, foreign_owners
+from lynkr_store.migrate.upgrade import bring_to
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import Forkable, without_sigterm
 from lynkr_store.process.log import say
@@ -210,7 +210,7 @@ class Database(Forkable):
         try:
             with self.connected(self.engine) as connection:
                 require_utf8(connection)
-                if not self._opened_once and (foreign := foreign_owners(connection)):
+                if not self._opened_once and (foreign := revisions.foreign_owners(connection)):
                     say(logging.WARNING, "%s", " ".join(foreign))
                 revisions.require_head(connection)
                 if not self._opened_once:  # later the statement that fails says which is missing

@@ -103,9 +103,6 @@ class Core:
             on_fault=partial(_note_refused, self._writer),
         )
         self._sink.on_written = self._background.rows_written
-        # read the revisions now: Python's lock of imports, held by a thread that a signal handler
-        # interrupted in its first health(), would keep the writer from opening the database
-        revisions.head()
         self._closed = False
         if read_only:
             self._writer.close(0)

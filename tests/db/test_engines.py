@@ -41,7 +41,8 @@ from lynkr_store.db import forking
 from lynkr_store.db.dialect import parse_url, writing_at_once
 from lynkr_store.db.engines import create_store_async_engine
 from lynkr_store.db.models import RoutingTelemetry
-from lynkr_store.migrate.upgrade import downgrade, drift, write_script
+from lynkr_store.migrate.comparison import drift
+from lynkr_store.migrate.upgrade import downgrade, write_script
 from lynkr_store.storage import database
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory

@@ -31,7 +31,8 @@ from lynkr_store import (
 from lynkr_store.cli import commands
 from lynkr_store.db.engines import create_store_async_engine
 from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes
+from lynkr_store.migrate.comparison import drift, missing_indexes
+from lynkr_store.migrate.upgrade import downgrade
 from tests.conftest import POSTGRES
 from tests.migrations.host import application
 from tests.support import pgbouncer

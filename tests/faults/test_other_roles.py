@@ -31,8 +31,9 @@ from lynkr_store import (
     create_store_engine,
 )
 from lynkr_store.cli.commands import app
-from lynkr_store.db.models import TELEMETRY
-from lynkr_store.migrate.upgrade import Base, foreign_owners, upgrade
+from lynkr_store.db.models import TELEMETRY, Base
+from lynkr_store.migrate.revisions import foreign_owners
+from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.storage import diagnosis, identities, ledger
 from tests.conftest import POSTGRES
 from tests.factories import RecordFactory

@@ -20,7 +20,8 @@ from lynkr_store import (
     create_store_engine,
 )
 from lynkr_store.migrate import adoption, revisions
-from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
+from lynkr_store.migrate.comparison import drift, missing_indexes
+from lynkr_store.migrate.upgrade import downgrade, upgrade
 from tests.support.recorded import (
     ADDITIVE,
     DATA,

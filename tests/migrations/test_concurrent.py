@@ -14,7 +14,7 @@ from sqlalchemy import create_engine, event, make_url, text
 from lynkr_store import AdoptionRefused, UpgradeTimeout, create_store_engine
 from lynkr_store.db.models import INDEXES
 from lynkr_store.maintenance.indexes import build_missing_indexes
-from lynkr_store.migrate import revisions
+from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.migrate.lock import ADVISORY_LOCK, exclusively
 from tests.conftest import ON_DISK, POSTGRES
@@ -97,8 +97,8 @@ def rows(url):
 def check_head(url):
     with engine_of(url) as engine, engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
-        assert {*migrate.missing_indexes(connection)} <= {
+        assert comparison.drift(connection) == []
+        assert {*comparison.missing_indexes(connection)} <= {
             *OWN_INDEXES
         }  # those of a table with rows
 

@@ -8,7 +8,8 @@ from sqlalchemy import event, text
 
 from lynkr_store import DowngradeRefused, create_store_engine
 from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import downgrade, drift, upgrade
+from lynkr_store.migrate.comparison import drift
+from lynkr_store.migrate.upgrade import downgrade, upgrade
 from tests.support.gateway import RELEASES, connect, open_as
 from tests.support.recorded import INDEXES, SAVINGS, gateway_file
 

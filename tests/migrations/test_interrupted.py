@@ -15,7 +15,8 @@ from lynkr_store import create_store_engine
 from lynkr_store.db.models import INDEXES, Base
 from lynkr_store.maintenance.indexes import build_missing_indexes
 from lynkr_store.migrate import adoption, revisions
-from lynkr_store.migrate.upgrade import drift, missing_indexes, upgrade, write_script
+from lynkr_store.migrate.comparison import drift, missing_indexes
+from lynkr_store.migrate.upgrade import upgrade, write_script
 from tests.conftest import ON_DISK
 from tests.support import recorded
 from tests.support.recorded import ADDITIVE, OWN_INDEXES, SAVINGS, gateway_file

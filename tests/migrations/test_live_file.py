@@ -15,7 +15,8 @@ from sqlalchemy import event
 from lynkr_store import DowngradeRefused, StoreSettings, create_store_engine
 from lynkr_store.maintenance import indexes, retention
 from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
+from lynkr_store.migrate.comparison import drift, missing_indexes
+from lynkr_store.migrate.upgrade import downgrade, upgrade
 from lynkr_store.storage.database import Database
 from tests.support.gateway import BUSY_S, Gateway, connect
 from tests.support.recorded import INDEXES, OWN_INDEXES, gateway_table

@@ -38,8 +38,9 @@ from lynkr_store import (
 )
 from lynkr_store.cli import commands
 from lynkr_store.db.models import NOTES, TELEMETRY, Base
-from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import comparing, downgrade, upgrade, write_script
+from lynkr_store.migrate import revisions, scripts
+from lynkr_store.migrate.comparison import comparing
+from lynkr_store.migrate.upgrade import downgrade, upgrade, write_script
 from tests.migrations.newer.release import (
     ADDITIVE,
     ADDITIVE_AGAIN,
@@ -51,7 +52,7 @@ from tests.support.recorded import ROOT
 from tests.support.snapshot import schema_of
 from tests.support.stores import Asynchronous, adds_up, eventually, looked
 
-LINE = list(revisions._script().walk_revisions())[::-1]
+LINE = list(scripts.script_directory().walk_revisions())[::-1]
 HEAD = LINE[-1].revision
 BEFORE_HEAD = LINE[-2].revision
 NOTED = {

@@ -14,7 +14,7 @@ import pytest
 from lynkr_store import Store, create_store_engine
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.maintenance import indexes
-from lynkr_store.migrate import revisions
+from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
 from tests.support.gateway import (
     CORE,
@@ -205,7 +205,7 @@ def upgrade(path):
     migrate.upgrade(engine)
     with engine.connect() as connection:
         assert revisions.current(connection) == revisions.head()
-        assert migrate.drift(connection) == []
+        assert comparison.drift(connection) == []
     engine.dispose()
 
 
@@ -429,7 +429,7 @@ def adopted_and_maintained(path):
 def missing_indexes(path):
     engine = create_store_engine(f"sqlite:///{path}")
     with engine.connect() as connection:
-        missing = set(migrate.missing_indexes(connection))
+        missing = set(comparison.missing_indexes(connection))
     engine.dispose()
     return missing
 
@@ -439,7 +439,7 @@ def missing_indexes(path):
 )
 def test_alembic_finds_no_drift_and_writes_nothing(path, make):
     make(path)
-    upgrade(path)  # where migrate.drift is asked
+    upgrade(path)  # where comparison.drift is asked
     with closing(connect(path)) as observer:
         before = traces(path, observer)
         checked = alembic(path, "check")

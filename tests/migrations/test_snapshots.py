@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from lynkr_store.migrate import revisions
-from lynkr_store.migrate.revisions import directory
+from lynkr_store.migrate import scripts
+from lynkr_store.migrate.scripts import directory
 from lynkr_store.migrate.upgrade import upgrade
 from tests.support.snapshot import FOLDER, schema_of, script_of
 
@@ -26,7 +26,7 @@ def test_every_statement_of_every_revision_is_the_committed_one(backend):
 
 
 def modules():
-    return [script.module for script in revisions._script().walk_revisions()]
+    return [script.module for script in scripts.script_directory().walk_revisions()]
 
 
 def test_every_revision_says_whether_older_code_can_go_on_and_why():

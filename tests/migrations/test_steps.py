@@ -19,7 +19,8 @@ from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.db.models import Base
 from lynkr_store.maintenance import indexes
 from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import downgrade, drift, missing_indexes, upgrade
+from lynkr_store.migrate.comparison import drift, missing_indexes
+from lynkr_store.migrate.upgrade import downgrade, upgrade
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 

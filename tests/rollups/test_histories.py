@@ -16,11 +16,10 @@ from sqlalchemy.orm import Session
 from lynkr_store import Store, StoreSettings, StoreUnavailable, create_store_engine
 from lynkr_store.backend import Backend
 from lynkr_store.db import triggers
-from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY
+from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, SUMMED, TELEMETRY
 from lynkr_store.rollups import fold as folding
 from lynkr_store.rollups import measures, repair
 from lynkr_store.rollups.answer import ask
-from lynkr_store.rollups.measures import SUMMED
 from lynkr_store.schemas.units import DAY_MS
 from tests.rollups.test_rollups import (
     EVERYTHING,

@@ -18,7 +18,8 @@ from lynkr_store.db import triggers
 from lynkr_store.db.dialect import writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
 from lynkr_store.maintenance import run
-from lynkr_store.migrate.upgrade import downgrade, drift, missing_triggers, upgrade
+from lynkr_store.migrate.comparison import drift, missing_triggers
+from lynkr_store.migrate.upgrade import downgrade, upgrade
 from lynkr_store.rollups import fold, repair, state
 from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS

@@ -9,8 +9,8 @@ from pathlib import Path
 CHECK = """
 import lynkr_store
 from lynkr_store import RoutingEvent, Store
-from lynkr_store.migrate import revisions
-assert revisions.directory().name == "_migrations", revisions.directory()
+from lynkr_store.migrate import scripts
+assert scripts.directory().name == "_migrations", scripts.directory()
 with Store("sqlite:///by-code.db") as store:
     store.record(RoutingEvent(provider="p"))
     assert store.flush(10)

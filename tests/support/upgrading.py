@@ -33,7 +33,8 @@ from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.backend import VERSION_TABLE
 from lynkr_store.maintenance.indexes import build_missing_indexes
 from lynkr_store.migrate import revisions
-from lynkr_store.migrate.upgrade import drift, missing_indexes, upgrade
+from lynkr_store.migrate.comparison import drift, missing_indexes
+from lynkr_store.migrate.upgrade import upgrade
 from tests.support import programs
 from tests.support.recorded import ROOT
 

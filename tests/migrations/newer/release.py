@@ -22,13 +22,14 @@ from sqlalchemy import Connection, Engine, event
 
 from lynkr_store import create_store_engine
 from lynkr_store.db.dialect import disposing
-from lynkr_store.migrate import revisions
+from lynkr_store.migrate import revisions, scripts
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.migrate.lock import exclusively
 
 RELEASE = "9.9.9"
 ADDITIVE, RENAMING, ADDITIVE_AGAIN = "9997", "9998", "9999"
 
+_note_applied = scripts.note_applied
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[2]
 _FILES = ("additive.py", "renaming.py", "additive_again.py")
@@ -38,7 +39,7 @@ _HUNG_S = 90  # an order that takes longer is ended by the program's alarm
 def _script_directory(folder: Path) -> Path:
     """This release's revisions and the newer ones after them, in a new folder."""
     made = folder / "migrations"
-    shutil.copytree(revisions.directory(), made, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(scripts.directory(), made, ignore=shutil.ignore_patterns("__pycache__"))
     for name in _FILES:
         source = (_HERE / name).read_text()
         own = source.replace('down_revision = "head"', f'down_revision = "{revisions.head()}"')
@@ -152,7 +153,7 @@ class _Program:
 
     def upgrade(self, engine: Engine, order: dict[str, Any]) -> None:
         self._pauses = order.get("pause", False)
-        migrate.note_applied = revisions.note_applied if order["notes"] else _no_note
+        scripts.note_applied = _note_applied if order["notes"] else _no_note
         migrate.upgrade(engine, order["to"])
 
     def downgrade(self, engine: Engine, order: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ class _Program:
 
     def stamp(self, engine: Engine, order: dict[str, Any]) -> None:
         def body(connection: Connection) -> None:
-            command.stamp(revisions.config(connection=connection), order["to"])
+            command.stamp(scripts.config(connection=connection), order["to"])
 
         exclusively(engine, body)
 
@@ -176,8 +177,9 @@ def _no_note(**_: object) -> None:
 
 def _main() -> None:
     folder = Path(sys.argv[1])
-    revisions.directory = lambda: folder
-    revisions.__version__ = RELEASE
+    scripts.directory = lambda: folder
+    scripts.__version__ = RELEASE
+    revisions.REVISIONS += (ADDITIVE, RENAMING, ADDITIVE_AGAIN)
     out = os.dup(1)
     os.dup2(2, 1)  # what Alembic prints is no answer
     _Program(out).run()
