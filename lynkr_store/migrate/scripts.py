@@ -71,6 +71,16 @@ def _explained(revision: str) -> Iterator[None]:
         raise BadArgument(f"{said}; {known}") from None
 
 
+def require_known(revision: str) -> None:
+    """Make sure that a downgrade from the head could return to the revision.
+
+    Raises:
+        BadArgument: There is no such revision.
+    """
+    with _explained(revision):
+        list(script_directory().iterate_revisions("head", revision, implicit_base=True))
+
+
 def steps(revision: str, stands_at: str | None) -> int:
     """Count the revisions that an upgrade would apply.
 

@@ -155,11 +155,11 @@ def downgrade(
         UpgradeTimeout: It could not begin in time; nothing was changed.
         BadArgument: There is no such revision.
     """
-    undo, steps = scripts.downgrade, scripts.steps  # imports Alembic before any lock is taken
+    undo = scripts.downgrade  # the first use imports Alembic: do it before any lock is taken
 
     def body(connection: Connection) -> None:
         if standing(connection).revision is None:
-            steps(revision, None)  # is there such a revision?
+            scripts.require_known(revision)
             return  # nothing of ours is there, and nothing is left behind
         undo(connection, revision, schema_of(engine), drop_data=drop_data)
 

@@ -712,12 +712,15 @@ def test_an_async_engine_of_a_database_in_memory_is_refused():
         create_store_async_engine("sqlite://")
 
 
+UNKNOWN = "^unknown revision 'nonsense'; use base, head, or 0001 to 0010$"
+
+
 def test_a_newer_releases_schema_is_not_upgraded_and_unknown_revisions_are_named(empty_engine):
     upgrade(empty_engine)
     for go in (upgrade, downgrade):
-        with pytest.raises(BadArgument, match=r"revision: .*nonsense"):
+        with pytest.raises(BadArgument, match=UNKNOWN):
             go(empty_engine, "nonsense")
-    with pytest.raises(BadArgument, match="revision"):
+    with pytest.raises(BadArgument, match=UNKNOWN):
         write_script("sqlite://", "nonsense", io.StringIO())
     with empty_engine.begin() as connection:
         connection.execute(text("UPDATE lynkr_store_alembic_version SET version_num = '9999'"))
