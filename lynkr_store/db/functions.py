@@ -25,7 +25,6 @@ from sqlalchemy import (
     literal,
     literal_column,
 )
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -231,7 +230,10 @@ def inserting(backend: Backend, table: Table) -> Any:
         case Backend.SQLITE:
             return sqlite_insert(table)
         case Backend.POSTGRESQL:
-            return postgresql_insert(table)
+            # its engine has imported the dialect by now; a store on SQLite never does
+            from sqlalchemy.dialects.postgresql import insert  # noqa: PLC0415
+
+            return insert(table)
         case _:
             assert_never(backend)
 

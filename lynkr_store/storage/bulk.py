@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from typing import Any, Final
 
 from sqlalchemy import Connection, Dialect, Float, Insert, Integer, insert
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
@@ -26,7 +26,6 @@ _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
 _COUNTING: Final = {"preserve_rowcount": True}  # psycopg forgets it with the cursor
 
 _SQLITE: Final[Dialect] = sqlite.dialect()
-_POSTGRESQL: Final[Dialect] = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 _ENDS_SESSION: Final = ("FATAL", "PANIC")
 """Severities of PostgreSQL: https://www.postgresql.org/docs/current/runtime-config-logging.html,
@@ -143,8 +142,12 @@ def _insert_of(columns: tuple[str, ...], count: int) -> str:
 
 @lru_cache
 def _copy_of(columns: tuple[str, ...]) -> tuple[str, list[str]]:
-    types = [_type_name(TELEMETRY.c[name].type.dialect_impl(_POSTGRESQL)) for name in columns]
-    return f"COPY {_into(_POSTGRESQL, columns)} FROM STDIN", types
+    # the engine has imported the dialect by now; a store on SQLite never does
+    from sqlalchemy.dialects import postgresql  # noqa: PLC0415
+
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    types = [_type_name(TELEMETRY.c[name].type.dialect_impl(dialect)) for name in columns]
+    return f"COPY {_into(dialect, columns)} FROM STDIN", types
 
 
 def _into(dialect: Dialect, columns: Iterable[str]) -> str:

@@ -25,7 +25,6 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy import table as sql_table
-from sqlalchemy.dialects.postgresql import OID, REGCLASS
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
@@ -229,6 +228,9 @@ def _numbers(connection: Connection, found: Any) -> _Numbers:
 
 def _set(connection: Connection, found: Any) -> bool:
     """Set the sequence to the greatest id, unless it gives a greater number."""
+    # the engine has imported the dialect by now; a store on SQLite never does
+    from sqlalchemy.dialects.postgresql import OID, REGCLASS  # noqa: PLC0415
+
     numbers = _numbers(connection, found)
     if not numbers.behind:
         return False

@@ -35,6 +35,7 @@ def test_importing_the_library_loads_neither_alembic_nor_the_command():
     assert "lynkr_store.store.aio" in loaded
     assert not {name for name in loaded if name.partition(".")[0] in LATE}
     assert "lynkr_store.cli" not in loaded
+    assert "sqlalchemy.dialects.postgresql" not in loaded, "a store on SQLite needs none of it"
 
 
 SYNC = """
