@@ -25,6 +25,7 @@ from lynkr_store.migrate import comparison, operations, upgrade
 from lynkr_store.migrate.lock import exclusively
 from lynkr_store.migrate.revisions import (
     Standing,
+    current,
     head,
     missing_tables,
     refuse_to_downgrade,
@@ -83,12 +84,22 @@ def _wants_head() -> bool:
     return asked in (head(), (head(),)) and _command() is not command.downgrade
 
 
-def _leave(stands: Standing) -> None:
-    """Say that a newer release's schema stays as it is; in a program's log, or on its terminal."""
-    said = (
+def _say_left(stands: Standing) -> None:
+    """Say that the schema of a newer release stays as it is."""
+    _say(
         f"the schema's revision {stands.revision} is a newer release's, with which this one "
         f"(head {head()}) can work: it is left as it is"
     )
+
+
+def _say_missing_indexes(connection: Connection) -> None:
+    """Name the indexes that are left to ``maintain()``, where the schema is at the head."""
+    if current(connection) == head() and (missing := comparison.missing_indexes(connection)):
+        _say(comparison.left_to_maintain(missing))
+
+
+def _say(said: str) -> None:
+    """Print a line where Alembic's command runs; in a program log it."""
     if getattr(config.cmd_opts, "cmd", None):
         config.print_stdout(printable(said))
     else:
@@ -100,7 +111,7 @@ def _migrate(connection: Connection) -> None:
     stands = standing(connection)
     if stands.ahead and _command() is not command.downgrade:
         # in a rolling deploy the older replica finds a newer one's work, and goes on
-        _leave(stands)
+        _say_left(stands)
         if _moves() or _command() is command.current:
             return
     if _command() is command.downgrade:
@@ -131,6 +142,7 @@ def _migrate(connection: Connection) -> None:
             context.run_migrations()
             if lost:
                 in_path(recreate_tables)(connection, lost)
+    _say_missing_indexes(connection)
 
 
 if context.is_offline_mode():

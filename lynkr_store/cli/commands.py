@@ -133,10 +133,12 @@ def upgrade(
             made = [name for name in lost if name not in revisions.missing_tables(connection)]
             if made:
                 render.say(f"made again, empty: {', '.join(made)}")
-            render.say(f"at revision {revisions.current(connection)}")
-            missing = comparison.missing_indexes(connection)
+            stands_at = revisions.current(connection)
+            render.say(f"at revision {stands_at}")
+            at_head = stands_at == revisions.head()
+            missing = comparison.missing_indexes(connection) if at_head else []
     if missing:
-        render.say(f"left to 'lynkr-store maintain': {', '.join(missing)}")
+        render.say(comparison.left_to_maintain(missing))
 
 
 @app.command()

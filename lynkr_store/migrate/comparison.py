@@ -4,7 +4,7 @@ And says which of them are the store's, to this library's Alembic environment an
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -134,6 +134,11 @@ def missing_indexes(connection: Connection) -> list[str]:
         for index in INDEXES
         if index.name not in there and index.table is not None and index.table.name in tables
     ]
+
+
+def left_to_maintain(indexes: Collection[str]) -> str:
+    """Say which indexes an upgrade did not build, because their tables have rows."""
+    return f"left to 'lynkr-store maintain': {', '.join(indexes)}"
 
 
 def missing_triggers(connection: Connection) -> list[str]:

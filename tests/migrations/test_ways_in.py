@@ -889,3 +889,67 @@ def test_the_alembic_program_ends_well_or_with_the_release_to_install(tmp_path, 
     )
     assert (done.returncode == 0) is bool(rolling), done.stderr
     assert ("lynkr-store 9.9 or newer" in done.stderr) is not bool(rolling)
+
+
+# -- what is left to maintain() --------------------------------------------------------------------
+
+
+def with_a_row_at(url, revision):
+    """A database whose list indexes are still to be built, on a table with a row."""
+    upgrade(url, revision)
+    with engine_on(url) as engine, engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO routing_telemetry (request_id, timestamp, provider) VALUES ('r', 1, 'p')"
+        )
+
+
+LEFT = (
+    "left to 'lynkr-store maintain': ix_routing_telemetry_model_timestamp, "
+    "ix_routing_telemetry_provider_failed_timestamp, ix_routing_telemetry_tier_timestamp"
+)
+
+
+@pytest.mark.parametrize("backend", ON_DISK)
+def test_alembic_prints_which_indexes_are_left_to_maintain(new_url, backend):
+    url = new_url(backend)
+    with_a_row_at(url, "0007")
+
+    def upgrading():
+        program = [sys.executable, "-m", "alembic", "-c", INI, "-x", f"url={url}"]
+        return subprocess.run(
+            [*program, "upgrade", "head"], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()
+
+    assert [sorted_names(line) for line in upgrading()] == [LEFT]
+    with Store(url) as store:
+        store.maintain()
+    assert upgrading() == []
+
+
+@pytest.mark.parametrize("backend", ON_DISK)
+def test_an_upgrade_by_code_logs_which_indexes_are_left_to_maintain(
+    new_url, backend, caplog, capsys
+):
+    url = new_url(backend)
+    with caplog.at_level(logging.INFO, "lynkr_store"):
+        with_a_row_at(url, "0003")
+        upgrade(url, "0007")
+        assert caplog.records == [], "maintain() needs the head"
+        upgrade(url)
+    [said] = caplog.records
+    assert (said.levelname, sorted_names(said.getMessage())) == ("INFO", LEFT)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("backend", ON_DISK)
+def test_the_command_names_indexes_only_at_the_head(new_url, backend, lynkr_store, capsys):
+    url = new_url(backend)
+    with_a_row_at(url, "0003")
+    for revision, said in (("0007", 0), ("head", 1)):
+        assert lynkr_store("upgrade", revision, "--url", url) == 0
+        assert capsys.readouterr().out.count("left to") == said
+
+
+def sorted_names(line):
+    said, _, names = line.partition(": ")
+    return f"{said}: {', '.join(sorted(names.split(', ')))}"
