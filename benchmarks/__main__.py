@@ -15,7 +15,7 @@ from typing import Final
 
 from benchmarks.harness import Result, save, show
 
-PARTS: Final = ("ingest", "size", "stats", "lists", "retention", "changes", "cache")
+PARTS: Final = ("ingest", "size", "stats", "lists", "retention", "changes", "cache", "importing")
 QUICK: Final = 0.02
 
 
