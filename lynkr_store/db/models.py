@@ -10,11 +10,13 @@ from typing import Final
 
 from sqlalchemy import (
     BigInteger,
+    Column,
     ColumnElement,
     Identity,
     Index,
     Integer,
     MetaData,
+    Table,
     cast,
     text,
 )
@@ -27,6 +29,7 @@ from lynkr_store.db.column_types import (
     JsonText,
     Latency,
     Milliseconds,
+    PlainText,
     Score,
     TokenCount,
     WholeNumber,
@@ -152,17 +155,48 @@ class IngestBatch(Base):
     )
 
 
-class Dimension(Base):
-    """One combination of values by which roll-ups are kept apart; NULL and ``''`` are two."""
+TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
 
-    __tablename__ = "routing_dimensions"
+FAILED: Final[ColumnElement[int]] = cast(TELEMETRY.c.error_type.is_not(None), Integer)
+"""1 where a row has an error type, else 0."""
 
-    id: Mapped[int] = mapped_column(_RowId, Identity(), primary_key=True)
-    provider: Mapped[Words]
-    model: Mapped[Words | None]
-    tier: Mapped[Words | None]
-    request_type: Mapped[Words | None]
+# The newest rows of a provider, of its errors, and of all errors: those of each provider, merged.
+Index(
+    "ix_routing_telemetry_provider_failed_timestamp",
+    TELEMETRY.c.provider,
+    FAILED,
+    TELEMETRY.c.timestamp,
+)
 
+SAVINGS: Final = Base.metadata.tables[SavingsEvent.__tablename__]
+
+LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
+
+# -- tables of the store's own, which no class is mapped to: mapping one takes most of its time ----
+
+
+def _id() -> Column[int]:
+    return Column("id", _RowId, Identity(), primary_key=True)
+
+
+def _whole(name: str, *, key: bool = False, nullable: bool = False) -> Column[int]:
+    return Column(name, WholeNumber, primary_key=key, nullable=nullable)
+
+
+def _text(name: str, *, key: bool = False, nullable: bool = False) -> Column[str]:
+    return Column(name, PlainText, primary_key=key, nullable=nullable)
+
+
+DIMENSIONS: Final = Table(
+    "routing_dimensions",
+    Base.metadata,
+    _id(),
+    _text("provider"),
+    _text("model", nullable=True),
+    _text("tier", nullable=True),
+    _text("request_type", nullable=True),
+)
+"""One combination of values by which roll-ups are kept apart; NULL and ``''`` are two."""
 
 COUNTED: Final = ("errors", "fallbacks", "over_provisioned", "under_provisioned")
 """What roll-ups count, in addition to the requests."""
@@ -190,102 +224,54 @@ def measure_columns(names: Iterable[str] = (*COUNTED, *SUMMED)) -> Iterator[str]
             yield name
 
 
-class Rollup(Base):
-    """Counts and sums of the rows of one bucket of time and one combination of dimensions.
-
-    It covers the folded rows, up to the watermark in `Progress`. `measure_columns` names its other
-    columns. A sum is two integers, ``high * 2**31 + low``, in the units of its domain; see
-    `lynkr_store.rollups.measures`.
-    """
-
-    __tablename__ = "routing_rollups"
-
-    span_ms: Mapped[Count] = mapped_column(primary_key=True)
-    """Its length: a quarter of an hour, an hour or a day, each from a whole one on in UTC."""
-    start: Mapped[Count] = mapped_column(primary_key=True)
-    """Its first millisecond."""
-    dimension_id: Mapped[Count] = mapped_column(primary_key=True)
-
-    __table_args__ = ({"sqlite_with_rowid": False},)
-
-
-for _name in measure_columns():
-    setattr(Rollup, _name, mapped_column(WholeNumber, nullable=False))
-
-
-class Progress(Base):
-    """How far the work behind the rows has come, by its name."""
-
-    __tablename__ = "lynkr_store_progress"
-
-    name: Mapped[Words] = mapped_column(primary_key=True)
-    value: Mapped[Count]
-
-    __table_args__ = ({"sqlite_with_rowid": False},)
-
-
-class Change(Base):
-    """A quarter of an hour in which rows were changed or deleted; triggers enter it.
-
-    Until maintenance has made the quarter's roll-ups again, answers read its rows.
-    """
-
-    __tablename__ = "routing_changes"
-
-    id: Mapped[int] = mapped_column(_RowId, Identity(), primary_key=True)
-    start: Mapped[Count]
-    """The quarter's first millisecond."""
-    newest: Mapped[Count | None]
-    """The greatest instant of a row that was deleted; None where rows were only changed."""
-
-    __table_args__ = (
-        Index("ix_routing_changes_start", "start"),  # what was changed in a window
-        {"sqlite_autoincrement": True},
-    )
-
-
-class RevisionNote(Base):
-    """What a release that applied a revision has to say to older ones."""
-
-    __tablename__ = "lynkr_store_revisions"
-
-    revision: Mapped[Words] = mapped_column(primary_key=True)
-    rolling: Mapped[Count]
-    """1: a release that does not know the revision can go on reading and writing."""
-    after: Mapped[Words]
-    """The revision before it."""
-    release: Mapped[Words]
-    """The release that applied it, and knows it."""
-
-    __table_args__ = ({"sqlite_with_rowid": False},)
-
-
-TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
-
-FAILED: Final[ColumnElement[int]] = cast(TELEMETRY.c.error_type.is_not(None), Integer)
-"""1 where a row has an error type, else 0."""
-
-# The newest rows of a provider, of its errors, and of all errors: those of each provider, merged.
-Index(
-    "ix_routing_telemetry_provider_failed_timestamp",
-    TELEMETRY.c.provider,
-    FAILED,
-    TELEMETRY.c.timestamp,
+ROLLUPS: Final = Table(
+    "routing_rollups",
+    Base.metadata,
+    _whole("span_ms", key=True),  # its length: a quarter of an hour, an hour or a day, in UTC
+    _whole("start", key=True),  # its first millisecond
+    _whole("dimension_id", key=True),
+    *map(_whole, measure_columns()),
+    sqlite_with_rowid=False,
 )
+"""Counts and sums of the rows of one span of time and one combination of dimensions.
 
-SAVINGS: Final = Base.metadata.tables[SavingsEvent.__tablename__]
+Of the rows that were folded, up to the watermark in `PROGRESS`. A sum is two integers,
+``high * 2**31 + low``, in the units of its domain; see `lynkr_store.rollups.measures`.
+"""
 
-LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
+PROGRESS: Final = Table(
+    "lynkr_store_progress",
+    Base.metadata,
+    _text("name", key=True),
+    _whole("value"),
+    sqlite_with_rowid=False,
+)
+"""How far the work behind the rows has come, by its name."""
 
-DIMENSIONS: Final = Base.metadata.tables[Dimension.__tablename__]
+CHANGES: Final = Table(
+    "routing_changes",
+    Base.metadata,
+    _id(),
+    _whole("start"),  # the quarter's first millisecond
+    _whole("newest", nullable=True),  # instant of a deleted row; None where rows were only changed
+    Index("ix_routing_changes_start", "start"),  # what was changed in a window
+    sqlite_autoincrement=True,
+)
+"""Quarters of an hour in which rows were changed or deleted; triggers enter them.
 
-ROLLUPS: Final = Base.metadata.tables[Rollup.__tablename__]
+Until maintenance has made the quarter's roll-ups again, answers read its rows.
+"""
 
-PROGRESS: Final = Base.metadata.tables[Progress.__tablename__]
-
-CHANGES: Final = Base.metadata.tables[Change.__tablename__]
-
-NOTES: Final = Base.metadata.tables[RevisionNote.__tablename__]
+NOTES: Final = Table(
+    "lynkr_store_revisions",
+    Base.metadata,
+    _text("revision", key=True),
+    _whole("rolling"),  # 1: a release that does not know the revision can go on reading and writing
+    _text("after"),  # the revision before it
+    _text("release"),  # the release that applied it, and knows it
+    sqlite_with_rowid=False,
+)
+"""What a release that applied a revision has to say to older ones."""
 
 INDEXES: Final = tuple(index for table in Base.metadata.sorted_tables for index in table.indexes)
 """Every index the store uses: revisions build them on empty tables, ``maintain()`` on tables with
