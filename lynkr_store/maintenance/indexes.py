@@ -9,13 +9,6 @@ from typing import Final, NamedTuple, assert_never
 from sqlalchemy import Connection, Engine, Index, MetaData, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateIndex, DropIndex
-from tenacity import (
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    stop_after_delay,
-    wait_random,
-)
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
@@ -24,14 +17,13 @@ from lynkr_store.db.errors import translated
 from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
 from lynkr_store.db.postgresql import by_itself, is_direct
 from lynkr_store.migrate.comparison import missing_indexes
-from lynkr_store.migrate.lock import is_in_the_way
+from lynkr_store.migrate.lock import is_in_the_way, pause
 from lynkr_store.storage.write_lock import GAP_S
 
 WAIT_S: Final = 30.0
 """Seconds to wait for another session that builds indexes, or for a lock."""
 
 _INDEX_BY_NAME: Final = {str(index.name): index for index in INDEXES}
-_POLL_S: Final = 0.1
 _TRIES: Final = 5
 _LEAST_WAIT_S: Final = 1.0
 _CANCELLED: Final = "57014"
@@ -112,21 +104,20 @@ def _try_to_build(engine: Engine, deadline: float, built: list[str]) -> str | No
     """Build what is missing, and retry after a lock timeout; return what blocked the last try."""
     # A build waits for transactions with a snapshot, and a migration among them may wait for the
     # build. That is a deadlock, and its victim retries.
-    tries = Retrying(
-        retry=retry_if_exception(is_in_the_way),
-        stop=stop_after_attempt(_TRIES) | stop_after_delay(max(0.0, deadline - time.monotonic())),
-        wait=wait_random(_POLL_S, 5 * _POLL_S),
-        reraise=True,
-    )
-    try:
-        tries(_build_concurrently, engine, deadline, built)
-    except DBAPIError as error:
-        if is_in_the_way(error):
-            return "an index waits for a transaction of another session to end"
-        if getattr(error.driver_exception, "sqlstate", None) == _CANCELLED:
-            return "the build was cancelled; through a pooler it may not exceed the budget"
-        raise
-    return None
+    for number in range(1, _TRIES + 1):
+        try:
+            _build_concurrently(engine, deadline, built)
+        except DBAPIError as error:
+            if getattr(error.driver_exception, "sqlstate", None) == _CANCELLED:
+                return "the build was cancelled; through a pooler it may not exceed the budget"
+            if not is_in_the_way(error):
+                raise
+        else:
+            return None
+        if number == _TRIES or time.monotonic() >= deadline:
+            break
+        pause()
+    return "an index waits for a transaction of another session to end"
 
 
 def _build_concurrently(engine: Engine, deadline: float, built: list[str]) -> None:

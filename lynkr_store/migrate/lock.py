@@ -5,13 +5,13 @@ of the transaction; on SQLite at the write lock, which BEGIN IMMEDIATE takes bef
 read. A replica that comes later finds the work done.
 """
 
+import random
 import time
 from collections.abc import Callable
 from typing import Final
 
 from sqlalchemy import Connection, Engine, func, select, text
 from sqlalchemy.exc import DBAPIError
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, writing
@@ -52,25 +52,29 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
     """
     postgresql = backend_of(engine) is Backend.POSTGRESQL
     deadline = time.monotonic() + wait_s
-    tries = Retrying(
-        retry=retry_if_exception(is_in_the_way),
-        stop=stop_after_delay(wait_s),
-        wait=wait_random(_POLL_S, 5 * _POLL_S),
-        reraise=True,
-    )
-    try:
-        if postgresql:
-            tries(_in_turn, engine, body, deadline)
+    while True:
+        try:
+            if postgresql:
+                _in_turn(engine, body, deadline)
+            else:
+                _once(engine, body)
+        except DBAPIError as error:
+            if not is_in_the_way(error):
+                raise
+            if time.monotonic() >= deadline:
+                holder = "uses the store's tables" if postgresql else "holds the file's write lock"
+                raise UpgradeTimeout(
+                    f"nothing was changed: for {wait_s:g} s somebody else {holder}. Try again when "
+                    "the long transaction is over"
+                ) from error
         else:
-            tries(_once, engine, body)
-    except DBAPIError as error:
-        if not is_in_the_way(error):
-            raise
-        holder = "uses the store's tables" if postgresql else "holds the file's write lock"
-        raise UpgradeTimeout(
-            f"nothing was changed: for {wait_s:g} s somebody else {holder}. Try again when the "
-            "long transaction is over"
-        ) from error
+            return
+        pause()
+
+
+def pause() -> None:
+    """Wait before another try, for a random time: others that failed also try again."""
+    time.sleep(random.uniform(_POLL_S, 5 * _POLL_S))  # noqa: S311 - no secret
 
 
 def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
