@@ -7,7 +7,6 @@ from version to version; what counts is what SQLite says of the table.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, assert_never
 
 from sqlalchemy import (
@@ -139,8 +138,7 @@ _ADOPTION: Final = Table(
 )
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A gateway's database.
 
     Attributes:

@@ -5,7 +5,6 @@ database refuses every row, or gives an id twice, whatever is in the rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple, assert_never
 
@@ -112,8 +111,7 @@ class Problem(NamedTuple):
     words: str
 
 
-@dataclass(frozen=True)
-class _Numbers:
+class _Numbers(NamedTuple):
     """Where a sequence stands.
 
     Attributes:

@@ -2,10 +2,9 @@
 
 import threading
 import time
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final, assert_never
+from typing import Final, NamedTuple, assert_never
 
 from sqlalchemy import Connection, Text, cast, func, select
 from sqlalchemy.exc import DataError
@@ -31,8 +30,7 @@ _LATE_S: Final = 2.0  # a look that takes longer counts as a database away
 _WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """What one look at the database showed."""
 
     revision: str | None
@@ -42,8 +40,7 @@ class Look:
     rollup_lag: int | None
 
 
-@dataclass(frozen=True)
-class Looked:
+class Looked(NamedTuple):
     """The last look: when it ended, on the monotonic clock, and what it showed or why it failed.
 
     A look that failed keeps what an earlier one showed.
