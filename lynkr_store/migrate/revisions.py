@@ -40,15 +40,15 @@ _VERSION: Final = sql_table(VERSION_TABLE, column("version_num"))
 _MOST_CHARS: Final = 255  # of a revision's name: Alembic's own column takes 32
 _MOST_NOTES: Final = 10_000
 _READ_FIRST: Final = (VERSION_TABLE, NOTES.name)
-"""Read of every database, before anything is known of it."""
+"""Tables that are read before anything is known about a database."""
 
 
 class Standing(NamedTuple):
     """Where a database stands.
 
     Attributes:
-        revision: The last revision that was applied; None if none of ours was.
-        ahead: A newer release applied it, and this one can work with it all the same.
+        revision: The last revision that was applied; None if no revision of the store was.
+        ahead: A newer release applied it, and this release can work with it.
     """
 
     revision: str | None
@@ -56,21 +56,22 @@ class Standing(NamedTuple):
 
 
 def head() -> str:
-    """The revision that this release works with."""
+    """Return the revision that this release works with."""
     return REVISIONS[-1]
 
 
 def current(connection: Connection) -> str | None:
-    """The database's revision, or None where no revision of ours was applied.
+    """Return the database's revision, or None if no revision of the store was applied.
 
     Raises:
-        SchemaError: What should say so is no table, has several rows, or no revision's name.
+        SchemaError: The version table is not a table, has several rows, or does not contain the
+            name of a revision.
     """
     if odd := catalogue.not_plain(connection, _READ_FIRST):
         name, kind = next(iter(odd.items()))
         raise SchemaError(
-            f"{name} is a {kind} and no table: it is not the store's, and what a read of it does "
-            "nobody knows. Give another file, or drop it if it is yours"
+            f"{name} is a {kind}, not a table, so the store did not make it, and reading it could "
+            "run anything. Use another database, or drop it if it is yours"
         )
     if not catalogue.tables(connection, [VERSION_TABLE]):
         return None
@@ -80,27 +81,27 @@ def current(connection: Connection) -> str | None:
         return None
     if len(found) > 1:
         raise SchemaError(
-            f"{VERSION_TABLE} has more than one row, as where two databases were merged: delete "
-            "all but that of the revision which is applied, then run lynkr-store check"
+            f"{VERSION_TABLE} has more than one row, as after two databases were merged: delete "
+            "all but the row of the applied revision, then run lynkr-store check"
         )
     revision = found[0]
     if not isinstance(revision, str) or not 0 < len(revision) <= _MOST_CHARS:
         raise SchemaError(
-            f"{VERSION_TABLE} holds no revision's name: set it to the revision that is applied "
-            f"({head()} is this release's), then run lynkr-store check"
+            f"{VERSION_TABLE} does not contain the name of a revision: set it to the applied one "
+            f"(this release's is {head()}), then run lynkr-store check"
         )
     return revision
 
 
 def _cut(connection: Connection, name: ColumnClause[Any]) -> ColumnElement[Any]:
-    """A revision's name, cut just above the longest: in an SQLite file it can be of any size."""
+    """Cut a revision's name just above the longest allowed: in SQLite it can have any size."""
     if backend_of(connection) is not Backend.SQLITE:
         return name
     return func.substr(name, 1, _MOST_CHARS + 1, type_=NullType()).label(name.name)
 
 
 def _notes(connection: Connection) -> dict[str, Any]:
-    """What newer releases noted, by revision.
+    """Return what newer releases noted about their revisions, by revision.
 
     Raises:
         SchemaError: There are more notes than any release writes.
@@ -112,19 +113,19 @@ def _notes(connection: Connection) -> dict[str, Any]:
     notes = connection.execute(select(*names, rolling).limit(_MOST_NOTES + 1)).all()
     if len(notes) > _MOST_NOTES:
         raise SchemaError(
-            f"{NOTES.name} has more than {_MOST_NOTES:,} rows, which no release writes: delete "
-            "those that are no revision's"
+            f"{NOTES.name} has more than {_MOST_NOTES:,} rows, more than any release writes: "
+            "delete the rows that do not belong to a revision"
         )
     return {note.revision: note for note in notes}
 
 
 def standing(connection: Connection) -> Standing:
-    """Where the database stands.
+    """Find out where the database stands.
 
     Raises:
-        UnsupportedDatabase: It is too old.
-        SchemaAhead: A newer release changed it so that this one cannot work with it.
-        SchemaError: The tables that say so are damaged; the message names what to set right.
+        UnsupportedDatabase: The database's version is too old.
+        SchemaAhead: A newer release changed the schema so that this release cannot work with it.
+        SchemaError: The tables that record the revision are damaged; the message says what to do.
     """
     require_supported(connection)
     revision = current(connection)
@@ -133,8 +134,8 @@ def standing(connection: Connection) -> Standing:
     notes = _notes(connection)
     release = notes[revision].release if revision in notes else None
     below, rolling = revision, True
-    while rolling and below not in REVISIONS:  # down the line, which may have a gap
-        note = notes.pop(below, None)  # or be a circle: each note is passed once
+    while rolling and below not in REVISIONS:  # from newer to older; a note can be missing
+        note = notes.pop(below, None)  # notes can form a circle, so each is used once
         rolling = note is not None and bool(note.rolling)
         below = note.after if rolling else below
     if rolling:
@@ -148,26 +149,26 @@ def standing(connection: Connection) -> Standing:
 
 
 def missing_tables(connection: Connection) -> list[str]:
-    """The tables that a schema at this release's revision, or a newer one, has and this has not."""
+    """Return the names of the store's tables that the database lacks."""
     there = catalogue.tables(connection, Base.metadata.tables)
     return [table for table in Base.metadata.tables if table not in there]
 
 
 def lacks_tables(missing: Collection[str]) -> SchemaBehind:
-    """The error that names the missing tables and the remedy."""
+    """Return the error that names the missing tables and the remedy."""
     return SchemaBehind(
-        f"the schema lacks tables that it had, {', '.join(missing)}: run {UPGRADE_COMMAND}, which "
-        "makes them again, empty"
+        f"tables of the schema are missing: {', '.join(missing)}; run {UPGRADE_COMMAND}, which "
+        "creates them again, empty"
     )
 
 
 def foreign_owners(connection: Connection) -> list[str]:
-    """Roles that own the store's tables and need not be trusted, in words; [] for none."""
+    """Describe roles that own the store's tables and may not be trusted; [] for none."""
     return catalogue.foreign_owners(connection, (*Base.metadata.tables, VERSION_TABLE))
 
 
 def refuse_to_downgrade(stands: Standing) -> None:
-    """Refuse to take back what this release does not know.
+    """Refuse to undo revisions that this release does not know.
 
     Raises:
         SchemaAhead: A newer release made the schema.
@@ -182,11 +183,12 @@ def refuse_to_downgrade(stands: Standing) -> None:
 def require_head(connection: Connection) -> str:
     """Return the database's revision if this release can work with it.
 
-    That is its own, or a newer one whose revisions are all marked as harmless to older releases.
+    It can work with its own, and with a newer one if every revision after its own is marked as
+    harmless to older releases.
 
     Raises:
-        SchemaBehind: It is older, or there is none.
-        SchemaAhead: A newer release changed it so that this one cannot work with it.
+        SchemaBehind: The revision is older, or the schema has none.
+        SchemaAhead: A newer release changed the schema so that this release cannot work with it.
     """
     revision, ahead = standing(connection)
     if revision is not None and (ahead or revision == head()):
