@@ -1,8 +1,8 @@
-"""Recognises a telemetry.db that the gateway made itself, and remembers what was there.
+"""Recognise a telemetry.db that the gateway made, and record what it contained.
 
-The shapes are the gateway's history from 26 to 37 columns. It adds columns one by one, outside a
-transaction, so any subset of the later ones can occur. The text of its CREATE statements differs
-from version to version; what counts is what SQLite says of the table.
+The gateway's table grew from 26 to 37 columns. The gateway adds columns one by one, outside a
+transaction, so a file can have any subset of the later ones. The text of its CREATE statements
+differs between versions, so tables are compared by what SQLite reports about them.
 """
 
 import re
@@ -28,7 +28,7 @@ from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
 
 
 class _Shape(NamedTuple):
-    """A column as ``PRAGMA table_xinfo`` tells it."""
+    """A column as ``PRAGMA table_xinfo`` reports it."""
 
     type: str
     not_null: bool = False
@@ -46,7 +46,7 @@ _NEEDED_INTEGER: Final = _Shape("INTEGER", not_null=True)
 
 _TELEMETRY: Final = "routing_telemetry"
 _SAVINGS: Final = "savings_events"
-_PINS: Final = "session_pins"  # the gateway's alone
+_PINS: Final = "session_pins"  # only the gateway has this table
 _OF_THE_GATEWAY: Final = ("0002", "0003", "0004")
 _LATEST_ROWS: Final = 1_000
 
@@ -78,8 +78,8 @@ _CORE: Final[Mapping[str, _Shape]] = {
     "tokens_per_second": _REAL,
     "cost_efficiency": _REAL,
 }
-# Columns that revisions after the baseline add, by revision; those of 0005 are the store's own,
-# and a file that has one of them all the same must have it in that shape.
+# Columns that revisions after the baseline add, by revision. Those of 0005 belong to the store; a
+# file that already has one of them must have it in this shape.
 _ADDED: Final[Mapping[str, Mapping[str, _Shape]]] = {
     "0002": {"request_text": _TEXT, "response_text": _TEXT},
     "0003": {
@@ -120,9 +120,9 @@ _INDEXES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 }
 _INDEX_PREFIXES: Final = ("idx_telemetry_", "idx_savings_timestamp")
 
-# What is no part of SQL's own words: comments, then quoted names and texts.
+# Comments, and quoted names and texts: everything that is not a word of SQL.
 _NOT_WORDS: Final = re.compile(
-    # each to its end or the text's: one that is not closed must not be looked for from every place
+    # An unclosed one extends to the end of the text, so that matching stays linear in its length.
     r"--[^\n]*|/\*.*?(?:\*/|\Z)|'[^']*(?:'|\Z)|\"[^\"]*(?:\"|\Z)|`[^`]*(?:`|\Z)|\[[^\]]*(?:\]|\Z)",
     re.DOTALL,
 )
@@ -139,23 +139,23 @@ _ADOPTION: Final = Table(
 
 
 class Found(NamedTuple):
-    """A gateway's database.
+    """A database that the gateway made.
 
     Attributes:
-        floor: The revision below which a downgrade would destroy what was there.
+        floor: A downgrade below this revision would destroy objects that the gateway made.
     """
 
     floor: str
 
 
 def examine(connection: Connection) -> Found | None:
-    """Say whose tables are in an unversioned database, without changing anything.
+    """Find out who made the tables of an unversioned database, without changing anything.
 
     Returns:
-        What the gateway made, or None where nothing stands in the way of making the tables.
+        What the gateway made, or None if the store's tables can be created.
 
     Raises:
-        AdoptionRefused: There is something of these names that the gateway did not make.
+        AdoptionRefused: An object has one of the store's names, and the gateway did not make it.
     """
     backend = Backend(connection.dialect.name)
     match backend:
@@ -169,7 +169,7 @@ def examine(connection: Connection) -> Found | None:
 
 
 def note_adoption(connection: Connection, found: Found, now_ms: int) -> None:
-    """Write down what was there, for downgrades to stop at; the first note stays."""
+    """Record what the database contained; downgrades stop there. The first record is kept."""
     _ADOPTION.create(connection, checkfirst=True)
     if adopted_revision(connection) is None:
         note = insert(_ADOPTION).values(revision=found.floor, adopted_at=now_ms)
@@ -177,35 +177,35 @@ def note_adoption(connection: Connection, found: Found, now_ms: int) -> None:
 
 
 def adopted_revision(connection: Connection) -> str | None:
-    """The revision whose objects were there when the database was adopted, if it was."""
+    """Return the revision whose objects existed at adoption; None if it was not adopted."""
     if not catalogue.tables(connection, [_ADOPTION.name]):
         return None
     return connection.scalar(select(_ADOPTION.c.revision))
 
 
 def refuse_below_adopted(connection: Connection, revision: str) -> None:
-    """Refuse to undo a revision whose objects the gateway had made before we came.
+    """Refuse to undo a revision whose objects the gateway had made before the adoption.
 
     Raises:
-        DowngradeRefused: They were there at adoption.
+        DowngradeRefused: The gateway had made them.
     """
     floor = adopted_revision(connection)
     if floor is not None and revision <= floor:
         raise DowngradeRefused(
-            f"this database was adopted at revision {floor}, and a downgrade below would destroy "
-            f"what the gateway made; nothing was changed. Downgrade to {floor} instead"
+            f"this database was adopted at revision {floor}; a downgrade below it would destroy "
+            f"what the gateway made. Nothing was changed: downgrade to {floor} instead"
         )
 
 
 def refuse_while_the_gateway_writes(connection: Connection, revision: str) -> None:
-    """Refuse to drop, in an adopted database, what the gateway's INSERT may name.
+    """Refuse to drop columns of an adopted database that the gateway's INSERT may name.
 
-    A gateway that was brought up to date after the adoption found the columns there, and names
-    them from then on; without one of them it would lose every row. It shows by its table of pins,
-    which came with the columns of 0003, or by values in the latest rows.
+    A gateway that is updated after the adoption finds the columns and writes them from then on;
+    without one of them every INSERT of it would fail. Two signs tell that it does: its table of
+    pins, which it creates since it has the columns of 0003, and values in the latest rows.
 
     Raises:
-        DowngradeRefused: It seems to be writing them.
+        DowngradeRefused: The gateway seems to write the columns.
     """
     columns = _ADDED.get(revision, {})
     if adopted_revision(connection) is None or revision not in _OF_THE_GATEWAY:
@@ -219,20 +219,21 @@ def refuse_while_the_gateway_writes(connection: Connection, revision: str) -> No
     )
     if wrote or (revision != "0002" and catalogue.tables(connection, [_PINS])):
         raise DowngradeRefused(
-            f"this database was adopted, and the gateway seems to write what revision {revision} "
-            "added: its INSERT would fail, and nothing was changed. Stop the gateway, then say "
-            "so: alembic -x drop-data=yes downgrade …, lynkr-store downgrade --drop-data"
+            f"this database was adopted, and the gateway seems to write columns that revision "
+            f"{revision} added; without them its INSERT would fail. Nothing was changed: stop the "
+            "gateway, then run lynkr-store downgrade --drop-data, or alembic -x drop-data=yes "
+            "downgrade …"
         )
 
 
 def _examine_postgresql(connection: Connection) -> None:
-    """The gateway never made a PostgreSQL database, so whatever has our names is foreign."""
+    """Refuse any table or index of these names: the gateway never makes them on PostgreSQL."""
     for table in sorted(catalogue.tables(connection, (_TELEMETRY, _SAVINGS))):
         raise AdoptionRefused(
-            f"{table} is there without {VERSION_TABLE}, and the gateway makes SQLite files only"
+            f"{table} exists without {VERSION_TABLE}, and the gateway only makes SQLite files"
         )
     for index, table in catalogue.indexed_tables(connection, _INDEXES).items():
-        raise AdoptionRefused(f"the index {index} sits on {table}")
+        raise AdoptionRefused(f"the index {index} is on the table {table}")
 
 
 def _examine_sqlite(connection: Connection) -> Found | None:
@@ -257,7 +258,7 @@ def _examine_sqlite(connection: Connection) -> Found | None:
 
 
 def _named_like_ours(connection: Connection) -> tuple[dict[str, str], set[str]]:
-    """The tables of our names, with their SQL, and the indexes; refuse what only sounds alike."""
+    """Return the gateway's tables, with their SQL, and indexes; refuse others of these names."""
     tables: dict[str, str] = {}
     indexes: set[str] = set()
     for kind, name, table, sql in connection.exec_driver_sql(
@@ -265,13 +266,13 @@ def _named_like_ours(connection: Connection) -> tuple[dict[str, str], set[str]]:
     ):
         if name.lower() in (_TELEMETRY, _SAVINGS):
             if kind != "table":
-                raise AdoptionRefused(f"{name} is not a table, but of the kind {kind}")
+                raise AdoptionRefused(f"{name} is not a table but a {kind}")
             if name != name.lower():
-                raise AdoptionRefused(f"the table {name} is spelled in another way")
+                raise AdoptionRefused(f"the table {name} is spelled differently")
             tables[name] = sql
         elif kind == "index" and name.startswith(_INDEX_PREFIXES):
             if table != (_SAVINGS if name.startswith(_INDEX_PREFIXES[1]) else _TELEMETRY):
-                raise AdoptionRefused(f"the index {name} sits on {table}")
+                raise AdoptionRefused(f"the index {name} is on the table {table}")
             indexes.add(name)
     return tables, indexes
 
@@ -279,7 +280,7 @@ def _named_like_ours(connection: Connection) -> tuple[dict[str, str], set[str]]:
 def _check_columns(
     connection: Connection, table: str, needed: Mapping[str, _Shape], known: Mapping[str, _Shape]
 ) -> frozenset[str]:
-    """Compare the columns with the gateway's; return the names of those that are there."""
+    """Compare the columns with the gateway's; return the names of the columns found."""
     there = {
         column["name"]: column
         for column in connection.exec_driver_sql(f"PRAGMA main.table_xinfo({table})").mappings()
@@ -295,19 +296,19 @@ def _check_columns(
 
 
 def _check_table(connection: Connection, table: str, sql: str) -> None:
-    """Compare what is not said of its columns one by one."""
-    # not by PRAGMA table_list, which looks at what every view of the file is made of: of views of
-    # views that takes a time that doubles with each
+    """Compare what concerns the whole table, not one column."""
+    # Not by PRAGMA table_list: it resolves every view of the file, and with views of views the
+    # time doubles with each level.
     virtual = catalogue.not_plain(connection, [table])
     behind = re.findall(r"\w+", _NOT_WORDS.sub(" ", sql).rpartition(")")[2].upper())
     if virtual or {"STRICT", "WITHOUT"} & {*behind}:
         raise AdoptionRefused(f"{table} is virtual, STRICT or WITHOUT ROWID")
     words = _words(sql)
     if not is_autoincrement(sql):
-        raise AdoptionRefused(f"{table}.id is no AUTOINCREMENT key")
+        raise AdoptionRefused(f"{table}.id is not an AUTOINCREMENT key")
     for word in ("CHECK", "COLLATE"):
         if word in words:
-            raise AdoptionRefused(f"{table} has a {word} of its own")
+            raise AdoptionRefused(f"{table} has a {word}, and the gateway's table has none")
     if connection.exec_driver_sql(f"PRAGMA main.foreign_key_list({table})").first():
         raise AdoptionRefused(f"{table} has a foreign key")
     for index in connection.exec_driver_sql(f"PRAGMA main.index_list({table})").mappings():
@@ -316,7 +317,7 @@ def _check_table(connection: Connection, table: str, sql: str) -> None:
 
 
 def is_autoincrement(sql: str) -> bool:
-    """Whether a table's CREATE statement says that an id is never given again."""
+    """Tell whether a table's CREATE statement says that no id is ever reused."""
     return "AUTOINCREMENT" in _words(sql)
 
 
@@ -337,14 +338,14 @@ def _check_column(
     )
     if shape is None:
         if other_case is not None:
-            raise AdoptionRefused(f"{name} is spelled in another way than the gateway does")
+            raise AdoptionRefused(f"{name} is spelled differently from the gateway's")
         if found.not_null and found.default is None:
             raise AdoptionRefused(f"{name} is NOT NULL without a default, and not the gateway's")
         if found.key:
             raise AdoptionRefused(f"{name} is part of the primary key")
         return
     if shape.key:
-        found = found._replace(not_null=False)  # an INTEGER PRIMARY KEY may say so or not
+        found = found._replace(not_null=False)  # an INTEGER PRIMARY KEY may be declared either way
     for what, is_, should in zip(("type", "NOT NULL", "default", "key"), found, shape, strict=True):
         if is_ != should:
             raise AdoptionRefused(f"{name}: its {what} is {is_!r} and should be {should!r}")
@@ -356,4 +357,4 @@ def _check_index(connection: Connection, name: str, table: str, indexed: tuple[s
     parts = connection.exec_driver_sql(f"PRAGMA main.index_xinfo({name})").mappings()
     keys = [(part["name"], part["desc"], part["coll"]) for part in parts if part["key"]]
     if partial or keys != [(column, 0, "BINARY") for column in indexed]:
-        raise AdoptionRefused(f"the index {name} is not on ({', '.join(indexed)}) alone")
+        raise AdoptionRefused(f"the index {name} is not on exactly ({', '.join(indexed)})")

@@ -1,9 +1,9 @@
-"""The steps that revisions are made of. Each leaves what is already there as it is.
+"""The steps that revisions are made of. No step changes an object that already exists.
 
-This is all that a revision imports of the library, so its names and what they do are frozen: a step
-that must do something else gets a name of its own. On a gateway's file a revision meets columns,
-tables and indexes that the gateway made. In a script (``--sql``) nothing can be looked up, and
-everything is written out.
+Revisions import only this module of the library, so its names and what they do are frozen: a step
+that must do something else gets a new name. In a gateway's file a revision finds columns, tables
+and indexes that the gateway made. In a script (``--sql``) no step can look at the database, so each
+writes all its statements.
 """
 
 import time
@@ -29,27 +29,27 @@ from lynkr_store.migrate.adoption import (
 )
 
 _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
-"""Tables that are not dropped with rows in them, and the revisions that made them."""
+"""Tables that are not dropped while they have rows, by the revision that makes them."""
 
 
 def adopt() -> None:
-    """Note which of its objects the gateway had made, where the database is one of its own.
+    """Record which objects the gateway had made, if the gateway made the database.
 
     Raises:
-        AdoptionRefused: Tables of these names are there and are not the gateway's.
+        AdoptionRefused: Tables of these names exist, and the gateway did not make them.
     """
     if not context.is_offline_mode() and (found := examine(op.get_bind())):
         note_adoption(op.get_bind(), found, now_ms=time.time_ns() // 1_000_000)
 
 
 def refuse_foreign(table: str) -> None:
-    """Refuse a table of the name of one that the revision makes and the gateway never had.
+    """Refuse a database that already has a table which the revision makes, and the gateway never.
 
     Raises:
-        AdoptionRefused: There is one.
+        AdoptionRefused: The table exists.
     """
     if has_table(table):
-        raise AdoptionRefused(f"the table {table} is there, and it is not the store's")
+        raise AdoptionRefused(f"the table {table} exists already, and the store did not make it")
 
 
 def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
@@ -63,9 +63,9 @@ def add_columns(table: str, columns: Sequence[Column[object]]) -> None:
 
 
 def create_indexes(table: str, indexes: Mapping[str, Sequence[str | TextClause]]) -> None:
-    """Create the missing indexes, of columns and expressions, on a table without rows.
+    """Create the missing indexes, on columns and expressions, if the table has no rows.
 
-    An index of a table with rows can take long to build, and an upgrade holds the write lock:
+    Building an index on a table with rows can take long, and an upgrade holds the write lock, so
     ``maintain()`` builds it afterwards.
     """
     there: frozenset[str] = frozenset()
@@ -79,11 +79,11 @@ def create_indexes(table: str, indexes: Mapping[str, Sequence[str | TextClause]]
 
 
 def drop_columns(table: str, columns: Sequence[str]) -> None:
-    """Drop the columns, with their values; leave them in an adopted file that may be in use.
+    """Drop the columns and their values, but keep them in an adopted SQLite file.
 
-    SQLite writes the whole table anew for each: at 1,000,000 rows the lock is held for 15 s, and a
-    gateway waits 3. They are nullable, neither it nor an older release minds them, and an upgrade
-    finds them again. With ``-x drop-data=yes`` they go.
+    SQLite rewrites the whole table for each column: with 1,000,000 rows it holds the lock for 15 s,
+    and a gateway waits for 3 s. The columns are nullable, so they disturb neither the gateway nor
+    an older release, and a later upgrade uses them again. ``-x drop-data=yes`` drops them.
     """
     if not context.is_offline_mode():
         bind = op.get_bind()
@@ -96,12 +96,12 @@ def drop_columns(table: str, columns: Sequence[str]) -> None:
 
 
 def has_table(table: str) -> bool:
-    """Whether the table is there already; never in a script."""
+    """Tell whether the table exists; in a script, always False."""
     return not context.is_offline_mode() and bool(catalogue.tables(op.get_bind(), [table]))
 
 
 def drop_table(table: str) -> None:
-    """Drop a table that is empty, or any with ``-x drop-data=yes``.
+    """Drop a table if it is empty; with ``-x drop-data=yes``, also one that has rows.
 
     Raises:
         DowngradeRefused: It has rows.
@@ -113,39 +113,40 @@ def drop_table(table: str) -> None:
 
 
 def create_triggers() -> None:
-    """Create the triggers that note the changes of rows; on Citus none."""
+    """Create the triggers that record changes of rows; on Citus, none."""
     for statement in triggers.creating(Backend(op.get_context().dialect.name)):
         op.execute(statement)
 
 
 def drop_triggers() -> None:
-    """Drop them, and PostgreSQL's function."""
+    """Drop the triggers and, on PostgreSQL, their function."""
     for statement in triggers.dropping(Backend(op.get_context().dialect.name)):
         op.execute(statement)
 
 
 def _overwriting() -> AbstractContextManager[None]:
-    """Have SQLite overwrite what is dropped, which may be texts; a host's connection too."""
+    """Make SQLite overwrite what is dropped, which may be texts, on a host's connection too."""
     return nullcontext() if context.is_offline_mode() else overwriting(op.get_bind())
 
 
 def _keep_rows(connection: Connection, table: str) -> None:
     if _has_rows(connection, table):
         raise DowngradeRefused(
-            f"{table} has rows, and this downgrade would drop it; nothing was changed. To lose "
-            "them, say so: alembic -x drop-data=yes downgrade …, lynkr-store downgrade --drop-data"
+            f"{table} has rows, and this downgrade would drop it. Nothing was changed: to delete "
+            "the rows, run lynkr-store downgrade --drop-data, or alembic -x drop-data=yes "
+            "downgrade …"
         )
 
 
 def refuse_early(connection: Connection, undone: Collection[str]) -> None:
-    """Refuse a downgrade before its first step, which may hold SQLite's lock for long.
+    """Refuse a downgrade before its first step, because a step can hold SQLite's lock for long.
 
     Args:
-        connection: Of the database.
+        connection: To the database.
         undone: The revisions that would be undone.
 
     Raises:
-        DowngradeRefused: One of them would refuse.
+        DowngradeRefused: One of the revisions cannot be undone.
     """
     for revision in sorted(undone, reverse=True):
         _keep_adopted(connection, revision)
@@ -155,11 +156,11 @@ def refuse_early(connection: Connection, undone: Collection[str]) -> None:
 
 
 def keep_adopted(revision: str) -> None:
-    """Refuse to undo what the gateway had made before the database was adopted, or writes now.
+    """Refuse to undo a revision whose objects the gateway made before the adoption, or writes now.
 
     Raises:
-        DowngradeRefused: It had made this revision's objects; or it writes them, and the user did
-            not say ``-x drop-data=yes``.
+        DowngradeRefused: The gateway had made the objects; or the gateway writes them, and
+            ``-x drop-data=yes`` was not given.
     """
     if not context.is_offline_mode():
         _keep_adopted(op.get_bind(), revision)

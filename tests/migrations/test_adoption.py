@@ -203,7 +203,7 @@ LOOK_ALIKES = {
             PLAIN.replace("routing_telemetry", "t"),
             "CREATE VIEW routing_telemetry AS SELECT * FROM t",
         ],
-        "of the kind view",
+        "is not a table but a view",
     ),
     "name of the table": ([PLAIN.replace("routing_telemetry", "Routing_Telemetry")], "spelled"),
     "savings of another shape": (
@@ -213,11 +213,11 @@ LOOK_ALIKES = {
     "savings alone": ([SAVINGS], "savings_events exists without"),
     "an index on another table": (
         [PLAIN, "CREATE TABLE t (tier TEXT)", "CREATE INDEX idx_telemetry_tier ON t (tier)"],
-        "idx_telemetry_tier sits on t",
+        "idx_telemetry_tier is on the table t",
     ),
     "an index without its table": (
         ["CREATE TABLE t (tier TEXT)", "CREATE INDEX idx_savings_timestamp ON t (tier)"],
-        "idx_savings_timestamp sits on t",
+        "idx_savings_timestamp is on the table t",
     ),
     "an index on other columns": (
         [PLAIN, "CREATE INDEX idx_telemetry_tier ON routing_telemetry (model)"],
