@@ -1,8 +1,8 @@
-"""One migration at a time on one database, after a bounded wait.
+"""Run one migration at a time on a database; others wait for a bounded time.
 
-Replicas that start together all run the upgrade. On PostgreSQL they take turns at an advisory lock
-of the transaction; on SQLite at the write lock, which BEGIN IMMEDIATE takes before anything is
-read. A replica that comes later finds the work done.
+Replicas that start together all run the upgrade. On PostgreSQL each takes an advisory lock in its
+transaction; on SQLite each takes the write lock by BEGIN IMMEDIATE before it reads anything. A
+replica that starts later finds nothing to do.
 """
 
 import random
@@ -22,33 +22,35 @@ from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import UpgradeTimeout
 
 WAIT_S: Final = 60.0
-"""Seconds for which a migration waits for another, or for those who hold its tables."""
+"""Seconds that a migration waits for another migration, or for sessions that use its tables."""
 
 ADVISORY_LOCK: Final = int.from_bytes(b"lynkrsto")
-"""The key of PostgreSQL's advisory lock, one for each database, as ``pg_locks`` shows it."""
+"""The key of PostgreSQL's advisory lock; each database has its own lock of this key."""
 
 _POLL_S: Final = 0.1
 _LOCK_TIMEOUT_MS: Final = 1_000
-"""PostgreSQL: how long ALTER TABLE may wait for those who use the table. Whoever comes after it
-waits too, so it gives up soon and tries again later."""
+"""PostgreSQL: how long ALTER TABLE waits for sessions that use the table. Statements that come
+after it wait behind it, so the migration gives up soon and tries again later."""
 _STATEMENT_TIMEOUT_MS: Final = 60_000
 _IN_THE_WAY: Final = ("55P03", "40P01")  # a lock's timeout, a deadlock
 
 
 def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: float = WAIT_S) -> None:
-    """Run the body in a transaction that no other migration runs beside.
+    """Run a function in a transaction while no other migration runs on the database.
 
-    When a lock is in its way, the transaction is rolled back and the body called again.
+    If another session holds a lock that it needs, the transaction is rolled back and the function
+    is called again.
 
     Args:
-        engine: The store's or the host's. Its connections here are closed afterwards: an SQLite
-            file's next one sees that it is ours, and none has statements prepared of old tables.
-        body: Takes a connection in a transaction, which is committed when it returns.
-        wait_s: Seconds after which it is not tried again. One try may take a second more, on
-            SQLite the driver's own ``busy_timeout``.
+        engine: The store's or the host's. The connections used here are closed afterwards, so that
+            no pooled connection has statements prepared for the old tables, and the next connection
+            to an SQLite file sees that it is the store's.
+        body: Takes a connection in a transaction, which is committed when the function returns.
+        wait_s: Seconds after which no new try begins. One try can take a second longer; on SQLite,
+            as long as the driver's ``busy_timeout``.
 
     Raises:
-        UpgradeTimeout: Another migration ran all the time, or somebody kept a table locked.
+        UpgradeTimeout: Another migration was running, or another session held a lock, throughout.
     """
     postgresql = backend_of(engine) is Backend.POSTGRESQL
     deadline = time.monotonic() + wait_s
@@ -62,10 +64,14 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
             if not is_in_the_way(error):
                 raise
             if time.monotonic() >= deadline:
-                holder = "uses the store's tables" if postgresql else "holds the file's write lock"
+                who = (
+                    "another session uses the store's tables"
+                    if postgresql
+                    else "another connection holds the file's write lock"
+                )
                 raise UpgradeTimeout(
-                    f"nothing was changed: for {wait_s:g} s somebody else {holder}. Try again when "
-                    "the long transaction is over"
+                    f"nothing was changed: for {wait_s:g} s {who}. Try again after its transaction "
+                    "has ended"
                 ) from error
         else:
             return
@@ -73,7 +79,7 @@ def exclusively(engine: Engine, body: Callable[[Connection], None], wait_s: floa
 
 
 def pause() -> None:
-    """Wait before another try, for a random time: others that failed also try again."""
+    """Wait for a random time before the next try, so that replicas do not retry in step."""
     time.sleep(random.uniform(_POLL_S, 5 * _POLL_S))  # noqa: S311 - no secret
 
 
@@ -87,15 +93,17 @@ def _once(engine: Engine, body: Callable[[Connection], None]) -> None:
 
 
 def _in_turn(engine: Engine, body: Callable[[Connection], None], deadline: float) -> None:
-    """Run the body in the first transaction that gets PostgreSQL's advisory lock.
+    """Run the function in the first transaction that gets PostgreSQL's advisory lock.
 
-    The lock is the transaction's: it ends with it, also in a server that goes on with a COMMIT
-    whose client was killed, and behind a pooler, where a session's would stay for ever. It is
-    polled for, each time in a transaction that ends: waiting for it in a statement would hold a
-    snapshot, for which CREATE INDEX CONCURRENTLY waits.
+    The lock is released when the transaction ends. So it is also released where the server still
+    commits for a client that was killed, and behind a pooler, where a session lock would stay.
+    The lock is polled for, each time in a new transaction: a statement that waits for it would
+    hold a snapshot, and CREATE INDEX CONCURRENTLY waits for snapshots.
     """
-    with engine.connect() as connection:  # not the writing one, which asks for the schema
-        connection.execution_options(isolation_level="READ COMMITTED")  # whatever a host's has
+    with engine.connect() as connection:  # a writing connection would require the schema
+        connection.execution_options(
+            isolation_level="READ COMMITTED"
+        )  # a host may have set another
         connection.detach()
         while not _had_turn(connection, engine, body, deadline):
             time.sleep(_POLL_S)
@@ -115,13 +123,13 @@ def _had_turn(
         if time.monotonic() > deadline:
             raise UpgradeTimeout(
                 "nothing was changed: another migration of this database is running "
-                f"({_holder(connection)}). Try again when it is done"
+                f"({_holder(connection)}). Try again after it has ended"
             )
     return False
 
 
 def _is_whole_database(engine: Engine) -> bool:
-    """Whether a connection that is closed may take an SQLite database in memory with it."""
+    """Tell whether closing a connection may discard an SQLite database in memory."""
     url = engine.url
     return backend_of(engine) is Backend.SQLITE and (
         is_memory(url) or str(url.database).startswith("file:")
@@ -129,7 +137,7 @@ def _is_whole_database(engine: Engine) -> bool:
 
 
 def _holder(connection: Connection) -> str:
-    """Who has the lock: any role may, also one that has no right to the store's tables."""
+    """Describe the session that holds the lock; any role can hold it."""
     statement = text(
         "SELECT usename, pid FROM pg_locks LEFT JOIN pg_stat_activity USING (pid) "
         "WHERE locktype = 'advisory' AND granted AND objsubid = 1 "
@@ -138,11 +146,11 @@ def _holder(connection: Connection) -> str:
     )
     holder = connection.execute(statement, {"key": ADVISORY_LOCK}).first()
     role, pid = holder or ("unknown", "unknown")
-    return f"a backend of the role {role}, its pid is {pid}"
+    return f"by the role {role}; its backend's pid is {pid}"
 
 
 def is_in_the_way(error: BaseException) -> bool:
-    """Whether a lock of somebody else's was, so that another try may succeed."""
+    """Tell whether another session's lock caused the error, so that another try may succeed."""
     if not isinstance(error, DBAPIError):
         return False
     return is_busy(error) or getattr(error.driver_exception, "sqlstate", None) in _IN_THE_WAY

@@ -114,7 +114,7 @@ def test_an_upgrade_says_which_role_it_waited_for(postgres_url, stranger):
         holder.execute("SELECT pg_advisory_lock(%s)", [ADVISORY_LOCK])
         engine = create_store_engine(postgres_url)
         began = time.monotonic()
-        with pytest.raises(UpgradeTimeout, match=f"the role {role}, its pid is [0-9]+"):
+        with pytest.raises(UpgradeTimeout, match=f"the role {role}; its backend's pid is [0-9]+"):
             upgrade(engine, wait_s=BUDGET_S)
         assert time.monotonic() - began < BACK_S
         settings = StoreSettings(url=postgres_url, upgrade_on_open=True)

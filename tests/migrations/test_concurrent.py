@@ -343,8 +343,8 @@ def reading_in_rollback_mode(url):
         yield reader
 
 
-LOCKED = "somebody else holds the file's write lock"
-USED = "somebody else uses the store's tables"
+LOCKED = "another connection holds the file's write lock"
+USED = "another session uses the store's tables"
 RUNNING = "another migration of this database is running"
 OBSTACLES = [
     ("sqlite-file", "0003", writing, LOCKED),
