@@ -1,4 +1,4 @@
-"""A copy of an SQLite file, by SQLite's own backup: whole at one moment, while others write."""
+"""Copy an SQLite file by SQLite's backup API: a consistent copy, also while others write."""
 
 import os
 import sqlite3
@@ -19,7 +19,7 @@ from lynkr_store.exceptions import BadArgument, StoreUnavailable
 
 
 def opened_file(engine: Engine) -> Path:
-    """The file that the engine's connections open, by whatever name.
+    """Return the path of the file that the engine's connections open.
 
     Raises:
         BadArgument: PostgreSQL, or a database in memory.
@@ -30,13 +30,13 @@ def opened_file(engine: Engine) -> Path:
             databases = connection.exec_driver_sql("PRAGMA database_list").all()
         path = next(file for _, name, file in databases if name == "main")
     if not path:
-        raise BadArgument("backup: for an SQLite file only; on PostgreSQL use pg_dump")
+        raise BadArgument("backup: works only for an SQLite file; on PostgreSQL use pg_dump")
     return Path(path)
 
 
 @contextmanager
 def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection of which a fork by another thread knows."""
+    """Open the file to read it, on a connection that is closed before another thread forks."""
     name, only = f"file:{quote(str(path))}", {"mode": "ro", "uri": "true"}
     engine = create_engine(URL.create("sqlite", database=name, query=only), poolclass=NullPool)
     keep_out_of_children(engine)
@@ -49,20 +49,20 @@ def _read_only(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def back_up(engine: Engine, name: str) -> Path:
-    """Copy the engine's file to a new one beside it, which its owner alone may read.
+    """Copy the engine's file to a new file in the same directory, which only its owner can read.
 
-    In WAL mode writers go on meanwhile. What is in the file's ``-wal`` is in the copy too.
+    In WAL mode, writers are not blocked. The copy includes what is in the file's ``-wal``.
 
     Args:
-        engine: Of an SQLite file.
-        name: Goes into the copy's name, with the time.
+        engine: An engine on an SQLite file.
+        name: A part of the copy's name; the time is another.
 
     Returns:
         The copy's path.
 
     Raises:
         BadArgument: PostgreSQL, or a database in memory.
-        StoreUnavailable: There was no room, or the file is not readable; no copy is left behind.
+        StoreUnavailable: The disk is full, or the file cannot be read; no partial copy is left.
     """
     path = opened_file(engine)
     at = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")

@@ -1,4 +1,4 @@
-"""Brings a database's schema to a revision, in one transaction that none runs beside."""
+"""Bring a database's schema to a revision, in one transaction and one migration at a time."""
 
 import os
 import threading
@@ -26,7 +26,7 @@ from lynkr_store.settings import DatabaseSettings
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-_NOT_PERMITTED: Final = ("42501", "3F000")  # the latter: no schema of the path may be used
+_NOT_PERMITTED: Final = ("42501", "3F000")  # the latter: the role may use no schema of its path
 
 _turns: Final[dict[int, threading.Lock]] = {}
 
@@ -40,42 +40,44 @@ def upgrade(
 ) -> Path | None:
     """Create, adopt or upgrade the schema, in one transaction.
 
-    Tables of the store's that were dropped are made again, empty, with their indexes.
-    A schema that a newer release made stays as it is, if this release can work with it. Inside an
-    event loop call it by ``asyncio.to_thread``: it waits for the database.
+    Tables of the store that were dropped are created again, empty, with their indexes. A schema
+    that a newer release made is left as it is, if this release can work with it. Indexes that are
+    missing on tables with rows are left to ``maintain()``, and logged at INFO. In an event loop,
+    call it by ``asyncio.to_thread``: it blocks while it waits for the database.
 
     Args:
-        target: The database's URL; or the store's engine or the host's, which is not disposed. Of
-            an AsyncEngine the URL is used. Everything is put into the PostgreSQL schema that the
-            engine was made with, else ``LYNKR_STORE_SCHEMA`` names.
+        target: The database's URL; or an engine, the store's or the host's, which is not disposed.
+            An AsyncEngine only gives its URL. On PostgreSQL the tables are in the schema that the
+            engine was made with, else in the one that ``LYNKR_STORE_SCHEMA`` names.
         revision: The revision to reach.
-        wait_s: Seconds to wait for another migration, or for who holds a lock.
-        backup: Before anything is changed, copy the SQLite file to a new one beside it. Where the
-            upgrade is then refused, or does not begin in time, the copy is removed.
+        wait_s: Seconds to wait for another migration, or for a session that holds a lock.
+        backup: Before anything is changed, copy the SQLite file to a new file in its directory. If
+            the upgrade is then refused, or cannot begin in time, the copy is removed.
 
     Returns:
-        Where the copy is; None if none was asked for, or nothing was to be changed.
+        The path of the copy; None if none was asked for, or there was nothing to change.
 
     Raises:
-        AdoptionRefused: The tables that are there are not the gateway's; nothing was changed.
-        SchemaAhead: A newer release made the schema, and this one cannot work with it.
-        UpgradeTimeout: It could not begin in time; nothing was changed.
+        AdoptionRefused: The gateway did not make the tables of these names; nothing was changed.
+        SchemaAhead: A newer release made the schema, and this release cannot work with it.
+        UpgradeTimeout: The upgrade could not begin in time; nothing was changed.
         StoreUnavailable: The database cannot be reached, or the copy could not be made.
-        BadArgument: There is no such revision, or ``backup`` of what is no SQLite file.
+        BadArgument: There is no such revision, or ``backup`` was asked for and the database is not
+            an SQLite file.
     """
     with _engine_of(target) as engine, translated(of_rows=False):
         copy = _copied(engine, revision) if backup else None
         try:
             bring_to(engine, revision, wait_s)
         except (SchemaError, UpgradeTimeout):
-            if copy:  # nothing was changed; who tries again and again would fill the disk
+            if copy:  # nothing was changed; repeated tries would fill the disk with copies
                 copy.unlink(missing_ok=True)
             raise
         return copy
 
 
 def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> None:
-    """`upgrade` of an engine that says itself which schema it works in."""
+    """Upgrade by an engine that already names its PostgreSQL schema; see `upgrade`."""
     apply = scripts.upgrade  # the first use imports Alembic: do it before any lock is taken
 
     def body(connection: Connection) -> None:
@@ -88,10 +90,10 @@ def bring_to(engine: Engine, revision: str = "head", wait_s: float = WAIT_S) -> 
 
 @contextmanager
 def permitted(engine: Engine) -> Iterator[None]:
-    """Say what to do where this user lacks a right.
+    """Say what to do if the database's user lacks a right.
 
     Raises:
-        SchemaError: It does; the message names the GRANT where one is enough.
+        SchemaError: The user lacks one; the message names the GRANT if one is enough.
     """
     try:
         yield
@@ -101,16 +103,16 @@ def permitted(engine: Engine) -> Iterator[None]:
         line = str(error.orig).partition("\n")[0]
         with engine.connect() as connection:
             grant = catalogue.missing_grant(connection, schema_of(engine))
-        remedy = f"; or have the schema's owner run {grant}" if grant else ""
+        remedy = f"; or let the schema's owner run {grant}" if grant else ""
         raise SchemaError(
-            f"nothing was changed, for this user may not: {line}. Upgrade as the role that owns "
-            f"the tables, or the schema that they are to be made in{remedy}"
+            f"nothing was changed: this user lacks a right ({line}). Upgrade as the role that owns "
+            f"the tables, or as the owner of the schema that they belong in{remedy}"
         ) from None
 
 
 @contextmanager
 def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
-    """An engine for the target, that works in the schema which it or the environment names."""
+    """Give an engine that works in the schema which the target or the environment names."""
     own = getattr(target, "sync_engine", target)
     schema = schema_of(own) if isinstance(own, Engine) else None
     schema = schema or DatabaseSettings().schema_name
@@ -119,13 +121,15 @@ def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
         return
     url = parse_url(target if isinstance(target, str | URL) else target.url)
     if is_memory(url) and own is not target:
-        raise BadArgument("target: SQLite in memory has one connection; its store upgrades it")
+        raise BadArgument(
+            "target: a database in memory has only one connection, so only its store can upgrade it"
+        )
     with disposing(create_store_engine(url, schema=schema)) as engine:
         yield engine
 
 
 def _copied(engine: Engine, revision: str) -> Path | None:
-    """Copy the engine's file, if the upgrade has something to do."""
+    """Copy the engine's file if the upgrade would change anything."""
     opened_file(engine)
     with engine.connect() as connection:
         stands = standing(connection)
@@ -140,19 +144,19 @@ def _copied(engine: Engine, revision: str) -> Path | None:
 def downgrade(
     engine: Engine, revision: str, *, drop_data: bool = False, wait_s: float = WAIT_S
 ) -> None:
-    """Take revisions back, in one transaction.
+    """Undo revisions, in one transaction.
 
     Args:
         engine: The store's engine or the host's; it is not disposed.
-        revision: The revision to return to; ``base`` for none.
-        drop_data: Drop tables that have rows.
-        wait_s: Seconds to wait for another migration, or for who holds a lock.
+        revision: The revision to return to; ``base`` undoes all.
+        drop_data: Also drop tables that have rows.
+        wait_s: Seconds to wait for another migration, or for a session that holds a lock.
 
     Raises:
-        DowngradeRefused: Rows would be lost without ``drop_data``, or what the gateway had made
-            before the database was adopted; nothing was changed.
+        DowngradeRefused: Rows would be lost and ``drop_data`` was not given, or the gateway had
+            made what would be dropped; nothing was changed.
         SchemaAhead: A newer release made the schema.
-        UpgradeTimeout: It could not begin in time; nothing was changed.
+        UpgradeTimeout: The downgrade could not begin in time; nothing was changed.
         BadArgument: There is no such revision.
     """
     undo = scripts.downgrade  # the first use imports Alembic: do it before any lock is taken
@@ -160,7 +164,7 @@ def downgrade(
     def body(connection: Connection) -> None:
         if standing(connection).revision is None:
             scripts.require_known(revision)
-            return  # nothing of ours is there, and nothing is left behind
+            return  # there is nothing to undo, and no table is created
         undo(connection, revision, schema_of(engine), drop_data=drop_data)
 
     with _alone(wait_s):
@@ -169,12 +173,13 @@ def downgrade(
 
 @contextmanager
 def _alone(wait_s: float) -> Iterator[None]:
-    """Alembic for this thread alone: ``alembic.op`` and ``alembic.context`` are the process's."""
-    # by its id, because a forked child has nobody who would release the parent's lock
+    """Give Alembic to one thread at a time: ``alembic.op`` and ``alembic.context`` are global."""
+    # One lock for each process id: in a forked child no thread would release the parent's.
     turn = _turns.setdefault(os.getpid(), threading.Lock())
     if not turn.acquire(timeout=wait_s):
         raise UpgradeTimeout(
-            f"nothing was changed: for {wait_s:g} s this process was migrating another database"
+            f"nothing was changed: for {wait_s:g} s another thread of this process was migrating "
+            "a database"
         )
     try:
         yield
@@ -187,9 +192,9 @@ def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool =
 
     Args:
         url: Chooses the dialect; nothing is connected to.
-        revisions: As Alembic takes them, ``head`` or ``0003:base``.
-        output: Where to.
-        down: The revisions are a downgrade.
+        revisions: In Alembic's form, such as ``head`` or ``0003:base``.
+        output: Where the script is written.
+        down: Write a downgrade.
 
     Raises:
         BadArgument: There are no such revisions.
