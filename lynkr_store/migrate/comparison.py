@@ -1,6 +1,6 @@
-"""Compares a database's tables, indexes and triggers with this release's.
+"""Compare a database's tables, indexes and triggers with those of this release.
 
-And says which of them are the store's, to this library's Alembic environment and to a host's.
+Alembic's environments, the library's and a host's, also learn here which tables are the store's.
 """
 
 import warnings
@@ -22,11 +22,11 @@ from lynkr_store.migrate.late import scripts
 
 
 def options() -> dict[str, Any]:
-    """What every Alembic context of ours is configured with."""
+    """Return the options that every Alembic context of the store is configured with."""
     return {
         "target_metadata": Base.metadata,
         "version_table": VERSION_TABLE,
-        # Off by default for SQLite, where it works as long as the driver's own BEGIN is off.
+        # Off by default for SQLite, where it works if the driver does not issue its own BEGIN.
         "transactional_ddl": True,
         "include_name": _is_ours,
         "include_object": _matters,
@@ -41,12 +41,12 @@ def not_ours(
     reflected: bool,  # noqa: FBT001 - Alembic's signature
     compare_to: SchemaItem | None,
 ) -> bool:
-    """The ``include_object`` of a host's own Alembic environment: leave out what is the store's.
+    """Leave out the store's tables: the ``include_object`` for a host's own Alembic environment.
 
-    With it, ``alembic revision --autogenerate`` and ``alembic check`` of the host neither drop the
-    store's tables, where both are in one database, nor create them, where the host's metadata
-    includes the store's (`lynkr_store.Base.metadata`). Their revisions come with this library.
-    It goes by the tables' names, in whatever schema they are.
+    With it, the host's ``alembic revision --autogenerate`` and ``alembic check`` do not drop the
+    store's tables if both use one database, and do not create them if the host's metadata includes
+    the store's (`lynkr_store.Base.metadata`). The library brings their revisions. Tables are
+    recognised by name, in any schema.
     """
     del reflected, compare_to
     table = name if kind == "table" else getattr(getattr(item, "table", None), "name", None)
@@ -64,10 +64,10 @@ def _matters(
     reflected: bool,  # noqa: FBT001 - Alembic's signature
     compare_to: SchemaItem | None,
 ) -> bool:
-    """Whether a difference counts as drift.
+    """Tell whether a difference counts as drift.
 
-    What only the database has is somebody else's: a foreign column, index or constraint. An index
-    of ours that is missing waits for ``maintain()``.
+    A column, index or constraint that only the database has belongs to somebody else. A missing
+    index of the store is not drift, because ``maintain()`` builds it.
     """
     if compare_to is not None:
         return True
@@ -75,7 +75,7 @@ def _matters(
 
 
 def drift(connection: Connection) -> list[str]:
-    """The differences between the database's tables and this release's, in words; [] for none."""
+    """Describe how the database's tables differ from this release's; [] for no difference."""
     with catalogue.sealed(connection, VERSION_TABLE) as (schema, _), comparing():
         if schema is None:
             return scripts.differences(connection, options(), Base.metadata)
@@ -84,7 +84,7 @@ def drift(connection: Connection) -> list[str]:
 
 
 def _options_in(schema: str) -> dict[str, Any]:
-    """`options` for tables that are named with their schema."""
+    """Return `options` for tables that are named with their schema."""
 
     def is_ours(name: str | None, kind: str, parents: object) -> bool:
         return name == schema if kind == "schema" else _is_ours(name, kind, parents)
@@ -94,7 +94,7 @@ def _options_in(schema: str) -> dict[str, Any]:
 
 
 def _metadata_in(schema: str) -> MetaData:
-    """The store's tables in a schema."""
+    """Return the store's tables as tables of a schema."""
     metadata = MetaData()
     for table in Base.metadata.sorted_tables:
         table.to_metadata(metadata, schema=schema)
@@ -103,9 +103,9 @@ def _metadata_in(schema: str) -> MetaData:
 
 @contextmanager
 def _without_default_schema(connection: Connection) -> Iterator[None]:
-    """Have Alembic take every schema by its name, also that which it would take for the default.
+    """Make Alembic name every schema, also the default one.
 
-    It leaves the name of that out, and asks for what is in the path, where nothing is.
+    For the default schema it leaves the name out and looks in the search path, which is empty.
     """
     shared = connection.dialect
     connection.dialect = copy(shared)
@@ -118,7 +118,7 @@ def _without_default_schema(connection: Connection) -> Iterator[None]:
 
 @contextmanager
 def comparing() -> Iterator[None]:
-    """Without the warnings that indexes on expressions, ours or not, cannot be read of SQLite."""
+    """Ignore the warnings that SQLAlchemy cannot reflect SQLite's indexes on expressions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Skipped unsupported reflection", SAWarning)
         warnings.filterwarnings("ignore", "autogenerate skipping metadata-specified expression")
@@ -126,7 +126,7 @@ def comparing() -> Iterator[None]:
 
 
 def missing_indexes(connection: Connection) -> list[str]:
-    """Names of the store's indexes that the database lacks, on tables that it has."""
+    """Return the names of the store's indexes that are missing on tables which exist."""
     tables = catalogue.tables(connection, Base.metadata.tables)
     there = {name for table in tables for name in catalogue.index_names(connection, table)}
     return [
@@ -142,6 +142,6 @@ def left_to_maintain(indexes: Collection[str]) -> str:
 
 
 def missing_triggers(connection: Connection) -> list[str]:
-    """Names of the store's triggers that its table lacks, or that are disabled."""
+    """Return the names of the store's triggers that are missing or disabled."""
     there = catalogue.trigger_names(connection, TELEMETRY.name)
     return [name for name in triggers.NAMES[backend_of(connection)] if name not in there]
