@@ -1,4 +1,4 @@
-"""The ``lynkr-store`` command: `commands` says what to do, `render` prints the answers.
+"""The ``lynkr-store`` command: `commands` runs the subcommands, `render` prints the answers.
 
-It calls what a service could call; no rule about rows or schemas may come in.
+It calls only what a service could call; no rule about rows or schemas may come in.
 """

@@ -1,7 +1,7 @@
 """The ``lynkr-store`` command.
 
-Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached; 141 where
-nobody reads standard output any more. Read commands alter nothing.
+Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached, 141 standard
+output was closed by its reader. Commands that read change nothing.
 """
 
 import re
@@ -36,7 +36,7 @@ from lynkr_store.storage import identities
 from lynkr_store.storage.read_only import inspecting_engine
 from lynkr_store.store.sync import Store
 
-_LOOK_S: Final = 10.0  # a person can wait longer for the first look than a poll does
+_LOOK_S: Final = 10.0  # a person waits longer for the first probe than a poll does
 _SLICES: Final = 48  # columns of the sparkline
 _UNITS: Final = {
     "s": timedelta(seconds=1),
@@ -63,18 +63,25 @@ app: Final = typer.Typer(
 
 _Url = Annotated[
     str | None,
-    typer.Option(help="The database; else LYNKR_STORE_URL, else sqlite:///.lynkr/telemetry.db."),
+    typer.Option(help="The database; default LYNKR_STORE_URL, then sqlite:///.lynkr/telemetry.db."),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, in the gateway's own shape.")]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON with the gateway's names and structure.")
+]
 _Since = Annotated[str | None, typer.Option(help="ISO 8601 with a zone, or epoch milliseconds.")]
-_Until = Annotated[str | None, typer.Option(help="The first instant after; as --since.")]
-_Last = Annotated[str | None, typer.Option(help="A look back instead: 90s, 15m, 24h, 7d, 2w, 1y.")]
+_Until = Annotated[
+    str | None, typer.Option(help="The end, which is not included; in the form of --since.")
+]
+_Last = Annotated[
+    str | None,
+    typer.Option(help="The time before now, instead of --since: 90s, 15m, 24h, 7d, 2w, 1y."),
+]
 _Sql = Annotated[bool, typer.Option("--sql", help="Print the script instead of running it.")]
 _TrustClock = Annotated[
     bool,
     typer.Option(
         "--trust-clock",
-        help="Delete though the clock is far ahead of the newest row and the last retention.",
+        help="Delete even if the clock is far ahead of the newest row and the last retention.",
     ),
 ]
 _Texts = Annotated[list[str] | None, typer.Option(help="May be repeated.")]
@@ -96,14 +103,14 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning as all else: SQLAlchemy's name columns, and their types, of others."""
+    """Print a warning like every other line; SQLAlchemy's name columns that others made."""
     render.warn(str(message), "warning")
 
 
 def _fail(error: Exception, code: Exit) -> NoReturn:
     first, *others = str(error).splitlines() or [""]
     render.warn(first, "error")
-    for line in others:  # of a setting that is none
+    for line in others:  # pydantic names each invalid setting in lines of its own
         render.warn(line)
     sys.exit(code)
 
@@ -114,7 +121,9 @@ def upgrade(
     *,
     url: _Url = None,
     sql: _Sql = False,
-    backup: Annotated[bool, typer.Option(help="Copy the SQLite file first, beside it.")] = False,
+    backup: Annotated[
+        bool, typer.Option(help="First copy the SQLite file, in its directory.")
+    ] = False,
 ) -> None:
     """Create, adopt or upgrade the database's schema."""
     target = _target(url)
@@ -132,7 +141,7 @@ def upgrade(
         with engine.connect() as connection:
             made = [name for name in lost if name not in revisions.missing_tables(connection)]
             if made:
-                render.say(f"made again, empty: {', '.join(made)}")
+                render.say(f"created again, empty: {', '.join(made)}")
             stands_at = revisions.current(connection)
             render.say(f"at revision {stands_at}")
             at_head = stands_at == revisions.head()
@@ -143,13 +152,13 @@ def upgrade(
 
 @app.command()
 def downgrade(
-    revision: Annotated[str, typer.Argument(help="The revision to return to; base for none.")],
+    revision: Annotated[str, typer.Argument(help="The revision to return to; base undoes all.")],
     *,
     url: _Url = None,
-    drop_data: Annotated[bool, typer.Option(help="Drop tables that have rows.")] = False,
+    drop_data: Annotated[bool, typer.Option(help="Also drop tables that have rows.")] = False,
     sql: _Sql = False,
 ) -> None:
-    """Take revisions back."""
+    """Undo revisions."""
     target = _target(url)
     if sql:
         script = StringIO()
@@ -164,7 +173,7 @@ def downgrade(
 
 @app.command()
 def check(*, url: _Url = None, as_json: _Json = False) -> None:
-    """Say whether this release can work with the schema; exit 1 if not."""
+    """Check whether this release can work with the schema; exit 1 if not."""
     with (
         disposing(inspecting_engine(StoreSettings(url=_target(url)))) as engine,
         translated(of_rows=False),
@@ -200,7 +209,7 @@ def check(*, url: _Url = None, as_json: _Json = False) -> None:
 
 
 def _words_of_check(found: dict[str, Any], *, behind: bool, ahead: bool) -> Iterator[str]:
-    newer = " (a newer release's, which this one can work with)" if ahead else ""
+    newer = " (made by a newer release; this one can work with it)" if ahead else ""
     yield f"revision {found['revision']}{newer}, this release's is {found['head']}"
     yield from (f"missing: the table {table}" for table in found["missing_tables"])
     yield from (f"differs: {difference}" for difference in found["drift"])
@@ -209,14 +218,14 @@ def _words_of_check(found: dict[str, Any], *, behind: bool, ahead: bool) -> Iter
         yield f"run {revisions.UPGRADE_COMMAND}"
     if found["missing_tables"]:
         by = " of the release that made the schema" if ahead else ""
-        yield f"run {revisions.UPGRADE_COMMAND}{by}, which makes them again, empty"
+        yield f"run {revisions.UPGRADE_COMMAND}{by}, which creates them again, empty"
     if found["missing_indexes"]:
         yield f"indexes left to 'lynkr-store maintain': {', '.join(found['missing_indexes'])}"
     if found["missing_triggers"]:
         yield (
-            f"triggers missing or disabled: {', '.join(found['missing_triggers'])}; rows changed "
-            "or deleted by SQL are found by 'lynkr-store maintain' alone, later. To make them "
-            "again run lynkr-store downgrade 0009, then lynkr-store upgrade"
+            f"triggers missing or disabled: {', '.join(found['missing_triggers'])}; without them, "
+            "statistics notice rows that SQL changes or deletes only after 'lynkr-store maintain'. "
+            "To create them again, run lynkr-store downgrade 0009, then lynkr-store upgrade"
         )
     yield from found["foreign_owners"]
 
@@ -225,13 +234,13 @@ def _words_of_check(found: dict[str, Any], *, behind: bool, ahead: bool) -> Iter
 def stats(
     *,
     url: _Url = None,
-    provider: Annotated[str | None, typer.Option(help="One provider's figures.")] = None,
+    provider: Annotated[str | None, typer.Option(help="Show only this provider.")] = None,
     since: _Since = None,
     until: _Until = None,
     last: _Last = None,
     as_json: _Json = False,
 ) -> None:
-    """Show what a person reads first; by default of the last 24 hours."""
+    """Show the main statistics; by default, of the last 24 hours."""
     window = _window(since, until, last)
     with _reading(url) as store:
         if as_json:
@@ -276,9 +285,11 @@ def query(  # noqa: PLR0913 - one option for each dimension
     since: _Since = None,
     until: _Until = None,
     last: _Last = None,
-    limit: Annotated[int, typer.Option(help="Rows at most.")] = 20,
-    before: Annotated[str | None, typer.Option(help="The cursor of the page before.")] = None,
-    text: Annotated[bool, typer.Option("--text", help="With --json: the texts too.")] = False,
+    limit: Annotated[int, typer.Option(help="The greatest number of rows.")] = 20,
+    before: Annotated[
+        str | None, typer.Option(help="The cursor that the previous page ends with.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="With --json: include the texts.")] = False,
     as_json: _Json = False,
 ) -> None:
     """List rows, newest first."""
@@ -310,7 +321,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
 
 @app.command()
 def health(*, url: _Url = None, as_json: _Json = False) -> None:
-    """Show the database's state; exit 3 if it cannot be reached."""
+    """Show the state of the database; exit 3 if it cannot be reached."""
     with Store(_target(url), read_only=True) as store:
         answer = _looked(store)
     if as_json:
@@ -329,7 +340,7 @@ def cleanup(
     trust_clock: _TrustClock = False,
     as_json: _Json = False,
 ) -> None:
-    """Delete the rows older than an age."""
+    """Delete rows that are older than an age."""
     with _changing(url) as store:
         deleted = store.cleanup(_age(older_than), trust_clock=trust_clock)
     render.say_json({"rows_deleted": deleted}) if as_json else render.say(
@@ -341,15 +352,17 @@ def cleanup(
 def maintain(
     *,
     url: _Url = None,
-    budget: Annotated[str, typer.Option(help="Time for retention: 30s, 10m.")] = "30s",
-    rebuild: Annotated[bool, typer.Option(help="Make the roll-ups anew from the rows.")] = False,
+    budget: Annotated[str, typer.Option(help="Time limit for retention: 30s, 10m.")] = "30s",
+    rebuild: Annotated[
+        bool, typer.Option(help="Compute the roll-ups again from the rows.")
+    ] = False,
     trust_clock: _TrustClock = False,
     as_json: _Json = False,
 ) -> None:
-    """Build missing indexes, fold new rows, apply the configured retention, give pages back.
+    """Build missing indexes, fold new rows, apply the configured retention, return free pages.
 
-    LYNKR_STORE_RETENTION_DAYS is for rows, LYNKR_STORE_TEXT_RETENTION_DAYS for their texts alone.
-    Exit 1 where retention waits because the clock may be wrong.
+    LYNKR_STORE_RETENTION_DAYS applies to rows, LYNKR_STORE_TEXT_RETENTION_DAYS to their texts.
+    Exit 1 if retention did nothing because the clock may be wrong.
     """
     budget_s = _age(budget).total_seconds()
     with _changing(url) as store, Console(stderr=True).status("at work") as status:
@@ -396,12 +409,14 @@ def _reading(url: str | None) -> Store:
     store = Store(_target(url), read_only=True)
     if store.missing_columns:
         missing = ", ".join(store.missing_columns)
-        render.warn(f"read as it is, without altering it; columns that this file lacks: {missing}")
+        render.warn(
+            f"this file lacks columns, which are read as empty; the file is not changed: {missing}"
+        )
     return store
 
 
 def _changing(url: str | None) -> Store:
-    """A store that changes rows, and no schema unasked."""
+    """Open a store that may change rows, but does not upgrade the schema."""
     return Store(settings=StoreSettings(url=_target(url), upgrade_on_open=False))
 
 
@@ -409,7 +424,7 @@ def _window(since: str | None, until: str | None, last: str | None) -> Window:
     if last is None:
         return Window(since=_instant(since, "--since"), until=_instant(until, "--until"))
     if since is not None:
-        raise typer.BadParameter("--last and --since exclude each other")
+        raise typer.BadParameter("--last and --since cannot be used together")
     end = _instant(until, "--until")
     age_ms = _age(last) // timedelta(milliseconds=1)
     return Window(since=(epoch_ms_now() if end is None else end) - age_ms, until=end)
@@ -433,11 +448,11 @@ def _age(text: str) -> timedelta:
             return float(found[1]) * _UNITS[found[2]]
     except OverflowError:
         pass
-    raise typer.BadParameter(f"{text}: give an age such as 90s, 15m, 24h, 7d, 2w or 1y")
+    raise typer.BadParameter(f"{text}: not an age; use a form such as 90s, 15m, 24h, 7d, 2w or 1y")
 
 
 def _looked(store: Store) -> Health:
-    """The store's health after the first look at the database."""
+    """Return the store's health after the first probe of the database."""
     deadline = time.monotonic() + _LOOK_S
     while (health := store.health()).probe_age_s is None and time.monotonic() < deadline:
         pass  # each call waits a moment
@@ -445,7 +460,7 @@ def _looked(store: Store) -> Health:
 
 
 def _slices(store: Store, window: Window) -> list[int]:
-    """Requests in equal parts of the window, from the first row in it to its end."""
+    """Count requests in equal parts of the window, from its first row to its last."""
     since, until = window.resolved(epoch_ms_now(), LOOK_BACK)
     oldest = _looked(store).oldest_timestamp
     if oldest is not None:

@@ -1,6 +1,6 @@
-"""What the command prints: lines, JSON, and tables, bars and sparklines for people.
+"""Print what the command answers: lines, JSON, and tables, bars and sparklines.
 
-The one place where text reaches a terminal, and where it is made printable.
+All text reaches the terminal through this module, which makes it printable.
 """
 
 import codecs
@@ -30,23 +30,23 @@ from lynkr_store.schemas import (
 
 _BAR_CELLS: Final = 12  # the tables fit a terminal of 80 columns
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
-_WIDE: Final = 80  # columns from which on there is room for bars beside the figures
-_VALUE: Final = " "  # the second column of a table without a head
+_WIDE: Final = 80  # columns of a terminal that has room for bars next to the figures
+_VALUE: Final = " "  # the second column of a table without headings
 _LEFT: Final = ("", _VALUE, "time (UTC)", "provider", "tier", "model", "result")
 _FOLDING: Final = (_VALUE, "provider", "tier", "model", "result")
-"""Columns that give way where the terminal is narrow: their texts go on in the next line."""
+"""Columns that shrink on a narrow terminal: their texts continue on the next line."""
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
-_FITTING: Final = "lynkr-store"  # the handler of characters that a stream's encoding lacks
+_FITTING: Final = "lynkr-store"  # the error handler for characters that a stream's encoding lacks
 _PLAIN: Final = {"–": "-", "—": "-", "─": "-", "…": ".", "’": "'", "×": "x"} | dict.fromkeys(
     _EIGHTHS[1:] + _SPARKS, "#"
 )
 _NOBODY_READS: Final = 128 + signal.SIGPIPE
-"""As a shell counts a program that a closed pipe ended."""
+"""The exit code that a shell gives a program which a closed pipe ended."""
 _NOT_WRITTEN: Final = 2
 
 
 def fit_streams() -> None:
-    """Have standard output and error replace what their encoding lacks, in as many cells."""
+    """Make the standard streams replace characters that their encoding lacks, cell by cell."""
     codecs.register_error(_FITTING, _fitting)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -62,10 +62,10 @@ def _fitting(error: UnicodeError) -> tuple[str, int]:
 
 @contextmanager
 def piped() -> Iterator[None]:
-    """Write out what was printed; end quietly where nobody reads it any more.
+    """Flush standard output; end quietly if its reader closed it.
 
-    That is no answer: the exit code is 141 then. Where it cannot be written, on a full disk say,
-    the exit code is 2.
+    The exit code is then 141, because nobody read the answer. If the output cannot be written, for
+    example to a full disk, the exit code is 2.
     """
     try:
         try:
@@ -88,41 +88,43 @@ def _written() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        warn(f"standard output: {error.strerror}; what was to be printed is lost", "error")
+        warn(f"standard output: {error.strerror}; the output is incomplete", "error")
         _end_output(_NOT_WRITTEN)
 
 
 def _end_output(code: int) -> NoReturn:
-    with suppress(OSError, ValueError):  # the interpreter would try once more, and complain
+    with suppress(
+        OSError, ValueError
+    ):  # else the interpreter flushes again at exit, and prints an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def show(console: Console, *parts: RenderableType) -> None:
-    """Print the parts, one below the other."""
+    """Print the parts one after the other."""
     with _written():
         console.print(Group(*parts))
 
 
 def say(text: str) -> None:
-    """Print a line for people, printable: it may name what is in a database."""
+    """Print a line, made printable because it may contain names from a database."""
     with _written():
         print(printable(text))
 
 
 def say_script(text: str) -> None:
-    """Print SQL as it is.
+    """Print SQL unchanged.
 
     Raises:
-        BadArgument: Standard output's encoding lacks one of its characters, such as a schema's
-            name may have.
+        BadArgument: Standard output's encoding lacks one of the characters, for example of a
+            schema's name.
     """
     encoding = _encoding()
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
         raise BadArgument(
-            f"standard output: its encoding {encoding} lacks characters of the script: set "
+            f"standard output: the encoding {encoding} lacks characters of the script: set "
             "PYTHONIOENCODING=utf-8"
         ) from None
     with _written():
@@ -130,17 +132,17 @@ def say_script(text: str) -> None:
 
 
 def warn(text: str, label: str = "") -> None:
-    """The same on standard error, after a label in red."""
+    """Print a line on standard error, after a red label."""
     words = Text(printable(text))
     parts = Text.assemble((f"{label}:", "red"), " ", words) if label else words
-    with suppress(OSError):  # nobody reads it
+    with suppress(OSError):  # standard error was closed
         Console(stderr=True).print(parts, highlight=False, soft_wrap=True)
 
 
 def say_json(value: object) -> None:
-    """Print JSON, in which whatever a terminal would obey is escaped as JSON does.
+    """Print JSON; characters that a terminal would obey are escaped in JSON's form.
 
-    Where standard output is no UTF-8, whatever is not ASCII is escaped too.
+    If standard output is not UTF-8, all characters beyond ASCII are escaped.
     """
     is_utf = codecs.lookup(_encoding()).name.startswith("utf")
     written = json.dumps(value, ensure_ascii=not is_utf, indent=2, default=str)
@@ -149,22 +151,22 @@ def say_json(value: object) -> None:
 
 
 def _encoding() -> str:
-    return sys.stdout.encoding or "utf-8"  # None of one in memory
+    return sys.stdout.encoding or "utf-8"  # None for a stream in memory
 
 
 def _escaped(line: str) -> str:
-    # only texts hold other characters, and json itself escapes those below U+0020
+    # only strings contain other characters, and json escapes those below U+0020
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def bar(value: float, most: float) -> str:
-    """A bar as long as the value's share of the greatest one; '' for 0 or less."""
+    """Draw a bar whose length is the value's share of the greatest value; '' for 0 or less."""
     eighths = round(max(0.0, value) / most * _BAR_CELLS * 8) if most > 0 else 0
     return _EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
 def sparkline(values: Sequence[int]) -> str:
-    """One column for each value, as high as its share of the greatest; a blank for 0."""
+    """Draw a column for each value, as high as its share of the greatest; a blank for 0."""
     most = max(values, default=0)
     return "".join(_SPARKS[(v * (len(_SPARKS) - 1)) // most] if v else " " for v in values)
 
@@ -177,14 +179,14 @@ def stats_report(
     *,
     width: int = _WIDE,
 ) -> Iterable[RenderableType]:
-    """What a person reads first.
+    """Show the main statistics of a window.
 
     Args:
-        stats: Of the window.
-        accuracy: Of the window.
-        providers: Each provider's figures.
-        slices: Requests in equal parts of the window, oldest first.
-        width: Columns of the terminal; where they are few there are no bars.
+        stats: The window's statistics.
+        accuracy: The window's routing accuracy.
+        providers: The statistics of each provider.
+        slices: The number of requests in equal parts of the window, oldest first.
+        width: Columns of the terminal; a narrow one gets no bars.
     """
     wide = width >= _WIDE
     if not wide:  # half as many columns, each of two parts
@@ -237,7 +239,7 @@ def _say_source(table: Table, figures: RoutingStats | ProviderStats) -> None:
 
 
 def provider_report(name: str, figures: ProviderStats) -> RenderableType:
-    """One provider's figures."""
+    """Show the statistics of one provider."""
     table = _table("", _VALUE, title=_printable(name))
     table.add_row("requests", f"{figures.total:,}")
     table.add_row("error rate", f"{figures.error_rate} %")
@@ -253,12 +255,12 @@ def provider_report(name: str, figures: ProviderStats) -> RenderableType:
 
 
 def cost(dollars: float | None) -> str:
-    """A sum of money to a hundredth of a cent."""
+    """Format an amount of money to a hundredth of a cent."""
     return "unknown" if dollars is None else f"${dollars:,.4f}"
 
 
 def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
-    """Rows, one a line, without their texts."""
+    """Show rows, one on each line, without their texts."""
     table = _table("time (UTC)", "provider", "tier", "model", "latency", "cost", "result")
     for row in rows:
         table.add_row(
@@ -277,7 +279,7 @@ def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
 
 
 def health_table(health: Health) -> Table:
-    """The database's side of a store's health."""
+    """Show the part of a store's health that concerns the database."""
     table = _table("", _VALUE)
     for name in ("backend", "reachable", "revision", "head", "database_bytes", "reclaimable_bytes"):
         table.add_row(name, _printable(str(getattr(health, name))))
@@ -288,9 +290,9 @@ def health_table(health: Health) -> Table:
 
 
 def _printable(value: object, style: str = "") -> Text:
-    """A stored value as it may stand in a table: clients choose these texts.
+    """Make a stored value printable, because clients choose these texts.
 
-    As Text, in which rich looks for no markup.
+    It returns a Text, in which rich interprets no markup.
     """
     return Text("–" if value is None else printable(str(value)), style)
 

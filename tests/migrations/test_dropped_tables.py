@@ -107,7 +107,7 @@ def by_alembic(url):
 
 
 def by_the_command(url):
-    assert "made again, empty: " in done("upgrade", "--url", url)
+    assert "created again, empty: " in done("upgrade", "--url", url)
 
 
 @pytest.mark.parametrize("lost", [*TABLES, "all"])
