@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,10 +31,21 @@ _numbers = itertools.count()
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In the ordinary run the newest PostgreSQL server alone is tested, in the slow run all."""
+    """Leave a sample of what is enumerated to the ordinary run, and the rest to the slow run.
+
+    The ordinary run takes the newest PostgreSQL server alone, and one of every `n` cases of a test
+    that is marked with `sample(n)`: the first, the one n later, and so on.
+    """
+    seen: Counter[str] = Counter()
     for item in items:
         if any(server in item.name for server in POSTGRES[:-1]):
             item.add_marker(pytest.mark.slow)
+        sample = item.get_closest_marker("sample")
+        if sample and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % sample.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +154,15 @@ def empty_engine(empty_url: str) -> Iterator[Engine]:
 
 Opener = Callable[..., Store]
 
+ORDINARY = {("sqlite-memory", "sync"), ("sqlite-file", "async"), (POSTGRES[-1], "async")}
+"""Each backend and each kind of store once; `url` serves tests of the others' synchronous store."""
+STORES = [
+    pytest.param(pair, id="-".join(pair), marks=[] if pair in ORDINARY else [pytest.mark.slow])
+    for pair in itertools.product(BACKENDS, ("sync", "async"))
+]
 
-@pytest.fixture(params=[(b, k) for b in BACKENDS for k in ("sync", "async")], ids="-".join)
+
+@pytest.fixture(params=STORES)
 def open_store(request: pytest.FixtureRequest, new_url: Callable[..., str]) -> Iterator[Opener]:
     """Open a store on a database of the parameter's backend; asynchronous ones speak as sync.
 
