@@ -3,8 +3,8 @@
 import asyncio
 import itertools
 import os
+import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,19 +33,43 @@ _numbers = itertools.count()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave a sample of what is enumerated to the ordinary run, and the rest to the slow run.
 
-    The ordinary run takes the newest PostgreSQL server alone, and one of every `n` cases of a test
-    that is marked with `sample(n)`: the first, the one n later, and so on.
+    The ordinary run takes
+
+    - of the PostgreSQL servers the newest alone;
+    - where a test has several values, each value on one backend, the backends in turn;
+    - of a test that is marked with `sample(n)` the first case, the one n later, and so on.
     """
-    seen: Counter[str] = Counter()
     for item in items:
         if any(server in item.name for server in POSTGRES[:-1]):
             item.add_marker(pytest.mark.slow)
-        sample = item.get_closest_marker("sample")
-        if sample and not item.get_closest_marker("slow"):
-            test = item.nodeid.partition("[")[0]
-            if seen[test] % sample.args[0]:
+    ordinary = [item for item in items if not item.get_closest_marker("slow")]
+    for cases in _grouped(ordinary, lambda item: item.nodeid.partition("[")[0]):
+        left = _each_value_once(cases)
+        sample = left[0].get_closest_marker("sample")
+        left = left[:: sample.args[0] if sample else 1]
+        for item in cases:
+            if item not in left:
                 item.add_marker(pytest.mark.slow)
-            seen[test] += 1
+
+
+def _each_value_once(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Of one test's cases those that have each value on one backend, the backends in turn."""
+    values = _grouped(cases, lambda item: _BACKEND.sub("", item.name))
+    if len(values) == 1:
+        return cases  # the backends are all that differs
+    return [same[number % len(same)] for number, same in enumerate(values)]
+
+
+_BACKEND = re.compile(rf"\b({'|'.join(map(re.escape, BACKENDS))})(-a?sync)?\b")
+
+
+def _grouped(
+    items: list[pytest.Item], key: Callable[[pytest.Item], str]
+) -> list[list[pytest.Item]]:
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
 
 
 @pytest.fixture(autouse=True)
