@@ -36,28 +36,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     The ordinary run takes
 
     - of the PostgreSQL servers the newest alone;
-    - where a test has several values, each value on one backend, the backends in turn;
-    - of a test that is marked with `sample(n)` the first case, the one n later, and so on.
+    - of a test that is marked with `sample(n)` one of every n values;
+    - of a test that has several values each on one backend, the backends in turn.
     """
     for item in items:
         if any(server in item.name for server in POSTGRES[:-1]):
             item.add_marker(pytest.mark.slow)
     ordinary = [item for item in items if not item.get_closest_marker("slow")]
     for cases in _grouped(ordinary, lambda item: item.nodeid.partition("[")[0]):
-        left = _each_value_once(cases)
-        sample = left[0].get_closest_marker("sample")
-        left = left[:: sample.args[0] if sample else 1]
+        left = _sample(cases)
         for item in cases:
             if item not in left:
                 item.add_marker(pytest.mark.slow)
 
 
-def _each_value_once(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """Of one test's cases those that have each value on one backend, the backends in turn."""
+def _sample(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Of one test's cases those of the ordinary run."""
     values = _grouped(cases, lambda item: _BACKEND.sub("", item.name))
     if len(values) == 1:
         return cases  # the backends are all that differs
-    return [same[number % len(same)] for number, same in enumerate(values)]
+    mark = cases[0].get_closest_marker("sample")
+    sampled = values[:: mark.args[0]] if mark else values
+    return [same[number % len(same)] for number, same in enumerate(sampled)]
 
 
 _BACKEND = re.compile(rf"\b({'|'.join(map(re.escape, BACKENDS))})(-a?sync)?\b")

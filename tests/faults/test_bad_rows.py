@@ -321,6 +321,7 @@ def test_5000_records_through_a_small_queue_are_stored_or_counted(open_on, backe
 
 
 # they are found out before any server is asked, so one version stands for all
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in POSTGRES[1:]])
 @pytest.mark.parametrize(
     ("cause", "make"), BAD, ids=[f"{n}-{cause}" for n, (cause, _) in enumerate(BAD)]

@@ -109,6 +109,7 @@ SHORT = {"texts", "first", "batch", "no bytes"}
 """The kinds whose every moment is tried in the ordinary run."""
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("kind", "stride"),
     [

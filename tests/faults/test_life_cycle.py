@@ -682,6 +682,7 @@ def test_a_master_that_forks_and_recycles_workers_loses_nothing(program, url, ki
 # -- 3. ends -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("end", "status", "noise"),

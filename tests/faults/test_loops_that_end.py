@@ -45,6 +45,7 @@ AT_EXIT = """
 """
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("kind", ["url", "host"])
 @pytest.mark.parametrize("what", ["recorded", "read", "flushed"])
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -317,6 +317,7 @@ def fill(store, count=10):
         assert store.record(secret(**fine))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("how", [*EVERYWHERE, *STATES])
 @pytest.mark.parametrize("of_the_host", [True, False])
 def test_rows_that_the_database_refuses_are_not_repeated(

@@ -103,6 +103,7 @@ SHAPES = [(*ADDITIVE[:count],) for count in range(len(ADDITIVE) + 1)] + [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("savings", [False, True])
 @pytest.mark.parametrize("columns", SHAPES, ids=lambda columns: f"{26 + len(columns)} columns")
 def test_any_subset_of_the_later_columns_is_completed(path, columns, savings):
@@ -230,6 +231,7 @@ LOOK_ALIKES = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("journal", ["delete", "wal"])
 @pytest.mark.parametrize(("statements", "named"), LOOK_ALIKES.values(), ids=LOOK_ALIKES)
 def test_look_alikes_are_refused_and_not_a_byte_changes(path, statements, named, journal):

@@ -110,6 +110,7 @@ def by_the_command(url):
     assert "created again, empty: " in done("upgrade", "--url", url)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("lost", [*TABLES, "all"])
 def test_check_names_what_is_missing_and_an_upgrade_makes_it_again(url, engine, lost):
     lost = TABLES if lost == "all" else [lost]
@@ -169,6 +170,7 @@ READS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", READS)
 def test_each_call_of_a_running_store_names_the_remedy(url, engine, name):
     call, lost = READS[name]

@@ -344,6 +344,7 @@ def floor_of(columns):
 each_prefix = pytest.mark.parametrize("count", range(len(ADDITIVE) + 1))
 
 
+@pytest.mark.sample(5)
 @each_prefix
 @pytest.mark.parametrize("journal", ["wal", "delete"])
 def test_an_upgrade_between_two_of_the_gateways_steps_does_no_harm(path, count, journal):

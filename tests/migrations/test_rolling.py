@@ -378,6 +378,7 @@ def documented_lock(revision):
     return "ACCESS EXCLUSIVE" in line
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("before", "revision"), STEPS)
 def test_the_release_before_reads_and_writes_while_a_rolling_revision_is_applied(
     empty_url, empty_engine, before, revision

@@ -299,6 +299,7 @@ def check_gateways_go_on(path, observer):
         assert said == [(name,) for name in RELEASES], "their triggers run for each row, no other"
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("odd", [True, False], ids=["odd rows", "no rows"])
 @pytest.mark.parametrize(
     ("made", "opened"),
@@ -316,6 +317,7 @@ def test_a_file_of_every_release_opened_by_every_later_one_is_adopted(path, made
 OPENING = RELEASES["9.14.1"].opening()
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("made", [None, "8.0.1"], ids=["new", "8.0.1"])
 @pytest.mark.parametrize("cut", range(3, len(OPENING)))
 def test_a_gateway_that_ended_anywhere_in_its_opening_is_adopted(path, made, cut):
@@ -353,6 +355,7 @@ def random_file(path, chosen):
             assert connection.execute(f"PRAGMA {name}").fetchone() == (value,)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("seed", range(50))
 def test_any_subset_of_columns_indexes_and_tables_is_adopted(path, seed):
     chosen = random.Random(seed)

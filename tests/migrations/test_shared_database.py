@@ -376,6 +376,7 @@ GOOD_NAMES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", GOOD_NAMES.values(), ids=GOOD_NAMES)
 def test_any_name_that_postgresql_takes_is_taken_as_it_is(new_url, name):
     postgres_url = new_url(POSTGRES[-1])

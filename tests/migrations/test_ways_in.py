@@ -338,6 +338,7 @@ def by_alembic(url, revisions, *, down=False):
     return config.output_buffer.getvalue()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("script_of", [by_code, by_alembic])
 def test_the_script_by_the_bare_driver_comes_to_the_committed_schema(place, script_of):
     url, schema = place
@@ -362,6 +363,7 @@ def test_the_command_prints_the_same_scripts(place, lynkr_store, alembic, capfd)
         assert capfd.readouterr().out == expected
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("since", REVISIONS[:-1])
 def test_a_script_from_any_revision_comes_to_the_committed_schema(empty_url, since):
     upgrade(empty_url, since)

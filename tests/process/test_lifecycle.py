@@ -188,6 +188,7 @@ def test_a_thread_that_forks_while_it_forks_waits_for_nobody():
     assert words.count("parent:") == 2
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("when", ["before_fork", "after_fork_in_parent", "after_fork_in_child"])
 @pytest.mark.parametrize("kind", ["ValueError", "KeyboardInterrupt", "SystemExit"])
 def test_a_part_that_fails_keeps_no_other_from_being_told(when, kind):

@@ -183,6 +183,7 @@ def test_a_page_is_read_from_its_index(filled, asked):
         assert "Seq Scan" not in lines
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("asked", FILTERS)
 def test_a_page_has_the_rows_that_a_look_at_every_row_finds(filled, asked):
     criteria, _ = FILTERS[asked]

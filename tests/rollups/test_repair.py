@@ -129,6 +129,7 @@ CHANGES_BY_SQL = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("what", CHANGES_BY_SQL)
 def test_answers_are_those_of_the_rows_at_once_and_after_maintenance(engine, what):
     begin = opener(engine)
