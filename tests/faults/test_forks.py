@@ -8,8 +8,6 @@ it: SQLite believes that it holds locks which the system did not give to the chi
 
 import pytest
 
-from tests.faults.test_life_cycle import program  # noqa: F401 - a fixture
-
 PROGRAM = """
     import sqlite3
     import traceback
@@ -265,7 +263,7 @@ WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_a
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("busy", ["rests", "busy"])
 @pytest.mark.parametrize("work", WORKS)
-def test_a_fork_at_a_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):  # noqa: F811
+def test_a_fork_at_a_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):
     step = {"maintain": 50, "read": 11, "probe": 9}.get(work, 5)
     [line] = program(PROGRAM, work, busy, tmp_path, step, noise=".*")
     print(f"{line} forks and statements")
@@ -274,7 +272,7 @@ def test_a_fork_at_a_statement_loses_nothing_that_was_confirmed(program, work, b
 @pytest.mark.slow
 @pytest.mark.parametrize("busy", ["rests", "busy"])
 @pytest.mark.parametrize("work", WORKS)
-def test_a_fork_at_every_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):  # noqa: F811
+def test_a_fork_at_every_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):
     [line] = program(PROGRAM, work, busy, tmp_path, 1, noise=".*", timeout=1800)
     cases, statements = map(int, line.split())
     assert cases >= statements - 1

@@ -5,7 +5,6 @@ import pytest
 from tests.faults.test_life_cycle import (  # noqa: F401 - fixtures
     backend,
     once,
-    program,
     stored,
     url,
 )

@@ -6,7 +6,7 @@ import pytest
 
 from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.migrate.upgrade import upgrade
-from tests.support.children import Child, MortalServer, adds_up, run, stored
+from tests.support.children import MortalServer, adds_up, launch, run, stored
 from tests.support.postgres import available_servers
 from tests.support.proxy import Do, Proxy, forward
 
@@ -111,7 +111,7 @@ def outage(child, away, how, length):
     time.sleep(1)  # in full swing
     with away(how):
         time.sleep(length["outage_s"] / 2)
-        assert adds_up(child.tell("burst")["health"])
+        assert adds_up(child.ask("burst")["health"])
         time.sleep(length["outage_s"] / 2)
         yield
 
@@ -130,11 +130,11 @@ def assert_nothing_lost(end, how, length):
 @short_and_long
 def test_an_outage_loses_nothing_and_memory_stays_bounded(proxy, database, url, away, how, length):
     options = LOAD | QUEUE | length | {"url": proxy.url(database)}
-    with Child("recorder", options) as child:
+    with launch("recorder", options) as child:
         with outage(child, away, how, length):
             pass
-        child.tell("stop")
-        end = child.tell("close")
+        child.ask("stop")
+        end = child.ask("close")
     assert_nothing_lost(end, how, length)
     assert end["health"]["written"] == end["recorded"]
     assert_whole(url, end["recorded"])
@@ -147,10 +147,10 @@ def test_what_an_outage_left_in_the_spool_is_written_when_it_is_over(
     proxy, database, url, away, how, length, tmp_path
 ):
     options = LOAD | QUEUE | length | {"spool_path": str(tmp_path / "spool.db")}
-    with Child("recorder", options | {"url": proxy.url(database)}) as child:
+    with launch("recorder", options | {"url": proxy.url(database)}) as child:
         with outage(child, away, how, length):
-            assert child.tell("stop")["health"]["spooled"] > 0
-        end = child.tell("close")
+            assert child.ask("stop")["health"]["spooled"] > 0
+        end = child.ask("close")
     assert_nothing_lost(end, how, length)
     assert end["health"]["written"] == end["recorded"]
     assert_whole(url, end["recorded"])
@@ -163,11 +163,11 @@ def test_what_is_spooled_survives_a_kill_at_the_end_of_an_outage(
 ):
     options = LOAD | QUEUE | length | {"spool_path": str(tmp_path / "spool.db")}
     with (
-        Child("recorder", options | {"url": proxy.url(database)}) as child,
+        launch("recorder", options | {"url": proxy.url(database)}) as child,
         outage(child, away, how, length),
     ):
-        child.tell("stop")
-        last = child.tell("flush")
+        child.ask("stop")
+        last = child.ask("flush")
         child.kill()
     assert_nothing_lost(last, how, length)
     assert last["health"]["spooled"] > 0

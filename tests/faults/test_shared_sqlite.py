@@ -4,13 +4,13 @@ import contextlib
 import itertools
 import json
 import sqlite3
-import subprocess
 import sys
 
 import pytest
 
 from lynkr_store import Store, create_store_engine
 from lynkr_store.migrate.upgrade import upgrade
+from tests.support.programs import Child
 
 pytestmark = pytest.mark.slow
 
@@ -132,37 +132,13 @@ print(json.dumps({"rows": len(waits), "failures": failures, "longest": max(waits
 """
 
 
-class Child:
-    """A program of its own, which says when it is ready and, at its end, one line of JSON."""
+def start(stack, code, *args):
+    """A program of its own, killed at the latest when the stack is left."""
+    return stack.enter_context(Child([sys.executable, "-W", "error", "-c", code, *map(str, args)]))
 
-    def __init__(self, stack, code, *args):
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, *map(str, args)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        stack.callback(self.end)
 
-    def ready(self):
-        return self.process.stdout.readline().strip()
-
-    def go(self):
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-
-    def report(self):
-        out, _ = self.process.communicate(timeout=280)
-        assert self.process.returncode == 0
-        return json.loads(out.splitlines()[-1])
-
-    def end(self):
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+def report(child):
+    return json.loads(child.end()[-1])
 
 
 @pytest.fixture
@@ -210,22 +186,22 @@ def check_stored(path, reports, processes, rows, gateways=0, refused_every=0):
 
 def run_writers(stack, path, processes, rows, text_chars=100, refused_every=0):
     children = [
-        Child(stack, WRITER, f"sqlite:///{path}", number, rows, text_chars, refused_every)
+        start(stack, WRITER, f"sqlite:///{path}", number, rows, text_chars, refused_every)
         for number in range(processes)
     ]
     for child in children:
-        assert child.ready() == "ready"
+        assert child.line() == "ready"
     for child in children:
-        child.go()
-    return [child.report() for child in children]
+        child.tell()
+    return [report(child) for child in children]
 
 
 def test_a_foreign_writer_that_holds_the_file_for_5_seconds_is_waited_for(made):
     with contextlib.ExitStack() as stack, Store(f"sqlite:///{made}") as store:
         assert store.record(provider="p", request_id="before")
         assert store.flush(30)
-        holder = Child(stack, HOLDER, made)
-        assert holder.ready() == "held"
+        holder = start(stack, HOLDER, made)
+        assert holder.line() == "held"
         expected = [str(n) for n in range(3_000)]
         for name in expected:
             assert store.record(provider="p", request_id=name)
@@ -235,7 +211,7 @@ def test_a_foreign_writer_that_holds_the_file_for_5_seconds_is_waited_for(made):
         assert health.submitted == health.written == 3_001
         assert health.rejected == health.dropped == health.spooled == health.pending == 0
         print(f"\n{dict(health.faults_by)} while the file was held")
-        assert holder.process.wait(30) == 0
+        holder.end()
     assert names_in(made) == ["before", "foreign", *expected]
 
 
@@ -248,10 +224,10 @@ def test_4_processes_that_find_no_file_make_it_and_write_it_together(path):
 
 def run_beside_a_gateway(path, processes, rows, text_chars, refused_every=0, *, visits=False):
     with contextlib.ExitStack() as stack:
-        gateway = Child(stack, GATEWAY, path, GATEWAY_COLUMNS, visits)
-        assert gateway.ready() == "ready"
+        gateway = start(stack, GATEWAY, path, GATEWAY_COLUMNS, visits)
+        assert gateway.line() == "ready"
         reports = run_writers(stack, path, processes, rows, text_chars, refused_every)
-        answer = gateway.report()
+        answer = report(gateway)
     print(
         f"\n{processes * 2 * rows} rows beside {answer['rows']} of a gateway, whose longest wait "
         f"was {answer['longest'] * 1000:.0f} ms; faults: {[r['faults'] for r in reports]}"

@@ -10,7 +10,7 @@ import tempfile
 import textwrap
 import time
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.migrate.upgrade import upgrade
 from tests.conftest import POSTGRES
+from tests.support.programs import Child
 
 NOBODY = 65_534
 BYTES = 2_000
@@ -353,43 +354,13 @@ SHARING = """
 def sharing(database, path, *names):
     """Processes with one spool path."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("LYNKR_", "COV_"))}
-    children = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "error",
-                "-c",
-                textwrap.dedent(SHARING),
-                database.url,
-                str(path),
-                name,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for name in names
-    ]
-    try:
-        yield children
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
+    program = [sys.executable, "-W", "error", "-c", textwrap.dedent(SHARING), database.url, path]
+    with ExitStack() as stack:
+        yield [stack.enter_context(Child([*program, name], environment)) for name in names]
 
 
 def said(child):
-    line = child.stdout.readline().split()
-    assert line, child.stderr.read()
-    return line
-
-
-def tell(child, word):
-    child.stdin.write(f"{word}\n")
-    child.stdin.flush()
+    return child.line().split()
 
 
 def test_two_processes_share_a_path_through_an_outage(database, path, tmp_path):
@@ -400,11 +371,11 @@ def test_two_processes_share_a_path_through_an_outage(database, path, tmp_path):
         assert len(files) == 2, "each has a file of its own"
         assert files <= {str(path), f"{path}.2", f"{path}.3"}
         for child in children:
-            tell(child, "wait")
+            child.tell("wait")
         assert [said(child) for child in children] == [["written"], ["written"]]
         for child in children:
-            tell(child, "go")
-        assert [child.wait(60) for child in children] == [0, 0]
+            child.tell("go")
+        assert [child.end() for child in children] == [[], []]
     rows = database.rows()
     assert Counter(rows) == Counter(ids("a", 100) + ids("b", 100))
     for name in "ab":
@@ -417,14 +388,13 @@ def test_one_of_two_processes_is_killed_in_an_outage(open_store, database, path,
         with database.away():
             said(killed), said(alive)
             killed.kill()
-            killed.wait(60)
-            tell(alive, "wait")
+            alive.tell("wait")
         assert said(alive) == ["written"]
         store = open_store()  # takes the file that nobody holds, and not the other
         h = eventually(store, lambda h: h.written == 100)
         assert (h.submitted, h.recovered, h.spooled, h.dropped) == (0, 100, 0, 0)
-        tell(alive, "go")
-        assert alive.wait(60) == 0
+        alive.tell("go")
+        assert alive.end() == []
     assert Counter(database.rows()) == Counter(ids("killed", 100) + ids("alive", 100))
 
 
@@ -432,15 +402,15 @@ def test_one_of_two_processes_closes_in_an_outage(open_store, database, path, tm
     with sharing(database, path, "gone", "alive") as (gone, alive):
         with database.away():
             said(gone), said(alive)
-            tell(gone, "close")
+            gone.tell("close")
             submitted, recovered, written, spooled, dropped = map(int, said(gone))
             assert (submitted, recovered, written, dropped) == (100, 0, 0, 0)
             assert spooled == 100
-            assert gone.wait(60) == 0
-            tell(alive, "wait")
+            assert gone.end() == []
+            alive.tell("wait")
         assert said(alive) == ["written"]
-        tell(alive, "go")
-        assert alive.wait(60) == 0
+        alive.tell("go")
+        assert alive.end() == []
     store = open_store()
     eventually(store, lambda h: h.spooled == 0 and h.written == h.recovered > 0)
     store.close()

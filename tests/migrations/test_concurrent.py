@@ -20,7 +20,7 @@ from lynkr_store.migrate.lock import ADVISORY_LOCK, exclusively
 from tests.conftest import ON_DISK, POSTGRES
 from tests.support.recorded import OWN_INDEXES, ROOT, gateway_file, insert_rows
 from tests.support.stores import eventually
-from tests.support.upgrading import WAYS, Program, run, snapshot
+from tests.support.upgrading import WAYS, launch, run, snapshot
 
 REVISIONS = sorted(path.name[:4] for path in (ROOT / "migrations" / "versions").glob("0*.py"))
 ROWS = [
@@ -181,12 +181,12 @@ def test_ten_processes_at_once_apply_each_revision_once(begun, backend, start):
 
 def upgraded_by_commands(url, ways):
     with ExitStack() as stack:
-        programs = [stack.enter_context(Program("upgrader", url=url, way=way)) for way in ways]
+        programs = [stack.enter_context(launch("upgrader", url=url, way=way)) for way in ways]
         for program in programs:
-            program.heard("ready")
+            program.heard_of("ready")
         for program in programs:
             program.tell()
-        return Counter(revision for program in programs for revision in program.heard("applied"))
+        return Counter(revision for program in programs for revision in program.heard_of("applied"))
 
 
 @pytest.mark.parametrize("backend", [ON_DISK[0], POSTGRES[-1]])
@@ -217,15 +217,15 @@ def test_ten_commands_at_once_apply_each_revision_once(begun, backend, start):
 def test_killing_the_one_at_work_frees_those_who_wait(new_url, backend, moment):
     url = at_0003(new_url(backend))
     before = rows(url)
-    with Program("upgrader", url=url, way="code", pause_at=moment) as at_work:
+    with launch("upgrader", url=url, way="code", pause_at=moment) as at_work:
         at_work.tell()
-        at_work.heard("paused")
-        with Program("pack", url=url, ways=["alembic", "command", "code"]) as others:
+        at_work.heard_of("paused")
+        with launch("pack", url=url, ways=["alembic", "command", "code"]) as others:
             for _ in range(3):
-                others.heard("trying")
+                others.heard_of("trying")
             at_work.kill()
             killed = time.monotonic()
-            assert others.heard("statuses") == [0, 0, 0]
+            assert others.heard_of("statuses") == [0, 0, 0]
             assert time.monotonic() - killed < FREED_S
     check_head(url)
     assert rows(url) == before
@@ -234,16 +234,16 @@ def test_killing_the_one_at_work_frees_those_who_wait(new_url, backend, moment):
 def test_killing_one_that_waits_for_a_table_frees_those_who_wait_for_it(postgres_url):
     at_0003(postgres_url)
     with connected(postgres_url) as looking, reading(postgres_url) as reader:
-        with Program("upgrader", url=postgres_url, way="code") as at_work:
+        with launch("upgrader", url=postgres_url, way="code") as at_work:
             at_work.tell()
             eventually(lambda: waiting(looking, "ALTER TABLE%"))
             at_work.kill()
-        with Program("pack", url=postgres_url, ways=["alembic", "command", "code"]) as others:
+        with launch("pack", url=postgres_url, ways=["alembic", "command", "code"]) as others:
             for _ in range(3):
-                others.heard("trying")
+                others.heard_of("trying")
             reader.rollback()
             freed = time.monotonic()
-            assert others.heard("statuses") == [0, 0, 0]
+            assert others.heard_of("statuses") == [0, 0, 0]
             assert time.monotonic() - freed < FREED_S
     check_head(postgres_url)
 
@@ -266,20 +266,20 @@ def test_an_upgrade_meets_the_commit_of_one_that_was_killed_in_it(postgres_url):
     at_0003(postgres_url)
     with (
         connected(postgres_url) as looking,
-        Program("upgrader", url=postgres_url, way="code") as killed,
-        Program("upgrader", url=postgres_url, way="code") as after,
+        launch("upgrader", url=postgres_url, way="code") as killed,
+        launch("upgrader", url=postgres_url, way="code") as after,
     ):
         looking.execute("SELECT pg_advisory_lock(1)")
         looking.execute(SLOW_COMMIT)
-        after.heard("ready")
+        after.heard_of("ready")
         killed.tell()
         eventually(lambda: active(looking, "COMMIT"))
         killed.kill()
         after.tell()
-        after.heard("trying")
+        after.heard_of("trying")
         until_somebody_waits(looking)
         looking.execute("SELECT pg_advisory_unlock(1)")
-        assert after.heard("applied") == [], "it found the work done"
+        assert after.heard_of("applied") == [], "it found the work done"
     check_head(postgres_url)
 
 
@@ -288,22 +288,22 @@ def test_an_upgrade_whose_turn_was_ended_and_the_next_one_both_succeed(postgres_
     at_0003(postgres_url)
     with (
         connected(postgres_url) as looking,
-        Program("upgrader", url=postgres_url, way="code", pause_at="COMMIT") as one,
-        Program("upgrader", url=postgres_url, way="code") as other,
+        launch("upgrader", url=postgres_url, way="code", pause_at="COMMIT") as one,
+        launch("upgrader", url=postgres_url, way="code") as other,
     ):
-        other.heard("ready")
+        other.heard_of("ready")
         one.tell()
-        one.heard("paused")
+        one.heard_of("paused")
         looking.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND state = 'idle'"
         )
         other.tell()
-        other.heard("trying")
+        other.heard_of("trying")
         until_somebody_waits(looking)
         one.tell()
-        assert one.heard("applied") == REVISIONS[3:]
-        assert other.heard("applied") == []
+        assert one.heard_of("applied") == REVISIONS[3:]
+        assert other.heard_of("applied") == []
     check_head(postgres_url)
 
 
@@ -384,16 +384,16 @@ def test_an_upgrade_that_waits_succeeds_when_the_way_is_free(
     begun, backend, start, obstacle, said, way
 ):
     url, to_come = begun(backend, start)
-    with obstacle(url) as holder, Program("upgrader", url=url, way=way) as upgrader:
+    with obstacle(url) as holder, launch("upgrader", url=url, way=way) as upgrader:
         upgrader.tell()
-        upgrader.heard("trying")
+        upgrader.heard_of("trying")
         if obstacle is reading:
             tried = set()
             with connected(url) as looking:
                 # each try is a session's of its own
                 eventually(lambda: tried.update(waiting(looking, "ALTER%")) or len(tried) >= 2)
         holder.close()
-        assert upgrader.heard("applied") == to_come
+        assert upgrader.heard_of("applied") == to_come
     check_head(url)
 
 
@@ -579,15 +579,15 @@ def test_indexes_are_built_while_upgraders_wait_for_their_turn(postgres_url):
     with ExitStack() as stack:
         holder = stack.enter_context(migrating(postgres_url))
         others = stack.enter_context(
-            Program("pack", url=postgres_url, ways=["alembic", "command", "code"])
+            launch("pack", url=postgres_url, ways=["alembic", "command", "code"])
         )
         for _ in range(3):
-            others.heard("trying")
+            others.heard_of("trying")
         with engine_of(postgres_url) as engine, ThreadPoolExecutor(1) as threads:
             built = threads.submit(build_missing_indexes, engine).result(WAIT_S).names
             assert set(built) == TELEMETRYS
         holder.close()
-        assert others.heard("statuses") == [0, 0, 0]
+        assert others.heard_of("statuses") == [0, 0, 0]
     check_head(postgres_url)
 
 

@@ -21,7 +21,7 @@ from tests.conftest import ON_DISK
 from tests.support import recorded
 from tests.support.recorded import ADDITIVE, OWN_INDEXES, SAVINGS, gateway_file
 from tests.support.stores import eventually
-from tests.support.upgrading import Program, run, snapshot
+from tests.support.upgrading import launch, run, snapshot
 
 ROWS = [
     {"request_id": f"r{n}", "timestamp": 1_750_000_000_000 + n, "provider": "p" * 200}
@@ -241,7 +241,7 @@ def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, othe
     """Killed again and again, in the making and in the removal of what the last one left."""
     with psycopg.connect(unindexed, autocommit=True) as looking, closing(other(unindexed)):
         for statement in ("CREATE INDEX", "DROP INDEX", "DROP INDEX"):
-            with Program("maintainer", url=unindexed) as killed:
+            with launch("maintainer", url=unindexed) as killed:
                 killed.tell()
                 eventually(lambda statement=statement: waiting(looking, statement))
                 [pid] = waiting(looking, statement)
@@ -260,16 +260,16 @@ def test_a_build_waits_for_the_one_that_goes_on_without_its_process(unindexed, o
         psycopg.connect(unindexed, autocommit=True) as looking,
         closing(other(unindexed)) as holder,
     ):
-        with Program("maintainer", url=unindexed) as killed:
+        with launch("maintainer", url=unindexed) as killed:
             killed.tell()
             eventually(lambda: waiting(looking, "CREATE INDEX"))
             killed.kill()
-        with Program("maintainer", url=unindexed) as after:
+        with launch("maintainer", url=unindexed) as after:
             after.tell()
             deadline = time.monotonic() + 1.0  # it may wait without a lock
             eventually(lambda: waiting(looking, "DROP INDEX") or time.monotonic() > deadline)
             holder.close()
-            after.heard("built")
+            after.heard_of("built")
     check_indexes(unindexed)
 
 

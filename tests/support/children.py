@@ -33,7 +33,6 @@ from lynkr_store.ingest.spooling import SpoolMover
 from lynkr_store.storage.sink import DatabaseSink
 from tests.support import programs
 from tests.support.postgres import PgServer, _runnable, _unprivileged_user
-from tests.support.recorded import ROOT
 
 WAIT_S = 60.0
 _HUNG_S = 120  # a child that takes longer is ended by its alarm
@@ -51,42 +50,9 @@ command = partial(programs.command, __name__)
 run = partial(programs.run, __name__)
 
 
-class Child:
-    """A program that listens: each line that it is told, it answers with one of its own."""
-
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            command(name, options),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def heard(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        assert line, "the child ended without a word"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def tell(self, word: str) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(f"{word}\n")
-        return self.heard()
-
-    def kill(self) -> None:
-        """End it as ``kill -9`` does."""
-        self._process.kill()
-        self._process.wait()
+def launch(name: str, options: dict[str, Any]) -> programs.Child:
+    """Start one of the programs; leaving its block kills it."""
+    return programs.Child(command(name, options))
 
 
 def adds_up(health: dict[str, Any] | Health) -> bool:

@@ -6,14 +6,14 @@ its input ends, then one line of JSON says how long each of them waited.
 
 import json
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from tests.support.recorded import ADDITIVE, INDEXES, ROOT, SAVINGS, core_columns
+from tests.support.programs import Child
+from tests.support.recorded import ADDITIVE, INDEXES, SAVINGS, core_columns
 
 BUSY_S = 3.0
 EVERY_S = 0.02
@@ -218,29 +218,20 @@ class Gateway:
     """A gateway that writes to a file, in a process of its own."""
 
     def __init__(self, path: Path, release: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", __name__, str(path), release],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        program = [sys.executable, "-W", "error", "-m", __name__, str(path), release]
+        self._child = Child(program)
 
     def __enter__(self) -> Self:
         """Wait until it has written its first row."""
-        assert self._process.stdout
-        assert self._process.stdout.readline() == "ready\n"
+        assert self._child.line() == "ready"
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._child.__exit__(*exc)
 
     def end(self) -> list[Try]:
         """Its rows, until now."""
-        out, _ = self._process.communicate(timeout=60)
-        assert self._process.returncode == 0
-        return [Try(*told) for told in json.loads(out.splitlines()[-1])]
+        return [Try(*told) for told in json.loads(self._child.end()[-1])]
 
 
 if __name__ == "__main__":

@@ -13,16 +13,15 @@ import runpy
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -52,46 +51,9 @@ command = partial(programs.command, __name__)
 run = partial(programs.run, __name__)
 
 
-class Program:
-    """A program that runs beside the test, hears words and says lines."""
-
-    def __init__(self, name: str, **options: Any) -> None:
-        self._process = subprocess.Popen(
-            command(name, options),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe
-            with suppress(BrokenPipeError):
-                pipe.close()
-
-    def heard(self, what: str) -> Any:
-        """Wait until it says this; what it says before is passed over."""
-        assert self._process.stdout
-        for line in self._process.stdout:
-            said = json.loads(line)
-            if what in said:
-                return said[what]
-        raise AssertionError(f"it ended without a word of {what}")
-
-    def tell(self, word: str = "go") -> None:
-        assert self._process.stdin
-        self._process.stdin.write(f"{word}\n")
-
-    def kill(self) -> None:
-        """End it as ``kill -9`` does."""
-        self._process.kill()
-        self._process.wait()
+def launch(name: str, **options: Any) -> programs.Child:
+    """Start one of the programs; leaving its block kills it."""
+    return programs.Child(command(name, options))
 
 
 def snapshot(url: str) -> list[str]:

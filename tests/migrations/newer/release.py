@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +24,13 @@ from lynkr_store.db.dialect import disposing
 from lynkr_store.migrate import revisions, scripts
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.migrate.lock import exclusively
+from tests.support.programs import Child
 
 RELEASE = "9.9.9"
 ADDITIVE, RENAMING, ADDITIVE_AGAIN = "9997", "9998", "9999"
 
 _note_applied = scripts.note_applied
 _HERE = Path(__file__).parent
-_ROOT = _HERE.parents[2]
 _FILES = ("additive.py", "renaming.py", "additive_again.py")
 _HUNG_S = 90  # an order that takes longer is ended by the program's alarm
 
@@ -57,22 +56,13 @@ class NewerRelease:
     def __init__(self, folder: Path) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LYNKR_STORE_")}
         program = [sys.executable, "-W", "error", "-m", __name__, str(_script_directory(folder))]
-        self._process = subprocess.Popen(
-            program,
-            cwd=_ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        self._child = Child(program, environment)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._child.__exit__(*exc)
 
     def upgrade(self, url: str, to: str, *, notes: bool = True) -> None:
         """Upgrade; without notes as a release would that knows of none."""
@@ -82,7 +72,7 @@ class NewerRelease:
     def upgrading(self, url: str, to: str) -> Iterator[None]:
         """Upgrade, and wait before the commit until the block has ended."""
         self._tell(do="upgrade", url=url, to=to, notes=True, pause=True)
-        assert self._heard() == {"paused": True}
+        assert self._child.heard() == {"paused": True}
         try:
             yield
         finally:
@@ -106,20 +96,12 @@ class NewerRelease:
         return self._answer()
 
     def _tell(self, **order: Any) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(f"{json.dumps(order)}\n")
+        self._child.tell(json.dumps(order))
 
     def _answer(self) -> Any:
-        answer = self._heard()
+        answer = self._child.heard()
         assert "error" not in answer, answer["error"]
         return answer["done"]
-
-    def _heard(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        assert line, "the newer release ended"
-        heard: dict[str, Any] = json.loads(line)
-        return heard
 
 
 # -- the program ----------------------------------------------------------------------------------
