@@ -305,7 +305,9 @@ def rights() -> list[str]:
 def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgrade(roles, caplog):
     roles.execute(*rights())
     upgrade(roles.urls["owner"], "0008")
-    with pytest.raises(SchemaError, match=r"lacks a right \(.*permission denied .*public\)\. Upgrade as the"):
+    with pytest.raises(
+        SchemaError, match=r"lacks a right \(.*permission denied .*public\)\. Upgrade as the"
+    ):
         upgrade(roles.urls["app"])
     upgrade(roles.urls["owner"])
     with nothing_fails():

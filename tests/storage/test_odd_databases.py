@@ -140,7 +140,9 @@ def test_what_is_no_revision_s_name_is_refused(url, engine, odd):
         odd = odd.replace("x'ff00'", "''")
         execute(engine, f"DROP TABLE {VERSION}", f"CREATE TABLE {VERSION} (version_num text)")
     execute(engine, f"INSERT INTO {VERSION} VALUES ({odd})")
-    check_that_every_call_says(url, SchemaError, f"{VERSION} does not contain the name of a revision: set it to")
+    check_that_every_call_says(
+        url, SchemaError, f"{VERSION} does not contain the name of a revision: set it to"
+    )
 
 
 def test_odd_notes_do_not_end_health(url, engine):
