@@ -11,6 +11,7 @@ import weakref
 from _thread import start_new_thread
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from lynkr_store.exceptions import SpoolError
@@ -22,7 +23,8 @@ from lynkr_store.ingest.queue import RecordQueue
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.spooling import SpoolMover
 from lynkr_store.ingest.validation import TextPolicy
-from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker, without_sigterm
+from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker
+from lynkr_store.process.threads import start_thread
 from lynkr_store.schemas.filters import checked_seconds
 
 CLOSE_S: Final = 5.0
@@ -128,14 +130,8 @@ class Writer(Forkable):
             for name, body in self._bodies.items():
                 if name in self._threads or self._handoff.over:
                     continue
-                thread = threading.Thread(
-                    target=self._run, args=(name, body), name=f"lynkr-store-{name}", daemon=True
-                )
-                try:
-                    with without_sigterm():
-                        thread.start()
-                except (RuntimeError, MemoryError):  # no more threads: the next record tries again
-                    self._queue.wake_at = 1
+                if start_thread(partial(self._run, name, body), name) is None:
+                    self._queue.wake_at = 1  # the next record tries again
                     return
                 self._started = True
 

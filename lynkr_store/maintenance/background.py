@@ -8,8 +8,9 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.lifecycle import Forkable
 from lynkr_store.process.log import say, words_of
+from lynkr_store.process.threads import start_thread
 
 WAKE_ROWS: Final = 10_000
 """Number of written rows after which maintenance runs before its interval is over: a statistic
@@ -58,11 +59,7 @@ class BackgroundMaintenance(Forkable):
         with self._lock:
             if self._thread is not None or self._stopped:
                 return
-            thread = threading.Thread(target=self._run, name="lynkr-store-maintenance", daemon=True)
-            # the system gives no more threads: the next call tries again
-            with suppress(RuntimeError, MemoryError), without_sigterm():
-                thread.start()
-                self._thread = thread
+            self._thread = start_thread(self._run, "maintenance")  # if None, the next call retries
 
     def rows_written(self, count: int) -> None:
         """Report that ``count`` rows were written."""

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from lynkr_store.exceptions import StoreUnavailable
-from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.lifecycle import Forkable
+from lynkr_store.process.threads import start_thread
 
 _LINGER_S: Final = 10.0
 
@@ -190,7 +191,7 @@ class Workers(Forkable):
 
     def _add_thread(self) -> None:
         self._threads = {thread for thread in self._threads if thread.is_alive()}
-        if len(self._threads) < self._most and (thread := _thread(self._work, self._name)):
+        if len(self._threads) < self._most and (thread := start_thread(self._work, self._name)):
             self._threads.add(thread)
 
     def _work(self) -> None:
@@ -216,16 +217,6 @@ class Workers(Forkable):
 def _start(function: Callable[[], _T], name: str) -> Call[_T]:
     """Call a function in a new thread; without threads, call it here."""
     call = Call(function)
-    if _thread(call.run, name) is None:
+    if start_thread(call.run, name) is None:
         call.run()
     return call
-
-
-def _thread(body: Callable[[], None], name: str) -> threading.Thread | None:
-    thread = threading.Thread(target=body, name=f"lynkr-store-{name}", daemon=True)
-    try:
-        with without_sigterm():
-            thread.start()
-    except (RuntimeError, MemoryError):  # no more threads, or the interpreter is exiting
-        return None
-    return thread

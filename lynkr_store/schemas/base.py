@@ -31,7 +31,9 @@ class FrozenOutput(BaseModel):
 def construct_all(model: type[_M], rows: Iterable[dict[str, Any]]) -> list[_M]:
     """Create instances from dicts with exactly the model's fields, and take the dicts over.
 
-    The result equals `model_construct`, which looks up each field and takes seven times as long.
+    The result equals `model_construct`, which looks up each field and takes seven times as long:
+    1 ms more for a page of 100 rows. It sets what pydantic 2 keeps in an instance; a test compares
+    both.
     """
     fields, put, instances = set(model.model_fields), object.__setattr__, []
     for values in rows:

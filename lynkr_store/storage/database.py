@@ -30,8 +30,9 @@ from lynkr_store.ingest.validation import policy_of
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import bring_to
 from lynkr_store.process.files import Identity, identity_of
-from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.lifecycle import Forkable
 from lynkr_store.process.log import say
+from lynkr_store.process.threads import start_thread
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.read_only import open_read_only
 from lynkr_store.storage.text_policy import set_policy
@@ -333,13 +334,8 @@ class Database(Forkable):
         self._disposed = self._owned
         if not self._owned:
             return
-        thread = threading.Thread(
-            target=self.engine.dispose, name="lynkr-store-dispose", daemon=True
-        )
-        try:
-            with without_sigterm():  # its handler closes too, and may start no thread meanwhile
-                thread.start()
-        except RuntimeError:  # the interpreter ends, and starts no thread any more
+        thread = start_thread(self.engine.dispose, "dispose")
+        if thread is None:
             self.engine.dispose()
         else:
             thread.join()

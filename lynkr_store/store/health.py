@@ -3,6 +3,7 @@
 import threading
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, assert_never
 
@@ -18,8 +19,9 @@ from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.maintenance import retention_sql
 from lynkr_store.migrate import revisions
 from lynkr_store.process.files import identity_of
-from lynkr_store.process.lifecycle import Forkable, without_sigterm
+from lynkr_store.process.lifecycle import Forkable
 from lynkr_store.process.log import words_of
+from lynkr_store.process.threads import start_thread
 from lynkr_store.process.waiting import Event
 from lynkr_store.rollups import state
 from lynkr_store.schemas import Reading
@@ -94,13 +96,8 @@ class Probe(Forkable):
         with self._lock:
             if self._under_way is None or not self._under_way[0].is_alive():
                 ended = Event()
-                thread = threading.Thread(
-                    target=self._run_until, args=(ended,), name="lynkr-store-probe", daemon=True
-                )
-                try:
-                    with without_sigterm():
-                        thread.start()
-                except (RuntimeError, MemoryError):  # no more threads
+                thread = start_thread(partial(self._run_until, ended), "probe")
+                if thread is None:
                     return None
                 self._under_way, self._began = (thread, ended), time.monotonic()
             return self._under_way

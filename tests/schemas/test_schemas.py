@@ -17,7 +17,7 @@ from lynkr_store import Cursor, RoutingEvent, RoutingRow, RoutingRowBrief, Routi
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.ingest.validation import TextPolicy, cause_of, new_ids, row_of
 from lynkr_store.schemas import Reading, epoch_ms, utc
-from lynkr_store.schemas.events import encoding_by
+from lynkr_store.schemas.base import construct_all
 from lynkr_store.schemas.units import half_up
 from tests.factories import EventFactory, RecordFactory
 
@@ -150,27 +150,20 @@ def test_rows_are_completed_and_texts_cut():
     assert mended == ()
 
 
-class Unwilling(dict):
-    def items(self):
-        raise ValueError
-
-
-@pytest.mark.parametrize("make", [json.encoder.c_make_encoder, None])
-def test_json_is_written_as_by_pythons_own_encoder(make, monkeypatch):
-    monkeypatch.setattr(json.encoder, "c_make_encoder", make)
-    encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    encoded = encoding_by(encoder)
-    for value in (
-        [],
-        {},
-        [1, True, None, 0.1, 1e-7, -0.0, 10**30],
-        {"a": {"b": ['é\u2028\ud800\\"\n\0']}, 1: 2, None: 3},
-        ({"x": ()},),
-    ):
-        assert encoded(value) == encoder.encode(value)
-    for value in ([float("nan")], {"a": b"x"}, [{1, 2}], {(): 1}, {"a": Unwilling(b=1)}):
-        with pytest.raises((TypeError, ValueError)):
-            encoded(value)
+@pytest.mark.parametrize("model", [RoutingRow, RoutingRowBrief])
+def test_instances_made_at_once_are_those_that_pydantic_constructs(model):
+    values = [dict.fromkeys(model.model_fields, n) for n in range(3)]
+    made = construct_all(model, [dict(each) for each in values])
+    expected = [model.model_construct(**each) for each in values]
+    assert made == expected
+    for one, other in zip(made, expected, strict=True):
+        assert one.model_fields_set == other.model_fields_set
+        assert (one.model_extra, one.__pydantic_private__) == (
+            other.model_extra,
+            other.__pydantic_private__,
+        )
+        assert one.model_copy() == other.model_copy()
+        assert pickle.loads(pickle.dumps(one)) == other  # noqa: S301 - our own
 
 
 def test_instants():
