@@ -86,7 +86,7 @@ def require_schema(connection: Connection, schema: str | None) -> None:
     """
     found = connection.scalar(select(func.pg_catalog.current_schema()))
     if not schema and (found is None or str(found).startswith(TEMPORARY)):
-        user = cast("func.current_user()", Text())
+        user = cast(func.current_user(), Text())
         role = connection.scalar(select(func.pg_catalog.quote_ident(user)))
         raise SchemaError(
             "nothing was changed, for this user may use no schema of its path: have the schema's "

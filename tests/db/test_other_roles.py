@@ -63,7 +63,9 @@ def test_a_snapshot_of_a_stranger_holds_up_an_index_for_the_budget(postgres_url,
     """CREATE INDEX CONCURRENTLY waits for every transaction that has one, whoever's it is."""
     without_an_index(postgres_url)
     if over == "directly":
-        _check_snapshot(postgres_url, stranger, "an index waits for a transaction of another session")
+        _check_snapshot(
+            postgres_url, stranger, "an index waits for a transaction of another session"
+        )
     elif pgbouncer.PROGRAM is None:
         pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
     else:
