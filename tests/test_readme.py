@@ -54,3 +54,12 @@ def test_every_public_method_is_named():
     for name in vars(Store):
         if not name.startswith("_") and name not in ("engine", "add_many"):
             assert f"{name}(" in README, f"say what {name} does"
+
+
+@pytest.mark.parametrize("page", ["README.md", "migrations/NOTES.md", "docs/architecture.md"])
+def test_every_file_that_is_named_exists(page):
+    text, here = (ROOT / page).read_text(), (ROOT / page).parent
+    for name in re.findall(r"`([\w/]+\.(?:py|md|toml))`", text):
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "lynkr_store", here)), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (here / link).exists(), link
