@@ -36,6 +36,43 @@ def identity_of(file: Path | int) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
+class OpenedFile:
+    """Remembers which file a path named when it was opened; later it may name another, or none.
+
+    Args:
+        path: None for what is no file: nothing is remembered then.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._opened: Identity | None = None
+
+    def _named(self) -> Identity | None:
+        return identity_of(self.path) if self.path else None
+
+    def forget(self) -> Identity | None:
+        """Remember none; return which file the path names now."""
+        self._opened = None
+        return self._named()
+
+    def remember(self, before: Identity | None) -> bool:
+        """Remember the file that the path names now.
+
+        Args:
+            before: The one that it named before the file was opened, None for none.
+
+        Returns:
+            False where it names none, or another than before.
+        """
+        self._opened = self._named()
+        return not self.path or (self._opened is not None and before in (None, self._opened))
+
+    def is_other(self) -> bool:
+        """Whether the path names another file than the one remembered, or none."""
+        opened = self._opened  # read once: another thread that opens the file forgets it meanwhile
+        return opened is not None and self._named() != opened
+
+
 def make_private(path: Path) -> bool:
     """Create an empty file that only its owner can read, unless the path exists.
 

@@ -61,6 +61,7 @@ class RoutingRepository:
         policy: What `add_many` keeps of the texts. Default: the policy of the store whose engine
             the Session is bound to (of several stores, the last one created); without a store, the
             settings ``LYNKR_STORE_CAPTURE_TEXT`` and ``LYNKR_STORE_TEXT_MAX_CHARS``.
+        before_statistic: Called with the Session before the statement of a statistic.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class RoutingRepository:
         *,
         clock: Callable[[], int] = epoch_ms_now,
         policy: TextPolicy | None = None,
+        before_statistic: Callable[[Session], None] = lambda _: None,
     ) -> None:
         self._session = session
         self._clock = clock
         self._given_policy = policy
+        self._before_statistic = before_statistic
         self._reading = Reading()
 
     @property
@@ -232,4 +235,5 @@ class RoutingRepository:
         now = self._clock()
         since, until = checked_window(window).resolved(now, LOOK_BACK)
         with translated():
+            self._before_statistic(self._session)
             return ask(self._session, question, since, until, now, **of)

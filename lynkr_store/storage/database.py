@@ -29,7 +29,7 @@ from lynkr_store.ingest.gil import long_call
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import bring_to
-from lynkr_store.process.files import Identity, identity_of
+from lynkr_store.process.files import OpenedFile
 from lynkr_store.process.lifecycle import Forkable
 from lynkr_store.process.log import say
 from lynkr_store.process.threads import start_thread
@@ -70,31 +70,17 @@ class Database(Forkable):
         self.read_only = read_only
         self.missing_columns: tuple[str, ...] = ()
         if engine is not None:
-            check_host_engine(engine)
-            if read_only:
-                raise BadArgument("read_only: give a url, not an engine")
-            keep_out_of_children(engine)
-            set_policy(engine, policy_of(settings))
-            self.engine = in_schema(engine, settings.schema_name)
+            self.engine = _host_engine(engine, settings, read_only=read_only)
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
             self.engine, self.missing_columns = open_read_only(settings)
         else:
-            self.engine = create_store_engine(
-                settings.url,
-                connect_timeout_s=settings.connect_timeout_s,
-                statement_timeout_s=settings.statement_timeout_s,
-                schema=settings.schema_name,
-                echo=settings.echo,
-            )
-            if read_only:
-                self.engine = self.engine.execution_options(postgresql_readonly=True)
+            self.engine = _own_engine(settings, read_only=read_only)
         if self._owned:
             set_policy(self.engine, policy_of(settings))
         self.backend = backend_of(self.engine)
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
         self.writing = writing(self.engine)
-        self._path = file_of(self.engine.url)
         if self.backend is Backend.POSTGRESQL:
             # whatever a host's engine is set to: a batch is one transaction, and its second try
             # must see what the first committed meanwhile
@@ -105,7 +91,7 @@ class Database(Forkable):
         self._opened = False
         self._opened_once = False
         self._lock = threading.Lock()
-        self._file: Identity | None = None
+        self._file = OpenedFile(file_of(self.engine.url))
         self._disposed = False
         self._write_lock = None
         if self.backend is Backend.SQLITE and not self.in_memory:
@@ -119,7 +105,7 @@ class Database(Forkable):
     @property
     def is_open(self) -> bool:
         """Whether the schema was found to be this release's, in the file that is still there."""
-        return self._opened and not self._is_other_file()
+        return self._opened and not self._file.is_other()
 
     def open(self, *, patience_s: float = -1) -> None:
         """Make sure once that the schema is this release's; create, adopt or upgrade it if so set.
@@ -137,11 +123,10 @@ class Database(Forkable):
         try:
             self.follow_file()
             if not self._opened:
-                before, self._file = self._identity(), None
+                before = self._file.forget()
                 with translated(of_rows=False):
                     self._check_schema()
-                self._file = self._identity()
-                if self._path and (self._file is None or before not in (None, self._file)):
+                if not self._file.remember(before):
                     self._lose_file()
                     raise StoreUnavailable("the file was removed or replaced while it was opened")
                 self._opened = self._opened_once = True
@@ -155,9 +140,9 @@ class Database(Forkable):
         Raises:
             StoreUnavailable: The database was opened read-only, with views made for that one file.
         """
-        if self._is_other_file():
+        if self._file.is_other():
             if self.read_only:
-                raise StoreUnavailable(f"{self._path}: {_OTHER_FILE}; open the store again")
+                raise StoreUnavailable(f"{self._file.path}: {_OTHER_FILE}; open the store again")
             self._lose_file()
 
     def require_file(self) -> None:
@@ -166,8 +151,8 @@ class Database(Forkable):
         Raises:
             StoreUnavailable: It was removed or replaced, and what was written into it is lost.
         """
-        if self._is_other_file():
-            raise StoreUnavailable(f"{self._path}: {_OTHER_FILE}")
+        if self._file.is_other():
+            raise StoreUnavailable(f"{self._file.path}: {_OTHER_FILE}")
 
     def forget_schema(self) -> None:
         """Have the next `open` check the schema again, which may have been changed."""
@@ -306,19 +291,11 @@ class Database(Forkable):
             if self._disposed:
                 pool.dispose()
 
-    def _identity(self) -> Identity | None:
-        """Which file the path names: that of an SQLite database can be removed, or replaced."""
-        return identity_of(self._path) if self._path else None
-
-    def _is_other_file(self) -> bool:
-        file = self._file  # read once: another thread that opens it forgets it meanwhile
-        return file is not None and self._identity() != file
-
     def _lose_file(self) -> None:
-        """The file is gone from its path, and with it what is written there: start anew."""
+        """Start with the file that the path names by now: the opened one is gone from there."""
         self.engine.dispose()  # a host's too: it closes idle connections, and makes new ones
         self._opened = self._opened_once = False
-        self._file = None
+        self._file.forget()
 
     def after_fork_in_child(self) -> None:
         """Start with new locks and a schema to be checked; the engine does so by itself."""
@@ -339,6 +316,26 @@ class Database(Forkable):
             self.engine.dispose()
         else:
             thread.join()
+
+
+def _own_engine(settings: StoreSettings, *, read_only: bool) -> Engine:
+    engine = create_store_engine(
+        settings.url,
+        connect_timeout_s=settings.connect_timeout_s,
+        statement_timeout_s=settings.statement_timeout_s,
+        schema=settings.schema_name,
+        echo=settings.echo,
+    )
+    return engine.execution_options(postgresql_readonly=True) if read_only else engine
+
+
+def _host_engine(engine: Engine, settings: StoreSettings, *, read_only: bool) -> Engine:
+    check_host_engine(engine)
+    if read_only:
+        raise BadArgument("read_only: give a url, not an engine")
+    keep_out_of_children(engine)
+    set_policy(engine, policy_of(settings))  # first: the engine in a schema takes it over
+    return in_schema(engine, settings.schema_name)
 
 
 def _commit(connection: Connection) -> None:

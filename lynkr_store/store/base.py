@@ -26,8 +26,6 @@ from lynkr_store.maintenance.background import BackgroundMaintenance
 from lynkr_store.migrate import revisions
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.queries.repository import RoutingRepository
-from lynkr_store.rollups.answer import Answer
-from lynkr_store.rollups.answer_sql import Question
 from lynkr_store.schemas import (
     Health,
     MaintenanceReport,
@@ -200,7 +198,9 @@ class Core:
             return self._answer(session, body)
 
     def _answer(self, session: Session, body: Callable[[RoutingRepository], _T]) -> _T:
-        repository = _OwnRepository(session, clock=self._clock, policy=self._policy)
+        repository = RoutingRepository(
+            session, clock=self._clock, policy=self._policy, before_statistic=_plan_for_any
+        )
         answer = body(repository)
         self._writer.note_unreadable(repository.unreadable)
         return answer
@@ -311,12 +311,9 @@ class Core:
             raise StoreClosed("the store was closed; open a new one")
 
 
-class _OwnRepository(RoutingRepository):
-    """A repository whose transaction is the store's own, and is set up for what is asked in it."""
-
-    def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
-        plan_for_any(self._session.connection())
-        return super()._ask(question, window, **of)
+def _plan_for_any(session: Session) -> None:
+    """The transaction is the store's own, so it may be set up for what is asked in it."""
+    plan_for_any(session.connection())
 
 
 def _note_refused(writer: Writer, error: Exception) -> None:

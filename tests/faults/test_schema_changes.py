@@ -221,16 +221,16 @@ def test_a_file_that_another_thread_opens_again_is_not_taken_for_another_file(ur
     """A store that took it for one began anew, and made a table again that was dropped."""
     with Store(url) as store:
         store.query()
-        database = store._database
-        look = database._identity
+        file = store._database._file
+        named = file._named
 
         def meanwhile():
-            database._file = None  # as `open` does in the other thread
-            return look()
+            file._opened = None  # as `open` does in the other thread
+            return named()
 
-        monkeypatch.setattr(database, "_identity", meanwhile)
-        assert not database._is_other_file()
-        database.require_file()
+        monkeypatch.setattr(file, "_named", meanwhile)
+        assert not file.is_other()
+        store._database.require_file()
 
 
 def test_a_column_that_no_record_uses_holds_none_up(store, changing):
