@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
 
+ONE_BACKEND = ("tests/faults/", "tests/migrations/", "tests/rollups/")
+"""Where a case takes long: the ordinary run has each test on one backend, the slow run on all."""
+
 hypothesis.settings.register_profile("lynkr_store", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("lynkr_store")
 
@@ -36,14 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     The ordinary run takes
 
     - of the PostgreSQL servers the newest alone;
-    - of a test that is marked with `sample(n)` one of every n values;
-    - of a test that has several values each on one backend, the backends in turn.
+    - of a test with several values each on one backend, the backends in turn;
+    - of a test without other values all backends, where it is quick: in the packages of
+      `ONE_BACKEND` each test takes the next one;
+    - of a test that is marked with `sample(n)` one of every n values.
     """
     for item in items:
         if any(server in item.name for server in POSTGRES[:-1]):
             item.add_marker(pytest.mark.slow)
     ordinary = [item for item in items if not item.get_closest_marker("slow")]
-    for cases in _grouped(ordinary, lambda item: item.nodeid.partition("[")[0]):
+    for cases in _grouped(ordinary, _test_of):
         left = _sample(cases)
         for item in cases:
             if item not in left:
@@ -51,13 +57,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _sample(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """Of one test's cases those of the ordinary run."""
+    """Of one test's cases those of the ordinary run, the same ones whatever else is collected."""
     values = _grouped(cases, lambda item: _BACKEND.sub("", item.name))
-    if len(values) == 1:
-        return cases  # the backends are all that differs
+    if len(values) == 1 and not cases[0].nodeid.startswith(ONE_BACKEND):
+        return cases
+    first = zlib.crc32(_test_of(cases[0]).encode())  # or it would be each test's first value
     mark = cases[0].get_closest_marker("sample")
-    sampled = values[:: mark.args[0]] if mark else values
-    return [same[number % len(same)] for number, same in enumerate(sampled)]
+    step = min(mark.args[0], len(values)) if mark else 1
+    sampled = values[first % step :: step]
+    return [same[(first + number) % len(same)] for number, same in enumerate(sampled)]
+
+
+def _test_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 _BACKEND = re.compile(rf"\b({'|'.join(map(re.escape, BACKENDS))})(-a?sync)?\b")

@@ -25,6 +25,8 @@ from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.postgres import PgServer, available_servers
 from tests.support.stores import adds_up, eventually
 
+pytestmark = pytest.mark.sample(3)
+
 MIB = 2**20
 
 

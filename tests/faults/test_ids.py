@@ -25,6 +25,8 @@ from tests.cli.test_commands import done, run
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 
+pytestmark = pytest.mark.sample(3)
+
 SEQUENCE = "routing_telemetry_id_seq"
 GREATEST = 2**63 - 1
 

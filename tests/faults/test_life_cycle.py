@@ -12,6 +12,8 @@ from sqlalchemy import text
 from lynkr_store import create_store_engine
 from tests.conftest import POSTGRES
 
+pytestmark = pytest.mark.sample(3)
+
 
 def stored(url):
     """How often each request is stored; the file is sound."""

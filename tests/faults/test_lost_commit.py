@@ -12,6 +12,8 @@ from tests.support.children import MortalServer, adds_up, run, stored
 from tests.support.postgres import available_servers
 from tests.support.proxy import Do, Proxy, lose
 
+pytestmark = pytest.mark.sample(2)
+
 WAIT_S = 30
 
 _numbers = itertools.count()

@@ -26,10 +26,12 @@ from lynkr_store.exceptions import SpoolError
 from lynkr_store.ingest.spool import Spool, SpoolDamaged, _decoded, _encoded
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import Writer
+from tests.support.programs import WITHOUT_DATABASE
 
 MIB = 2**20
 NOBODY = 65_534
 SLOW = pytest.mark.slow
+PYTHON = (sys.executable, "-W", "error", "-c")
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def drained(spool):
 
 def run(code, *arguments, expect=0):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
+        [*PYTHON, WITHOUT_DATABASE + textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -102,7 +104,7 @@ class Holder:
 
     def __init__(self, path, *batches):
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", textwrap.dedent(HOLDER), path, *batches],
+            [*PYTHON, WITHOUT_DATABASE + textwrap.dedent(HOLDER), path, *batches],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -22,6 +22,8 @@ from tests.support.recorded import OWN_INDEXES, ROOT, gateway_file, insert_rows
 from tests.support.stores import eventually
 from tests.support.upgrading import WAYS, launch, run, snapshot
 
+pytestmark = pytest.mark.sample(3)
+
 REVISIONS = sorted(path.name[:4] for path in (ROOT / "migrations" / "versions").glob("0*.py"))
 ROWS = [
     {"request_id": f"r{n}", "timestamp": 1_750_000_000_000 + n, "provider": "p"} for n in range(50)

@@ -113,6 +113,7 @@ UPGRADES = [
 each_upgrade = pytest.mark.parametrize(("backend", "which"), UPGRADES, ids=str)
 
 
+@pytest.mark.sample(4)
 @each_upgrade
 @some_and_all
 def test_an_upgrade_killed_at_any_statement_is_whole_or_was_not(
@@ -236,6 +237,7 @@ def check_indexes(url):
     assert len(indexes(url)) == len(INDEXES) + keys
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("other", [writing, reading])
 def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, other):
     """Killed again and again, in the making and in the removal of what the last one left."""
@@ -254,6 +256,7 @@ def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, othe
     check_indexes(unindexed)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("other", [writing, reading])
 def test_a_build_waits_for_the_one_that_goes_on_without_its_process(unindexed, other):
     with (
@@ -358,6 +361,7 @@ def test_an_upgrade_between_two_of_the_gateways_steps_does_no_harm(path, count, 
     check_adopted(path, floor_of(count), ["odd", "after"])
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("count", range(len(ADDITIVE)))
 def test_a_step_of_the_gateways_just_before_an_upgrade_takes_the_lock_is_seen(path, count):
     gateway(path, rows=[ODD_ROW])

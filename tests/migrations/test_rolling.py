@@ -52,6 +52,8 @@ from tests.support.recorded import ROOT
 from tests.support.snapshot import schema_of
 from tests.support.stores import Asynchronous, adds_up, eventually, looked
 
+pytestmark = pytest.mark.sample(2)
+
 LINE = list(scripts.script_directory().walk_revisions())[::-1]
 HEAD = LINE[-1].revision
 BEFORE_HEAD = LINE[-2].revision

@@ -50,6 +50,8 @@ from tests.support.recorded import gateway_file
 from tests.support.snapshot import FOLDER, schema_of
 from tests.support.stores import Asynchronous, looked
 
+pytestmark = pytest.mark.sample(3)
+
 SCHEMA = "telemetry"
 PLACES = [
     ("sqlite-file", None),

@@ -24,6 +24,8 @@ from lynkr_store.migrate.upgrade import downgrade, upgrade
 from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 
+pytestmark = pytest.mark.sample(3)
+
 REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010"]
 
 

@@ -41,6 +41,8 @@ from tests.migrations.host import application
 from tests.support.recorded import ROOT
 from tests.support.snapshot import FOLDER, schema_of
 
+pytestmark = pytest.mark.sample(3)
+
 INI = str(ROOT / "alembic.ini")
 SCHEMA = "telemetry"
 REVISIONS = ["0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010"]
@@ -429,6 +431,7 @@ HOSTILE_NAMES = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("standard", ["on", "off"])
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_a_schemas_name_is_a_name_in_a_script_whatever_it_says(

@@ -15,11 +15,12 @@ import pytest
 
 from lynkr_store import BadArgument
 from lynkr_store.process.lifecycle import SigtermHandler, on_exit_of_worker
+from tests.support.programs import WITHOUT_DATABASE
 
 
 def run(code, *, expect=0, folder=None):
     """Run a program of its own; multiprocessing's children need it to be a file."""
-    source = textwrap.dedent(code)
+    source = WITHOUT_DATABASE + textwrap.dedent(code)
     if folder is None:
         arguments = ["-c", source]
     else:
@@ -281,6 +282,7 @@ WORKERS = """
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_a_worker_calls_it_once_when_it_ends(method, tmp_path):
     code = textwrap.dedent(WORKERS).replace("{arguments}", repr([method]))
@@ -480,10 +482,10 @@ can_be_process_1 = pytest.mark.skipif(
 )
 
 
-def run_as_process_1(code):
+def run_as_process_1(code, *, first=WITHOUT_DATABASE):
     """Its exit status, and what it said."""
     done = subprocess.run(
-        [*AS_PROCESS_1, sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        [*AS_PROCESS_1, sys.executable, "-W", "error", "-c", first + textwrap.dedent(code)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -493,6 +495,7 @@ def run_as_process_1(code):
     return done.returncode, done.stdout.split()
 
 
+@pytest.mark.sample(3)
 @can_be_process_1
 @pytest.mark.parametrize("how", ["os.kill(1, 15)", "subprocess.run(['kill', '1'])"])
 @pytest.mark.parametrize("count", [1, 2])
@@ -529,7 +532,8 @@ def test_process_1_goes_on_where_its_own_handler_lets_it(before):
 
 @can_be_process_1
 def test_a_store_in_process_1_is_closed_and_the_process_ends(tmp_path):
-    status, words = run_as_process_1(f"""
+    status, words = run_as_process_1(
+        f"""
         import os, time
         from lynkr_store import Store, StoreSettings
 
@@ -542,7 +546,9 @@ def test_a_store_in_process_1_is_closed_and_the_process_ends(tmp_path):
         closed.close()
         os.kill(1, 15)
         time.sleep(30)
-    """)
+    """,
+        first="",
+    )
     assert (status, words) == (143, [])
     with closing(sqlite3.connect(tmp_path / "t.db")) as connection:
         assert connection.execute("SELECT count(*) FROM routing_telemetry").fetchone() == (200,)

@@ -8,6 +8,17 @@ from typing import Any, Self
 
 from tests.support.recorded import ROOT
 
+WITHOUT_DATABASE = f"""
+import sys
+import types
+
+package = sys.modules["lynkr_store"] = types.ModuleType("lynkr_store")
+package.__path__ = [{str(ROOT / "lynkr_store")!r}]
+"""
+"""What a program begins with that needs a package below the database alone.
+
+It spares the second that importing the whole library takes.
+"""
 _END_S = 280  # longer than anything that a program waits for
 
 
