@@ -31,7 +31,8 @@ ROWS = [
 TEN = [way for way in WAYS for _ in range(3)][:10]
 TELEMETRYS = {i.name for i in INDEXES if i.table.name == "routing_telemetry"}
 WAIT_S = 30.0
-FREED_S = 10.0  # within which those who wait are done when the one at work was killed
+FREED_S = 30.0  # within which those who wait are done when the one at work was killed
+SLACK_S = 15.0  # of a busy machine; an upgrade waits for 60 s by itself
 BUSY_S = 3.0  # for which SQLite's driver waits in one try
 HELD_UP_S = 2.0  # for which another's INSERT may wait: a lock's timeout, and what it takes itself
 
@@ -369,7 +370,7 @@ def test_a_wait_has_an_end_and_nothing_was_changed(begun, backend, start, obstac
         began = time.monotonic()
         with pytest.raises(UpgradeTimeout, match="nothing was changed") as raised:
             migrate.upgrade(engine, wait_s=0.5)
-        assert time.monotonic() - began < 0.5 + BUSY_S + 1.0
+        assert time.monotonic() - began < 0.5 + BUSY_S + SLACK_S
         assert said in str(raised.value)
         if obstacle is migrating:
             assert f"pid is {holder.info.backend_pid})" in str(raised.value)

@@ -34,7 +34,7 @@ from tests.support.recorded import gateway_file, gateway_table
 from tests.support.stores import adds_up, looked
 
 NOW = 1_750_000_000_000
-SOON_S = 20  # on a busy machine; without a bound each would take minutes, or for ever
+SOON_S = 120  # on a busy machine; without a bound each would take longer, or for ever
 ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
 HUGE = (
     "WITH RECURSIVE n (i) AS (SELECT zeroblob(500000000) UNION ALL SELECT i FROM n) SELECT i FROM n"
@@ -192,6 +192,7 @@ def test_a_view_in_the_place_of_the_records_is_refused_before_it_is_read(
         assert run(command, "--url", url).returncode == 1, command
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("statement", IN_THE_PLACE)
 @pytest.mark.parametrize("table", ["routing_rollups", "routing_dimensions", "lynkr_store_progress"])
 def test_a_view_in_the_place_of_a_roll_up_is_refused_before_it_is_read(tmp_path, statement, table):
@@ -307,11 +308,12 @@ NUMBERS = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("stored", NUMBERS, ids=lambda text: text[:12].strip())
 def test_text_in_a_number_s_column_is_read_in_one_pass(tmp_path, stored):
-    began = time.monotonic()
+    began = time.thread_time()
     assert Reading().number(stored) == NUMBERS[stored]
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
     path = gateway_file(tmp_path / "a.db")
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(
@@ -329,9 +331,9 @@ def test_text_in_a_number_s_column_is_read_in_one_pass(tmp_path, stored):
 
 @pytest.mark.parametrize("part", ["/*", "'", '"', "[", "`", "--"])
 def test_the_statement_that_made_a_table_is_read_in_one_pass(part):
-    began = time.monotonic()
+    began = time.thread_time()
     assert "AUTOINCREMENT" in _words(f"id INTEGER AUTOINCREMENT {part * 500_000}")
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 BLOBS = ["x'ff'", "zeroblob(3)", "1e999", "-1e999", "9223372036854775807", "'\ufffe'", "NULL"]
@@ -504,6 +506,7 @@ def opened(path):
     return [link for link in links if link.startswith(str(path))]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.skipif(not DESCRIPTORS.exists(), reason="only Linux lists them there")
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("call", CALLS)
