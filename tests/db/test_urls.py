@@ -65,6 +65,7 @@ def test_a_url_that_was_split_wrongly_before_is_refused_too():
 INI = "[alembic]\nscript_location = {}\nsqlalchemy.url = {}\n"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("way", ["option", "environment", "ini file"])
 @pytest.mark.parametrize("program", ["lynkr-store", "alembic"])
 def test_every_way_to_name_the_url_says_the_same(tmp_path, program, way):

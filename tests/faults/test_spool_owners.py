@@ -517,6 +517,7 @@ def clashing(folder):
     yield "sibling", folder / "telemetry", None
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("number", range(11))
 @pytest.mark.parametrize("kind", ["sync", "async", "host", "uri"])
 def test_a_spool_in_the_databases_own_file_is_refused(tmp_path, number, kind):

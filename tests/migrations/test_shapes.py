@@ -437,6 +437,7 @@ def missing_indexes(path):
     return missing
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "make", [fresh, adopted, adopted_and_given_its_indexes, adopted_and_maintained]
 )
@@ -451,6 +452,7 @@ def test_alembic_finds_no_drift_and_writes_nothing(path, make):
         assert traces(path, observer) == before
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("command", ["check", "current"])
 def test_alembic_looks_at_a_gateways_file_without_a_trace(path, command):
     open_as(RELEASES["9.4.6"], path).close()

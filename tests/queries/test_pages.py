@@ -168,6 +168,7 @@ def expected(engine, criteria, window, before, limit=PAGE):
     return [*islice(found, limit)]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("asked", [asked for asked, (_, index) in FILTERS.items() if index])
 def test_a_page_is_read_from_its_index(filled, asked):
     criteria, index = FILTERS[asked]

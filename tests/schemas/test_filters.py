@@ -165,6 +165,7 @@ def test_the_ends_of_every_number_are_known():
     assert numbers == ENDS.keys()
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, ends in ENDS.items() for v in ends])
 def test_a_store_works_at_the_ends_of_every_number(tmp_path, name, value):
     options = {"spool_path": tmp_path / "spool.db", name: value}
