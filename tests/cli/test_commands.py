@@ -262,7 +262,7 @@ WRONG_USE = [
     (["stats", "--last", "fortnight"], "fortnight"),
     (["stats", "--last", "9e999d"], "age"),
     (["stats", "--last", "99999999999y"], "age"),
-    (["stats", "--last", "1d", "--since", "0"], "exclude"),
+    (["stats", "--last", "1d", "--since", "0"], "together"),
     (["stats", "--since", "2026-01-31"], "zone"),
     (["stats", "--since", "noon"], "ISO 8601"),
     (["query", "--limit", "-1"], "limit"),
