@@ -309,10 +309,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
     cursor = None if before is None else Cursor.parse(before)
     checked_limit(limit)
     with _reading(url) as store:
-        if text:
-            rows: Any = store.query(criteria, window, limit=limit, before=cursor)
-        else:
-            rows = store.query(criteria, window, limit=limit, before=cursor, include_text=False)
+        rows = store.query(criteria, window, limit=limit, before=cursor, include_text=text)
     if as_json:
         render.say_json([row.to_gateway() for row in rows])
     else:

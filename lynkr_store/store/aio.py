@@ -150,6 +150,16 @@ class AsyncStore(Core):
         before: Cursor | None = None,
         include_text: Literal[False],
     ) -> list[RoutingRowBrief]: ...
+    @overload
+    async def query(
+        self,
+        criteria: RoutingFilter | None = None,
+        window: Window | None = None,
+        *,
+        limit: int = 100,
+        before: Cursor | None = None,
+        include_text: bool,
+    ) -> Sequence[RoutingRowBrief]: ...
 
     async def query(
         self,

@@ -115,6 +115,16 @@ class Store(Core):
         before: Cursor | None = None,
         include_text: Literal[False],
     ) -> list[RoutingRowBrief]: ...
+    @overload
+    def query(
+        self,
+        criteria: RoutingFilter | None = None,
+        window: Window | None = None,
+        *,
+        limit: int = 100,
+        before: Cursor | None = None,
+        include_text: bool,
+    ) -> Sequence[RoutingRowBrief]: ...
 
     def query(
         self,

@@ -1,6 +1,6 @@
 """Pins the public types: mypy checks this file, nothing runs it."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import assert_type
 
@@ -41,6 +41,7 @@ def sync(store: Store, session: Session) -> None:
     assert_type(store.flush(1.0), bool)
     assert_type(store.query(), list[RoutingRow])
     assert_type(store.query(include_text=False), list[RoutingRowBrief])
+    assert_type(store.query(include_text=bool(store.flush())), Sequence[RoutingRowBrief])
     assert_type(store.query(limit=1)[0].cursor, Cursor)
     assert_type(store.iter_records(), Iterator[RoutingRow])
     assert_type(store.get_stats(), RoutingStats | None)
