@@ -43,7 +43,7 @@ from lynkr_store.db.engines import create_store_async_engine
 from lynkr_store.db.models import RoutingTelemetry
 from lynkr_store.migrate.comparison import drift
 from lynkr_store.migrate.upgrade import downgrade, write_script
-from lynkr_store.storage import database
+from lynkr_store.storage import write_lock
 from tests.conftest import ON_DISK
 from tests.factories import RecordFactory
 from tests.support.stores import looked
@@ -539,7 +539,7 @@ def test_a_file_that_another_writer_holds_is_waited_for(tmp_path):
 def test_a_wal_that_batches_leave_moves_to_the_file_where_the_lock_is_left_alone(
     tmp_path, monkeypatch, own
 ):
-    monkeypatch.setattr(database, "pause_s", lambda *_: 0.001)
+    monkeypatch.setattr(write_lock, "pause_s", lambda *_: 0.001)
     path = tmp_path / "t.db"
     engine = None if own else create_engine(f"sqlite:///{path}")
     with Store(None if engine else f"sqlite:///{path}", engine=engine) as store:
@@ -593,11 +593,11 @@ def test_the_end_of_a_long_wal_is_moved_between_two_batches(tmp_path, monkeypatc
         assert store.flush(10)
 
         def checkpoint(_):
-            batches_wait.append(store._database._gate.locked())
+            batches_wait.append(store._database._write_lock._turn.locked())
             return pages
 
-        monkeypatch.setattr(database, "checkpoint", checkpoint)
-        monkeypatch.setattr(database, "pause_s", lambda *_: 0)
+        monkeypatch.setattr(write_lock, "checkpoint", checkpoint)
+        monkeypatch.setattr(write_lock, "pause_s", lambda *_: 0)
         store.maintain()
     assert batches_wait == ends
 
