@@ -595,7 +595,7 @@ def test_a_store_that_is_forgotten_writes_what_is_there(program, url, kind, cycl
         """
         gc.disable()
         store = opened(*sys.argv[1:3])
-        account = store._writer.account
+        account = store._writer.counters
         record(store, "r", 50)
         if sys.argv[3] == "True":
             store.self = store
@@ -622,7 +622,7 @@ def test_a_store_that_is_forgotten_in_its_own_thread_writes_what_is_there(progra
             return text
 
         store = opened("sync", sys.argv[1], redact=redact)
-        account = store._writer.account
+        account = store._writer.counters
         record(store, "r", 50)
         assert store.record(provider="p", request_id="r-50", request_text="t")
         record(store, "r", 5, first=51)
