@@ -1,12 +1,9 @@
 """Counts where every record is, and logs what was lost."""
 
-import logging
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Final, Self
-
-from lynkr_store.process.log import say
 
 _LOG_EVERY_S: Final = 60.0  # one line a burst
 
@@ -51,7 +48,7 @@ class Counters:
 
 
 class LossLog:
-    """Logs what was lost since the last line, at most one line a minute."""
+    """Knows which losses are to be logged: those since the last line, at most one line a minute."""
 
     def __init__(self) -> None:
         self._said: Counter[str] = Counter()
@@ -61,9 +58,9 @@ class LossLog:
         """Whether a minute has passed since the last line."""
         return time.monotonic() - self._said_at >= _LOG_EVERY_S
 
-    def say(self, lost: Counter[str]) -> None:
-        """Log the causes and numbers that are new, if there are any."""
+    def news(self, lost: Counter[str]) -> Counter[str]:
+        """The losses to be logged now, which count as logged from here on."""
         fresh = lost - self._said
         if fresh:
             self._said, self._said_at = lost, time.monotonic()
-            say(logging.WARNING, "records lost, by cause: %s", dict(fresh))
+        return fresh

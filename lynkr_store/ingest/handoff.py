@@ -151,9 +151,12 @@ class Handoff:
 
     def report_losses(self, *, now: bool = False) -> None:
         """Log what was lost since the last line, at most one line a minute or now."""
-        if now or self._losses.is_due():
-            with self.lock:
-                self._losses.say(self.snapshot().lost())
+        if not now and not self._losses.is_due():
+            return
+        with self.lock:
+            fresh = self._losses.news(self.snapshot().lost())
+        if fresh:  # without the lock: a host's handler may ask for `health`
+            say(logging.WARNING, "records lost, by cause: %s", dict(fresh))
 
     def note_fault(self, error: BaseException) -> None:
         """Count a fault of a batch; log each kind once in an outage."""

@@ -323,6 +323,25 @@ def test_a_probe_that_fails_says_no_words_of_others(url, kind, monkeypatch):
         eventually(lambda: store.health().reachable)
 
 
+def test_a_hosts_log_may_ask_for_health_in_another_thread(tmp_path, logger):
+    """Lines are logged without the writer's lock: the other thread waits for it."""
+    answered = []
+
+    class Asking(logging.Handler):
+        def emit(self, _):
+            asking = threading.Thread(target=store.health, daemon=True)
+            asking.start()
+            asking.join(30)
+            answered.append(not asking.is_alive())
+
+    logger.handlers, logger.propagate = [Asking()], False
+    store = Store(f"sqlite:///{tmp_path}/t.db")
+    store.record(provider=5)
+    store.close()
+    assert answered
+    assert all(answered)
+
+
 def test_a_hosts_log_that_fails_costs_a_caller_nothing(tmp_path, logger):
     class Broken(logging.Handler):
         def emit(self, _):
