@@ -366,9 +366,7 @@ CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
 from lynkr_store import StoreUnavailable, upgrade
-from lynkr_store.migrate import revisions
-import lynkr_store.cli.commands
-revisions.head()
+import lynkr_store.migrate.scripts  # the user below may not read where Alembic lies
 path, limit, user = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if limit:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
