@@ -1,9 +1,9 @@
-"""What PostgreSQL's catalogue says of the store's tables, asked so that nobody else can answer.
+"""Reads the catalogue about the store's tables, and calls no function that another role created.
 
-SQLAlchemy's own reflection compares names of the catalogue with VARCHAR, for which PostgreSQL has
-no operator of exactly these types: one that another role made in a schema of the path would be
-called, with this user's rights. Here every name is TEXT, and every function is the catalogue's.
-SQLite has no operators but its own, and is asked by SQLAlchemy.
+SQLAlchemy's own reflection compares names in PostgreSQL's catalogue with VARCHAR. PostgreSQL has no
+operator for exactly these types, so it would call one that another role created in a schema of the
+search path, with this user's rights. Here every name is TEXT, and every function is named with
+``pg_catalog``. SQLite has no operators but its own.
 """
 
 from collections import defaultdict
@@ -103,7 +103,7 @@ def _is_sqlite(connection: Connection) -> bool:
 
 
 def tables(connection: Connection, names: Collection[str]) -> frozenset[str]:
-    """Which of these tables and views are there."""
+    """The names of those of these tables and views that exist."""
     if _is_sqlite(connection):
         there = {name for _, name, _ in _listed(connection, names, temporary=True)}
         return frozenset(name for name in names if name.lower() in there)
@@ -111,10 +111,10 @@ def tables(connection: Connection, names: Collection[str]) -> frozenset[str]:
 
 
 def not_plain(connection: Connection, names: Collection[str]) -> dict[str, str]:
-    """To each of these names that is no ordinary table of an SQLite file what it is instead.
+    """SQLite: what each of these names is, if it is a view or a virtual table; name to kind.
 
-    A view's and a virtual table's statement decides what a read of it does, for how long and with
-    how much memory. On PostgreSQL the server bounds a statement, and nothing is said.
+    The definition of a view or virtual table decides how long a read takes and how much memory it
+    uses. On PostgreSQL the server limits each statement, so the answer is empty.
     """
     if not _is_sqlite(connection):
         return {}
@@ -131,7 +131,7 @@ def _listed(
 ) -> Iterator[tuple[str, str, int]]:
     """SQLite: kind, name in lower case and first page of these tables, views and virtual tables.
 
-    SQLite's own list of them, which is read without a look at what they are made of.
+    This reads SQLite's own list, and evaluates none of their definitions.
     """
     for schema in ("main.sqlite_schema", "temp.sqlite_schema")[: 1 + temporary]:
         given = {"names": [name.lower() for name in names]}
@@ -146,16 +146,13 @@ def column_names(connection: Connection, table: str) -> frozenset[str]:
 
 
 def generated_columns(connection: Connection, table: str) -> frozenset[str]:
-    """SQLite: the names of a table's columns whose values an expression gives when they are read.
-
-    Those that are computed when a row is stored count too.
-    """
+    """SQLite: the names of a table's generated columns, virtual and stored."""
     found = _columns(connection, table)
     return frozenset(name for name, hidden in found if hidden in _GENERATED)
 
 
 def _columns(connection: Connection, table: str) -> list[tuple[str, int]]:
-    """SQLite: a table's columns, without a look at the statement that made it."""
+    """SQLite: the names of a table's columns, and whether they are generated or hidden."""
     listed = func.pragma_table_xinfo(table, "main").table_valued("name", "hidden").c
     return [
         (name, hidden) for name, hidden in connection.execute(select(listed.name, listed.hidden))
@@ -163,8 +160,8 @@ def _columns(connection: Connection, table: str) -> list[tuple[str, int]]:
 
 
 def index_names(connection: Connection, table: str) -> frozenset[str]:
-    """The names of a table's indexes, whoever made them and of whatever."""
-    if _is_sqlite(connection):  # Reflection warns of those on expressions.
+    """The names of all indexes of a table, also of those that the store did not create."""
+    if _is_sqlite(connection):  # SQLAlchemy's reflection warns about indexes on expressions
         listed = func.pragma_index_list(table).table_valued("name")
         return frozenset(connection.scalars(select(listed.c.name)))
     return _names(connection, _INDEXES, table=table)
@@ -179,9 +176,9 @@ def trigger_names(connection: Connection, table: str) -> frozenset[str]:
 
 
 def indexed_tables(connection: Connection, names: Collection[str]) -> dict[str, str]:
-    """To each of these indexes that is there the table it is of.
+    """The tables of those of these indexes that exist; index name to table name.
 
-    On SQLite of triggers too: their names, like those of indexes, are the file's.
+    On SQLite also those of triggers, whose names must be unique in the file, too.
     """
     given = {"names": list(names)}
     found = connection.execute(_NAMED if _is_sqlite(connection) else _INDEXED_TABLES, given)
@@ -189,12 +186,12 @@ def indexed_tables(connection: Connection, names: Collection[str]) -> dict[str, 
 
 
 def invalid_indexes(connection: Connection, names: Collection[str]) -> frozenset[str]:
-    """Which of these indexes a concurrent build left unfinished; PostgreSQL."""
+    """PostgreSQL: which of these indexes a concurrent build left unfinished."""
     return _names(connection, _INVALID_INDEXES, names=list(names))
 
 
 def schema_of(connection: Connection, table: str) -> str | None:
-    """The schema in which a table is, or else would be made; None on SQLite."""
+    """The schema of a table, or the one where it would be created; None on SQLite."""
     if _is_sqlite(connection):
         return None
     schema: str | None = connection.scalar(_SCHEMA, {"table": table})
@@ -202,14 +199,14 @@ def schema_of(connection: Connection, table: str) -> str | None:
 
 
 def foreign_owners(connection: Connection, names: Collection[str]) -> list[str]:
-    """Which roles own these tables, or the schema they are in, that this user need not trust.
+    """Name roles that own these tables or their schema and that this user has no reason to trust.
 
     It has to trust itself, the roles that it is a member of, superusers and the database's owner.
-    The owner of a table can read and change what is stored, and have a trigger run anything with
-    the rights of the user who stores it. Only PostgreSQL has owners.
+    The owner of a table can read and change what is stored, and can create a trigger that runs with
+    the rights of the user who stores a row. Only PostgreSQL has owners.
 
     Returns:
-        A line for each such role.
+        One line for each of these roles.
     """
     if _is_sqlite(connection):
         return []
@@ -224,11 +221,12 @@ def foreign_owners(connection: Connection, names: Collection[str]) -> list[str]:
 
 
 def missing_grant(connection: Connection, schema: str | None) -> str | None:
-    """The GRANT without which this role cannot make tables in a schema; None if it has it.
+    """The GRANT that this role needs to create tables in a schema; None if it needs none.
 
     Args:
         connection: To PostgreSQL.
-        schema: Its name; None for the first of the path, or ``public`` where there is none.
+        schema: Its name; None for the first schema of the search path, or ``public`` if the path
+            names no existing schema.
     """
     found = connection.execute(_CREATE_RIGHT, {"schema": schema}).first()
     return None if found is None else f"GRANT USAGE, CREATE ON SCHEMA {found[0]} TO {found[1]}"
@@ -239,11 +237,11 @@ def _names(connection: Connection, statement: TextClause, **given: Any) -> froze
 
 
 class Sealed(NamedTuple):
-    """A transaction that looks nowhere but in PostgreSQL's own catalogue; see `sealed`.
+    """A transaction whose search path is PostgreSQL's own catalogue alone; see `sealed`.
 
     Attributes:
-        schema: The one in which a table is, or else would be made; None on SQLite.
-        in_path: Makes of a function one that runs in the path that was there before.
+        schema: The schema of the table, or the one where it would be created; None on SQLite.
+        in_path: Wraps a function so that it runs with the search path from before.
     """
 
     schema: str | None
@@ -252,10 +250,10 @@ class Sealed(NamedTuple):
 
 @contextmanager
 def sealed(connection: Connection, table: str) -> Iterator[Sealed]:
-    """PostgreSQL: leave every schema out of the path, for statements that are not the store's own.
+    """PostgreSQL: remove every schema from the search path, for statements of another library.
 
-    Tables have to be named with their schema meanwhile. After an error the path stays as it is: the
-    transaction can only be rolled back.
+    In the body, tables must be named with their schema. After an error the path is not restored,
+    because the transaction can only be rolled back.
     """
     if _is_sqlite(connection):
         yield Sealed(None, lambda function: function)

@@ -1,8 +1,8 @@
-"""Column types and the vocabulary that the models are written in.
+"""Column types, and the annotations that the models use.
 
-Declared types are those of the gateway's file, so that it shows no difference. A value read back
-is as it was stored when it is none of its column's kind: `lynkr_store.schemas.Reading` makes
-sense of it, and a read never fails on one odd value.
+The declared types are those of the gateway's file, so a comparison shows no difference. A stored
+value that does not have its column's type is returned as it is, so no read fails because of one
+value; `lynkr_store.schemas.Reading` converts or drops it.
 """
 
 from datetime import datetime
@@ -16,17 +16,17 @@ from lynkr_store.schemas import epoch_ms, utc
 
 
 class _CastByName(TypeEngine[Any]):
-    """A type of PostgreSQL whose parameters are cast to it, and to nothing that is like it.
+    """A type of PostgreSQL whose parameters are cast to exactly this type.
 
-    psycopg's dialect casts a text to VARCHAR and leaves a double to the driver, which sends the
-    smallest integer that holds it. Compared with a column of TEXT or DOUBLE PRECISION, an operator
-    of exactly these arguments would be taken from wherever another role has made one.
+    SQLAlchemy's psycopg dialect casts a text to VARCHAR, and leaves a double to the driver, which
+    sends the smallest integer that holds it. If another role created an operator for exactly these
+    types, PostgreSQL would use it to compare them with a TEXT or DOUBLE PRECISION column.
     """
 
     render_bind_cast = True
 
     def adapt(self, cls: type[Any], **kw: Any) -> Any:  # noqa: ARG002
-        """Stay what it is: the dialect would put a type of its own in this one's place."""
+        """Keep this type: the dialect would replace it by its own."""
         return super().adapt(type(self), **kw)
 
 
@@ -38,7 +38,7 @@ class _DoublePrecision(_CastByName, DOUBLE_PRECISION[float]):
     """DOUBLE PRECISION."""
 
     def result_processor(self, dialect: Dialect, coltype: object) -> None:
-        """Leave the driver's float as it is."""
+        """No conversion: the driver returns a float."""
 
 
 WholeNumber = BigInteger().with_variant(Integer(), "sqlite")
@@ -64,7 +64,7 @@ class EpochMillis(TypeDecorator[datetime]):
         return None if value is None else epoch_ms(value)
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        """To an aware UTC datetime; a stored value that is no instant comes back as it is."""
+        """To an aware UTC datetime; a stored value that is not an instant is returned as it is."""
         if type(value) is not int:
             return value
         try:
@@ -88,12 +88,12 @@ class Flag(TypeDecorator[bool]):
         return None if value is None else int(value)
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> bool | None:  # noqa: ARG002
-        """To a bool; another stored value comes back as it is."""
+        """To a bool; any other stored value is returned as it is."""
         return bool(value) if type(value) is int and value in (0, 1) else value
 
 
 Words = Annotated[str, mapped_column(PlainText)]
-"""Open sets and free text: no enum, no length."""
+"""Names and free text: no fixed set of values, no maximum length."""
 
 Instant = Annotated[datetime, mapped_column(EpochMillis)]
 TokenCount = Annotated[int, mapped_column(WholeNumber)]
@@ -106,8 +106,8 @@ Dollars = Annotated[float, mapped_column(Real)]
 Milliseconds = Annotated[float, mapped_column(Real)]
 """A duration."""
 Latency = Annotated[float, mapped_column(Integer().with_variant(_DoublePrecision(), "postgresql"))]
-"""A duration; the gateway declares it INTEGER and stores a fraction at times."""
+"""A duration; the gateway declares it INTEGER but sometimes stores a fraction."""
 YesNo = Annotated[bool, mapped_column(Flag)]
 """0 or 1. NULL means not known."""
 JsonText = Annotated[str, mapped_column(PlainText)]
-"""JSON as text, whatever was passed: not every writer's text parses."""
+"""JSON, stored as text and not checked: other programs may store text that is not JSON."""

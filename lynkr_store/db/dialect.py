@@ -18,7 +18,7 @@ from lynkr_store.exceptions import (
 )
 
 BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
-AT_ONCE: Final = "lynkr_store_at_once"  # and that which has it fail rather than wait
+AT_ONCE: Final = "lynkr_store_at_once"  # the option that makes it fail instead of waiting
 _DRIVERS: Final = {
     Backend.SQLITE: ("pysqlite", "aiosqlite"),
     Backend.POSTGRESQL: ("psycopg", "psycopg_async"),
@@ -30,10 +30,10 @@ _SYNC_DRIVER: Final = {
 
 
 def parse_url(url: str | URL) -> URL:
-    """The URL of a supported database, with its driver and a file's whole path written out.
+    """The URL of a supported database, with its driver and the file's absolute path.
 
-    The whole path, because the engine opens the file again and again, and a process may change its
-    working directory in between.
+    The path is absolute because the engine opens the file many times, and the process may change
+    its working directory in between.
 
     Raises:
         UnsupportedDatabase: Not a URL, another database, or a driver that is not supported.
@@ -51,15 +51,15 @@ def parse_url(url: str | URL) -> URL:
 
 
 def backend_of(engine: Engine | Connection) -> Backend:
-    """The backend an engine or connection speaks to."""
+    """The backend of an engine or connection."""
     return backend_named(engine.dialect.name)
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of SQLAlchemy's name for it.
+    """The backend with this name in SQLAlchemy.
 
     Raises:
-        UnsupportedDatabase: Another database.
+        UnsupportedDatabase: The name is another database's.
     """
     try:
         return Backend(name)
@@ -68,10 +68,10 @@ def backend_named(name: str) -> Backend:
 
 
 def require_supported(connection: Connection) -> None:
-    """Make sure that the database is not too old.
+    """Refuse a database that is too old.
 
     Raises:
-        UnsupportedDatabase: It is; the message says which version is needed.
+        UnsupportedDatabase: The message says which version is needed.
     """
     backend = backend_of(connection)
     version, oldest = connection.dialect.server_version_info, OLDEST[backend]
@@ -93,14 +93,14 @@ _E = TypeVar("_E", bound=_Optioned)
 def writing(engine: _E) -> _E:
     """The same engine and pool, whose SQLite transactions take the write lock at BEGIN.
 
-    A transaction that starts reading and then writes can fail half-way when another writer came
-    between; one that starts IMMEDIATE waits its turn instead.
+    A transaction that reads first and then writes can fail half-way if another process wrote in
+    between. With BEGIN IMMEDIATE it waits for the lock instead.
     """
     return engine.execution_options(**{BEGIN: "IMMEDIATE"})
 
 
 def writing_at_once(engine: _E) -> _E:
-    """As `writing`, but BEGIN fails where another has the lock; see `storage.write_lock`."""
+    """As `writing`, but BEGIN fails if the lock is taken; see `storage.write_lock`."""
     return engine.execution_options(**{BEGIN: "IMMEDIATE", AT_ONCE: True})
 
 
@@ -112,7 +112,7 @@ def driver_of(connection: Connection) -> Any:
 
 @contextmanager
 def disposing(engine: Engine) -> Iterator[Engine]:
-    """The engine, disposed in the end."""
+    """Dispose the engine at the end of the body."""
     try:
         yield engine
     finally:

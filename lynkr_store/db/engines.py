@@ -46,26 +46,26 @@ def create_store_engine(
     schema: str | None = None,
     echo: bool = False,
 ) -> Engine:
-    """An Engine as the store wants it; nothing is opened before its first connection.
+    """An Engine with the store's options; it opens nothing before its first connection.
 
     Args:
         url: A supported database.
         connect_timeout_s: PostgreSQL: seconds to wait for a new connection.
-        statement_timeout_s: PostgreSQL: seconds after which a statement is given up.
-        schema: PostgreSQL: where everything of the store's is; None or ``""``: where the server
-            puts it, ``public`` as a rule.
-        echo: Log statements; values never are.
+        statement_timeout_s: PostgreSQL: seconds after which the server cancels a statement.
+        schema: PostgreSQL: the schema of the store's tables; None or ``""``: the server's default,
+            normally ``public``.
+        echo: Log statements, without their values.
 
     Raises:
         UnsupportedDatabase: Another database or driver.
         MissingDriver: The driver is not installed.
-        BadArgument: PostgreSQL takes no schema of that name.
+        BadArgument: PostgreSQL accepts no schema of that name.
     """
     target = parse_url(url)
     try:
         options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
         if is_memory(target):
-            # One connection is the whole database: threads take turns, and none may drop it.
+            # the connection is the database: threads share it one at a time and never close it
             options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
             options["connect_args"] = {"check_same_thread": False}
         engine = create_engine(without_secrets(target), echo=echo, hide_parameters=True, **options)
@@ -134,16 +134,16 @@ def _engine_options(
             arguments |= parameters(target)
             settings = transaction_settings(arguments["options"], statement_timeout_s, schema)
             return {
-                # a server that restarted, or a proxy that hung up, costs a retry and no error
+                # if the server restarted or a proxy hung up, the pool reconnects without an error
                 "pool_pre_ping": True,
                 "execution_options": {
                     **options_of(schema),
                     SETTINGS: tuple(settings.items()),
                     PREPARE: prepare_threshold(target, PREPARE_AFTER),
                 },
-                # which psycopg looks up by an operator that another role could have made
+                # psycopg looks its type up with an operator that another role could have created
                 "use_native_hstore": False,
-                # prepared is only where a transaction finds that it may be
+                # `set_up_transaction` turns prepared statements on if the session allows them
                 "connect_args": {**arguments, "prepare_threshold": None},
             }
         case _:
@@ -154,8 +154,8 @@ def check_host_engine(engine: Engine) -> None:
     """Refuse a host's engine that the store cannot share.
 
     Raises:
-        BadArgument: Not an Engine; one whose pool hands one connection to several threads, or
-            each thread a database of its own; or one whose options have it commit by itself.
+        BadArgument: It is not an Engine; or its pool gives one connection to several threads, or
+            gives each thread a database of its own; or its options commit each statement alone.
         UnsupportedDatabase: Another database or driver.
     """
     if not isinstance(engine, Engine):
@@ -167,23 +167,23 @@ def check_host_engine(engine: Engine) -> None:
             "Store('sqlite://') and its engine"
         )
     if engine.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        # it would win over the store's own option, and a batch must be one transaction
+        # it would override the store's own option, and a batch must be one transaction
         raise BadArgument(
-            "engine: its execution options have it commit each statement by itself; give the "
-            "engine from which it was made"
+            "engine: its execution options set AUTOCOMMIT, and a batch must be one transaction; "
+            "give an engine without that option"
         )
 
 
 def in_schema(engine: Engine, schema: str | None) -> Engine:
-    """A host's engine, whose transactions work in the schema when they are the store's.
+    """A host's engine; transactions that the store begins on the result work in the schema.
 
-    Each sets the path for itself, and the host's own stay where they were.
+    Each of them sets its own search path, so the host's own transactions do not change.
     """
     if schema is None or engine.dialect.name != Backend.POSTGRESQL:
         return engine
-    # a path for a transaction needs one, whatever the host's engine is set to
+    # the search path is set for a transaction, so AUTOCOMMIT of the host's engine must not apply
     own = engine.execution_options(isolation_level="READ COMMITTED", **options_of(schema))
-    if SETTINGS not in own.get_execution_options():  # or it is one of the store's, which listens
+    if SETTINGS not in own.get_execution_options():  # an engine of the store has the listener
         event.listen(own, "begin", set_up_transaction)
     return own
 

@@ -1,7 +1,7 @@
-"""Which event loop an asynchronous engine works for.
+"""Decides which event loop uses which asynchronous engine.
 
-The connections of its pool, and the locks and queues about them, belong to the loop in which they
-were first used. See https://docs.sqlalchemy.org/en/21/orm/extensions/asyncio.html, "Using multiple
+The connections of an engine's pool, and the pool's locks and queues, belong to the event loop that
+used them first. See https://docs.sqlalchemy.org/en/21/orm/extensions/asyncio.html, "Using multiple
 asyncio event loops".
 """
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-_FINISH_S: Final = 0.5  # for a loop of another thread, which may be busy, to close its connections
+_FINISH_S: Final = 0.5  # for another thread's loop, which may be busy, to close its connections
 
-_inherited: list[object] = []  # the parent's engines: the collector must not close their sockets
+_inherited: list[object] = []  # keeps the garbage collector from closing the parent's sockets
 _owners: "weakref.WeakKeyDictionary[Pool, AbstractEventLoop]" = weakref.WeakKeyDictionary()
 
 
 class EnginePerLoop(Forkable):
     """Gives each event loop an engine of its own, whose connections are closed when the loop ends.
 
-    An engine that a loop has left is given to the next one, with the statements it has compiled.
+    The next loop reuses the engine of a loop that ended, with its compiled statements.
 
     Args:
-        make: Makes an engine. It is called once at the start, to show what is missing.
+        make: Makes an engine. It is called once at the start, so that a missing driver is noticed.
     """
 
     def __init__(self, make: "Callable[[], AsyncEngine]") -> None:
@@ -51,31 +51,31 @@ class EnginePerLoop(Forkable):
             except IndexError:
                 engine = self._make()
             end = self._at_end()
-            # in one step with the look, so that two tasks of the loop have one engine
+            # no await since the check above, so that two tasks of the loop get the same engine
             held = self._held[loop] = engine, end
             await anext(end)
-            for other in list(self._held):  # other threads add theirs
+            for other in list(self._held):  # a copy: other threads add to it
                 if other.is_closed():
                     await self._leave(other)
         return held[0]
 
     async def close(self) -> None:
-        """Close the connections of every loop that are not in use."""
+        """Close every loop's connections that are not in use."""
         for loop in list(self._held):
             if loop is asyncio.get_running_loop() or not loop.is_running():
-                await self._leave(loop)  # a connection is closed without its loop
+                await self._leave(loop)  # closing a connection does not need its loop
             else:
                 await self._have_left(loop)
 
     def after_fork_in_child(self) -> None:
-        """Know none of the parent's loops: none of them runs here."""
+        """Forget the parent's loops: none of them runs in the child."""
         _inherited.append(self._held)
         self._held = {}
 
     async def _at_end(self) -> AsyncGenerator[None]:
-        """Is suspended as long as the loop lives: `asyncio.run` ends generators with their loop.
+        """Stay suspended until the loop ends: `asyncio.run` closes the loop's generators.
 
-        Where a loop is closed without that, the next loop's first read, or `close`, notices.
+        If a loop is closed without that, the next loop's first read, or `close`, notices it.
         """
         try:
             yield
@@ -89,7 +89,7 @@ class EnginePerLoop(Forkable):
             self._spare.append(engine)
 
     async def _have_left(self, loop: "AbstractEventLoop") -> None:
-        """Have a loop that runs in another thread leave its engine."""
+        """Ask a loop that runs in another thread to leave its engine, and wait up to 0.5 s."""
         left, tasks = Event(), []
 
         def leave() -> None:
@@ -102,29 +102,29 @@ class EnginePerLoop(Forkable):
 
 
 class HostsEngine:
-    """A host's own engine, which the store uses in one event loop and never disposes."""
+    """A host's own engine: the store uses it in one event loop and never disposes it."""
 
     def __init__(self, engine: "AsyncEngine") -> None:
         self._engine = engine
 
     async def engine(self) -> "AsyncEngine":
-        """The engine, if its connections are the running loop's.
+        """The engine, if its connections belong to the running loop.
 
         Raises:
-            BadArgument: They are another loop's.
+            BadArgument: They belong to another loop.
         """
         loop, pool = asyncio.get_running_loop(), self._engine.pool
-        # a pool without connections has none of another loop; `dispose` makes another pool
+        # a NullPool keeps no connections; `dispose` replaces the pool, so the next loop may use it
         if not isinstance(pool, NullPool) and _owners.setdefault(pool, loop) is not loop:
             raise BadArgument(
                 "engine: it was used in another event loop, to which its connections belong; use "
                 "it in one loop, 'await engine.dispose()' before that loop ends, or give the "
-                "store a url, for which it makes an engine for each loop"
+                "store a url instead, and it makes an engine for each loop"
             )
         return self._engine
 
     async def close(self) -> None:
-        """Leave the engine to its host."""
+        """Do nothing: the host disposes its engine."""
 
 
 Engines = EnginePerLoop | HostsEngine

@@ -1,15 +1,14 @@
-"""Keeps an engine's connections out of the processes that are forked from this one.
+"""Closes an engine's connections before this process forks, so that no child inherits them.
 
-An SQLite connection that is open at a fork is the ruin of its file. The child inherits SQLite's
-notes of the locks that this process holds, and the operating system gives the child none of these
-locks. A connection that the child then opens to the file writes without any lock; when the parent
-ends, what the child committed can be thrown away. See https://sqlite.org/howtocorrupt.html,
-section 2.6.
+An SQLite connection that is open at a fork can destroy its file. The child inherits SQLite's record
+of the locks that this process holds, but the operating system gives the child none of these locks.
+A connection that the child opens to the file then writes without any lock, and what the child
+committed can be lost when the parent ends. See https://sqlite.org/howtocorrupt.html, section 2.6.
 
-So before a fork every connection of every engine given to `keep_out_of_children` is closed, as soon
-as the thread that uses it has given it back, and a thread that asks for one waits until the fork is
-over. A connection that does not come back in time stays open, and the child then refuses its file.
-A PostgreSQL connection is a socket, which the child only has to leave alone.
+So before a fork, every connection of every engine given to `keep_out_of_children` is closed as soon
+as the thread that uses it returns it, and a thread that asks for a connection waits until the fork
+is over. If a connection is not returned in time, it stays open and the child refuses to use the
+file. A PostgreSQL connection is a socket; the child only has to leave it alone.
 """
 
 import asyncio
@@ -31,19 +30,19 @@ from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.process.files import Identity, identity_of
 from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_fork
 
-_POLL_S: Final = 0.002  # a pool does not tell when it drops a connection
-_FILE: Final = "lynkr_store_file"  # in a connection's info: the file that it has open
+_POLL_S: Final = 0.002  # a pool has no event for dropping a connection
+_FILE: Final = "lynkr_store_file"  # in a connection's info: the identity of its open file
 
 _guards: "weakref.WeakKeyDictionary[Dialect, _Guard]" = weakref.WeakKeyDictionary()
-_inherited: list[object] = []  # the parent's connections: the collector must not close them
+_inherited: list[object] = []  # keeps the garbage collector from closing the parent's connections
 _refused: set[Identity] = set()  # files that this process must not open
 
 
 def keep_out_of_children(engine: Engine) -> None:
-    """Have the engine's connections closed before each fork, and others made in the child.
+    """Close the engine's connections before each fork; parent and child then open new ones.
 
-    A connection to an SQLite file is also replaced, when it is next asked for, after the file was
-    removed or another one put in its place. Harmless when called again.
+    If an SQLite file was removed or replaced, its connections are also replaced, when a thread next
+    asks for one. May be called again.
 
     Args:
         engine: The store's or a host's; of an AsyncEngine its ``sync_engine``.
@@ -57,10 +56,10 @@ def keep_out_of_children(engine: Engine) -> None:
 
 
 class _Guard(Forkable):
-    """Has a child leave the connections of the parent's engine alone.
+    """Makes a child leave the connections of the parent's engine alone.
 
-    An engine's first connection, of any database, also sets the engine up, under a lock that a
-    child must not inherit: a fork waits for it.
+    On any database, an engine's first connection also sets the engine up, under a lock that a child
+    must not inherit, so a fork waits for it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -72,20 +71,20 @@ class _Guard(Forkable):
         event.listen(engine, "checkin", self._on_checkin)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()  # of an RLock: a signal handler may fork
+        self._changed = threading.Condition()  # has an RLock: a signal handler may fork
         self._forking: list[int] = []  # the threads that fork
-        self._waited: set[int] = set()  # threads that another fork has held up
+        self._waited: set[int] = set()  # threads that waited for another thread's fork
         self._making: weakref.WeakKeyDictionary[ConnectionPoolEntry, int] = (
             weakref.WeakKeyDictionary()
         )
-        """Connections that are being made, each with the thread that makes it."""
+        """Connections that are being opened, each with the thread that opens it."""
 
     def watch(self, engine: Engine) -> None:
-        """Take this engine, if the one that shares its dialect and pool is gone."""
+        """Take this engine, if the watched one, which shared its dialect and pool, is gone."""
         if self._engine() is None:
             self._engine = weakref.ref(engine)
 
-    # -- what the pool tells -------------------------------------------------------------------
+    # -- events of the pool --------------------------------------------------------------------
 
     def _connect(
         self,
@@ -108,12 +107,12 @@ class _Guard(Forkable):
             raise
 
     def _later(self, dialect: Dialect) -> list[Callable[..., DBAPIConnection | None]]:
-        """Listeners that were added later, which this one's answer would keep from being asked."""
+        """Listeners that were added later: SQLAlchemy skips them when this one returns a result."""
         listeners = list(dialect.dispatch.do_connect)
         return listeners[listeners.index(self._connect) + 1 :]
 
     def _check(self) -> None:
-        """Refuse a connection that this process must not make."""
+        """Refuse a connection that this process must not open."""
 
     def _wait_for_forks(self) -> None:
         me = threading.get_ident()
@@ -128,12 +127,12 @@ class _Guard(Forkable):
 
     def _on_checkin(self, _: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
         with self._changed:
-            self._making.pop(record, None)  # of one that could not be made
+            self._making.pop(record, None)  # if it could not be opened
 
     # -- the fork ------------------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Wait until the engine's first connection is made, if a thread is making it."""
+        """Wait until the engine's first connection is open, if a thread is opening it."""
         if not self._set_up:
             with self._changed:
                 self._forking.append(threading.get_ident())
@@ -145,7 +144,7 @@ class _Guard(Forkable):
             return any(thread not in self._forking for thread in connections.values())
 
     def after_fork_in_parent(self) -> None:
-        """Let the threads that wait go on."""
+        """Let the waiting threads continue."""
         with self._changed:
             if threading.get_ident() in self._forking:
                 self._forking.remove(threading.get_ident())
@@ -160,7 +159,7 @@ class _Guard(Forkable):
 
 
 class _Closing:
-    """A closing of a connection that is under way; without a record if it was detached."""
+    """A connection that is being closed; ``record`` is None if it was detached."""
 
     def __init__(self, record: ConnectionPoolEntry | None) -> None:
         self.record = record
@@ -169,7 +168,7 @@ class _Closing:
 class _SqliteGuard(_Guard):
     """Closes an engine's SQLite connections before a fork.
 
-    A database in memory is its one connection, which only has to be at rest.
+    A database in memory is its one connection; it stays open, but no thread may be using it.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -193,26 +192,26 @@ class _SqliteGuard(_Guard):
         )
         """Connections in use, each with the thread that asked for it."""
         self._closing: dict[_Closing, int] = {}
-        """Closings under way, each with its thread."""
+        """Connections being closed, each with the thread that closes it."""
         self._ending: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         """Threads of asynchronous connections that an event loop is closing."""
 
     def _identity(self) -> Identity | None:
         return identity_of(self._path) if self._path else None
 
-    # -- what the pool tells -------------------------------------------------------------------
+    # -- events of the pool --------------------------------------------------------------------
 
     def _check(self) -> None:
         if self._identity() in _refused:
             raise StoreUnavailable(
-                f"{self._path}: this process was forked while another thread was using the file, "
-                "whose locks do not survive that; it is not used here. Fork before the store is "
-                "used, or start processes by multiprocessing's 'spawn'"
+                f"{self._path}: this process was forked while another thread was using the file; "
+                "SQLite's locks do not survive that, so the file is not used here. Fork before the "
+                "store is used, or start processes by multiprocessing's 'spawn'"
             )
 
     def _on_connect(self, _: DBAPIConnection, record: ConnectionPoolEntry) -> None:
         with self._changed:
-            self._known.add(record)  # and still being made, until it is checked out
+            self._known.add(record)  # it stays in `_making` until it is checked out
         record.info[_FILE] = self._identity()
 
     def _on_checkout(self, _: DBAPIConnection, record: ConnectionPoolEntry, __: object) -> None:
@@ -236,26 +235,26 @@ class _SqliteGuard(_Guard):
     def _on_close(
         self, connection: DBAPIConnection, record: ConnectionPoolEntry | None = None
     ) -> None:
-        """Close a connection where a fork sees it, for the pool does not tell when it is closed.
+        """Close the connection here, so that a fork knows when it is closed; the pool has no event.
 
-        That can take long, and the pool's own call, or that of a fork meanwhile, finds nothing to
-        do at once.
+        Closing can take long. The pool's own call afterwards, or that of a concurrent fork, finds
+        the connection closed.
         """
         closing = _Closing(record)
         with self._changed:
             self._closing[closing] = threading.get_ident()
         try:
             connection.close()
-        except Exception:  # noqa: BLE001, S110 - the pool's own call meets it again, and says so
+        except Exception:  # noqa: BLE001, S110 - the pool's own call raises it again and logs it
             pass
         finally:
             with self._changed:
                 del self._closing[closing]
 
     def _on_close_async(self, connection: Any, _: ConnectionPoolEntry) -> None:
-        """Let one side close a connection: the other would wait for a thread that has ended."""
+        """Close a connection on one side only: the other would wait for a thread that has ended."""
         with self._changed:
-            self._wait_for_forks()  # they are short: nothing was in use when this one began
+            self._wait_for_forks()  # short: a fork begins only when nothing is in use
             self._ending.add(connection.driver_connection._thread)  # noqa: SLF001 - as below
 
     def _on_detach(self, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
@@ -270,7 +269,7 @@ class _SqliteGuard(_Guard):
     # -- the fork ------------------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Wait for the connections in use, 5 s at most, and close all."""
+        """Wait up to 5 s for the connections in use, and close all."""
         self._at_rest = False
         if engine := self._engine():
             deadline = time.monotonic() + FORK_WAIT_S
@@ -290,23 +289,23 @@ class _SqliteGuard(_Guard):
             self._forking.append(threading.get_ident())
 
     def _close(self, engine: Engine, deadline: float) -> bool:
-        # Kept alive: one that comes back to the pool that is disposed is garbage, and the
-        # collector, in another thread, makes it unknown here before it closes it.
+        # Kept alive: a connection returned to the disposed pool is garbage, and the collector, in
+        # another thread, would remove it from `_known` before it closes it.
         known = set(self._known_now())
-        engine.dispose()  # a host's too: it makes connections again when it is asked for one
+        engine.dispose()  # a host's too: its pool opens new connections on demand
 
         def is_closed_or_stuck() -> bool:
             known.update(self._known_now())
             for record in known:
                 if self._user(record) is None:
                     record.close()
-            with self._changed:  # what was given back meanwhile is closed the next time
+            with self._changed:  # connections returned meanwhile are closed in the next round
                 return all(self._user(one) in self._forking for one in self._open())
 
         return _comes(is_closed_or_stuck, deadline) and not self._open()
 
     def _user(self, connection: Any) -> int | None:
-        """The thread that uses, makes or closes a connection; None where none does or is known."""
+        """The thread that uses, opens or closes a connection; None if none does, or if unknown."""
         if isinstance(connection, int):  # detached
             return None
         if isinstance(connection, _Closing):
@@ -318,9 +317,9 @@ class _SqliteGuard(_Guard):
         return self._using.get(connection) or self._making.get(connection)
 
     def _close_async(self, engine: Engine, deadline: float) -> bool:
-        """Likewise, where an event loop has the connections, which must not be held up meanwhile.
+        """As `_close`, for connections of an event loop, which must not be blocked meanwhile.
 
-        One that runs in this thread brings nothing to an end before the fork.
+        A loop that runs in this thread can finish nothing before the fork, so this does not wait.
         """
 
         def is_idle() -> bool:
@@ -337,15 +336,15 @@ class _SqliteGuard(_Guard):
             record.driver_connection for record in self._known_now() if record.dbapi_connection
         ]
         for driver in drivers:
-            driver.stop()  # by the connection's own thread, without a loop
+            driver.stop()  # the connection's own thread closes it; that needs no event loop
         for driver in drivers:
-            # aiosqlite has no public way to wait
+            # aiosqlite has no public way to wait for its thread
             driver._thread.join(max(0.0, deadline - time.monotonic()))  # noqa: SLF001
         engine.dispose(close=False)
         return not any(driver._thread.is_alive() for driver in drivers)  # noqa: SLF001
 
     def _open(self) -> Collection[Any]:
-        """Connections that are open, or being made or closed."""
+        """Connections that are open, or being opened or closed."""
         with self._changed:
             made = [one for one in self._known_now() if one.dbapi_connection is not None]
             return [*made, *self._making, *self._detached, *self._closing]
@@ -355,12 +354,12 @@ class _SqliteGuard(_Guard):
             return list(self._known)
 
     def after_fork_in_parent(self) -> None:
-        """Let the threads that wait go on."""
+        """Let the waiting threads continue."""
         self._at_rest = False
         super().after_fork_in_parent()
 
     def after_fork_in_child(self) -> None:
-        """Start with an empty pool; without the file, if a connection to it was open."""
+        """Start with an empty pool; refuse the file if a connection to it was open at the fork."""
         left = [] if self._at_rest else list(self._open())
         if left:
             files = {record.info.get(_FILE) for record in self._known_now()} | {self._identity()}
@@ -371,7 +370,7 @@ class _SqliteGuard(_Guard):
 
 
 def _comes(condition: Callable[[], bool], deadline: float) -> bool:
-    """Whether the condition holds now, or at a moment before the deadline."""
+    """Wait until the condition holds; False if it did not before the deadline."""
     while not condition():
         if time.monotonic() >= deadline:
             return False

@@ -1,6 +1,6 @@
-"""SQL functions, named once and compiled per backend.
+"""SQL functions, each compiled for both backends.
 
-There is no default compilation: an unsupported database fails loudly.
+There is no default compilation, so an unsupported database raises an error.
 """
 
 from functools import lru_cache
@@ -41,20 +41,20 @@ _LOW_MASK: Final = 2**_LOW_BITS - 1
 
 
 def measured(column: ColumnElement[Any], domain: Domain) -> ColumnElement[Any]:
-    """The column's value, or NULL where the stored value is no measurement.
+    """The column's value, or NULL if the stored value is not a measurement.
 
-    The one comparison guards the range and the kind of the stored value: SQLite orders every
-    text and blob after every number, and PostgreSQL orders NaN after infinity.
+    One comparison checks both the range and the type of the stored value: SQLite orders every text
+    and blob after every number, and PostgreSQL orders NaN after infinity.
     """
     limit = literal(domain.limit, column.type)
     return case((column.between(-limit, limit), column))
 
 
-class scaled(FunctionElement[int]):  # noqa: N801 - written like any SQL function
+class scaled(FunctionElement[int]):  # noqa: N801 - named like an SQL function
     """``floor(x * scale + 0.5)`` of a measured value in its domain's integer units, else NULL.
 
-    The same 64-bit integer on every backend: products, sums and floors of IEEE doubles within
-    ±2**53. The backends' own rounding functions and casts disagree with each other on ties.
+    It is the same 64-bit integer on every backend, because it uses only products, sums and floors
+    of IEEE doubles within ±2**53. The backends' own rounding functions and casts differ on ties.
     """
 
     type = BigInteger()
@@ -75,8 +75,8 @@ def _scaled_postgresql(element: scaled, compiler: SQLCompiler, **kw: Any) -> str
 
 @compiles(scaled, "sqlite")
 def _scaled_sqlite(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
-    # SQLite's floor() is an option of its build; CAST cuts toward zero, so a negative fraction
-    # is one too high. There are hardly any, so the others do not pay for them.
+    # Not every build of SQLite has floor(). CAST cuts toward zero, so it is one too high for a
+    # negative fraction. Those are rare, so the other values take the shorter branch.
     x, limit, scale = (compiler.process(clause, **kw) for clause in element.clauses)
     units = f"({x} * {scale} + 0.5)"
     cut = f"CAST({units} AS INTEGER)"
@@ -87,7 +87,7 @@ def _scaled_sqlite(element: scaled, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 class as_real(FunctionElement[float]):  # noqa: N801
-    """A number as a double, to be compared with one; SQLite compares numbers of any kind."""
+    """A number as a double, to compare it with one; SQLite compares all numbers as they are."""
 
     type = Real
     name = "as_real"
@@ -105,9 +105,10 @@ def _as_real_sqlite(element: as_real, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 class count_of(FunctionElement[int]):  # noqa: N801
-    """How many values there are that are not NULL.
+    """How many values are not NULL.
 
-    PostgreSQL's own ``count`` takes any type, and so yields to one that takes exactly this.
+    Named with its schema: PostgreSQL's own ``count`` takes any type, so one that another role
+    created for exactly this type would be preferred.
     """
 
     type = BigInteger()
@@ -126,10 +127,10 @@ def _count_sqlite(element: count_of, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 class each_id(FunctionElement[int]):  # noqa: N801
-    """The ids that a scalar subquery of ``id`` selects, one a row, in the column ``value``.
+    """The ids that a scalar subquery of ``id`` selects, one in each row, in the column ``value``.
 
-    The subquery may be correlated with what stands before it in the same FROM: SQLite allows that
-    to a function's argument, and not to a subquery, for it has no LATERAL.
+    The subquery may refer to earlier members of the same FROM: SQLite has no LATERAL, and allows
+    this in a function's argument only.
     """
 
     type = BigInteger()
@@ -139,18 +140,18 @@ class each_id(FunctionElement[int]):  # noqa: N801
 
 @compiles(each_id, "sqlite")
 def _each_sqlite(element: each_id, compiler: SQLCompiler, **kw: Any) -> str:
-    # an argument, and no member of FROM: else it would not be correlated with the others there
+    # as an argument, not as a member of FROM, so that it can refer to the other members
     ids = compiler.process(element.clauses, **{**kw, "asfrom": False})
     return f"json_each((SELECT json_group_array(id) FROM {ids}))"  # noqa: S608 - compiled SQL
 
 
 class one_of(FunctionElement[Any]):  # noqa: N801
-    """What a column equals when it equals the value, said so that an index in its order is used.
+    """The right side of ``column = value``, so that an index beginning with the column is used.
 
-    To PostgreSQL a column that equals a constant has no part in the order of the rows. It then
-    likes to walk the newest rows of all in search of the value, the more so the more of them the
-    whole table has; where it became rare, that takes long. An array of one is no constant, so
-    that only an index which begins with the column has the order asked for.
+    PostgreSQL ignores a column that equals a constant when it considers the order of the rows. It
+    then tends to scan the newest rows of all for the value, which takes long if the value became
+    rare. An array of one value is not a constant, so only an index that begins with the column
+    gives the order that the query asks for.
     """
 
     name = "one_of"
@@ -168,15 +169,15 @@ def _one_of_sqlite(element: one_of, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 class unindexed(FunctionElement[Any]):  # noqa: N801
-    """The same value, which a planner takes for no reason to use an index.
+    """The same value, written so that the planner does not choose an index for it.
 
-    SQLite's has no statistics of the values unless somebody ran ANALYZE, and walks the whole of an
-    index for the sake of one term. See
+    SQLite's planner has no statistics of the values unless ANALYZE was run, and may scan a whole
+    index because of one term. See
     https://sqlite.org/optoverview.html#disqualifying_where_clause_terms_using_unary_
 
-    PostgreSQL's knows better, but not where it plans for any parameters: then every range of a
-    number is as short as every other to it, and it reads two indexes for two of them, one of which
-    may hold the whole table. To it a text stays what it is: of those it has to know the frequent.
+    PostgreSQL has statistics, but a generic plan assumes the same size for every range of numbers.
+    It would then read two indexes for two ranges, one of which may contain the whole table. On
+    PostgreSQL a text stays as it is, because the planner needs to know which texts are frequent.
     """
 
     name = "unindexed"
@@ -199,21 +200,21 @@ def _unindexed_sqlite(element: unindexed, compiler: SQLCompiler, **kw: Any) -> s
 
 
 class same(FunctionElement[bool]):  # noqa: N801
-    """Whether two texts are equal, NULL being equal to NULL alone; fit for a join."""
+    """Whether two texts are equal, with NULL equal to NULL only; it can be used in a join."""
 
     type = Boolean()
     name = "same"
     inherit_cache = True
 
     def self_group(self, against: Any = None) -> Any:
-        """Itself: ``… = 1``, as a dialect without a type for it asks for, is no use to an index."""
+        """Stay as it is: SQLAlchemy adds ``= 1`` without a native boolean, and no index applies."""
         del against
         return self
 
 
 @compiles(same, "postgresql")
 def _same_postgresql(element: same, compiler: SQLCompiler, **kw: Any) -> str:
-    # IS NOT DISTINCT FROM can be no key of a hash join
+    # IS NOT DISTINCT FROM cannot be the key of a hash join
     one, other = (compiler.process(clause, **kw) for clause in element.clauses)
     return f"(coalesce({one}, '') = coalesce({other}, '') AND ({one} IS NULL) = ({other} IS NULL))"
 
@@ -225,12 +226,12 @@ def _same_sqlite(element: same, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 def inserting(backend: Backend, table: Table) -> Any:
-    """The dialect's own INSERT, which can say what is done ON CONFLICT."""
+    """The dialect's own INSERT, which has ON CONFLICT."""
     match backend:
         case Backend.SQLITE:
             return sqlite_insert(table)
         case Backend.POSTGRESQL:
-            # its engine has imported the dialect by now; a store on SQLite never does
+            # the engine has imported the dialect by now; a store on SQLite never imports it
             from sqlalchemy.dialects.postgresql import insert  # noqa: PLC0415
 
             return insert(table)
@@ -239,10 +240,10 @@ def inserting(backend: Backend, table: Table) -> Any:
 
 
 def each_row(statement: Select[*tuple[Any, ...]]) -> Subquery:
-    """A subquery that is computed as written: each expression once a row.
+    """A subquery that evaluates each of its expressions once for each row.
 
-    Both databases would else put the expressions in the place of their names, and compute what
-    is used in three sums three times: with OFFSET they do not.
+    Both databases would otherwise replace names by their expressions, and evaluate an expression
+    three times if three sums use it. With OFFSET they do not.
     """
     return statement.offset(0).subquery()
 
@@ -251,10 +252,10 @@ _Statement = TypeVar("_Statement", bound=SelectBase)
 
 
 def written_out(statement: _Statement) -> _Statement:
-    """The same statement with its constants in its text; its parameters stay what they are.
+    """The same statement with its constants in its text; its parameters stay parameters.
 
-    A constant that is sent beside the text costs as much as a parameter: psycopg takes the text
-    apart at each, and PostgreSQL, unless told otherwise, plans anew what has any.
+    A constant that is sent separately costs as much as a parameter: psycopg splits the text at
+    each, and PostgreSQL by default plans a statement with parameters again for each execution.
     """
 
     def constant(element: ExternallyTraversible, **_: Any) -> ColumnElement[Any] | None:
@@ -267,7 +268,7 @@ def written_out(statement: _Statement) -> _Statement:
 
 
 class _written_number(FunctionElement[Any]):  # noqa: N801
-    """A constant number of its type: to PostgreSQL its digits are an INTEGER where they fit."""
+    """A constant with its type: PostgreSQL takes bare digits for an INTEGER if they fit."""
 
     name = "written_number"
     inherit_cache = True
@@ -297,18 +298,18 @@ def _written(value: float | str) -> str:
 
 
 def whole_number(name: str) -> BindParameter[int]:
-    """A parameter of a statement."""
+    """A whole number as a parameter of a statement."""
     return bindparam(name, type_=BigInteger())
 
 
 def exact_sum(name: str, value: ColumnElement[int]) -> list[Label[Any]]:
-    """The three columns of an exact sum of scaled values: how many there are, the sum's halves.
+    """The three columns of an exact sum of scaled values: their number, and the sum's two halves.
 
-    Halves, because one 64-bit sum could overflow, which SQLite answers with an error.
+    Two halves, because one 64-bit sum could overflow, and SQLite then raises an error.
 
     Returns:
-        ``{name}_count``, ``{name}_high`` and ``{name}_low``: the sum is
-        ``high * 2**31 + low``, in the domain's units.
+        ``{name}_count``, ``{name}_high`` and ``{name}_low``: the sum is ``high * 2**31 + low``, in
+            the domain's units.
     """
     return [
         count_of(value).label(f"{name}_count"),
@@ -318,5 +319,5 @@ def exact_sum(name: str, value: ColumnElement[int]) -> list[Label[Any]]:
 
 
 def joined(high: int | None, low: int | None) -> int:
-    """The sum whose halves `exact_sum` selects; 0 for no value."""
+    """The sum whose halves `exact_sum` selects; 0 if there was no value."""
     return (int(high or 0) << _LOW_BITS) + int(low or 0)

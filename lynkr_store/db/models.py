@@ -1,8 +1,8 @@
 """The declarative tables.
 
-Columns keep the gateway's names and physical order; what each means is said at
-`lynkr_store.schemas.RoutingEvent`. Indexes keep the gateway's names, which do not begin with the
-table's: the gateway would make them again under these.
+Columns keep the gateway's names and physical order; `lynkr_store.schemas.RoutingEvent` says what
+each means. The gateway's indexes keep their names, although these do not follow the convention
+below: otherwise the gateway would create them a second time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -42,7 +42,7 @@ _RowId = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class Base(DeclarativeBase):
-    """The base of the store's tables; its metadata can stand in a host's Alembic environment."""
+    """The base of the store's tables; a host's Alembic environment can use its metadata."""
 
     metadata = MetaData(
         naming_convention={
@@ -113,7 +113,7 @@ class RoutingTelemetry(Base):
         Index("idx_telemetry_tier", "tier"),
         Index("idx_telemetry_timestamp", "timestamp"),  # every window, and the newest rows first
         Index("idx_telemetry_session_id", "session_id", "timestamp"),  # one session in order
-        # the store's own: the newest rows of a tier, of a model; a third stands below
+        # the store's own: the newest rows of a tier, of a model; a third is defined below
         Index("ix_routing_telemetry_tier_timestamp", "tier", "timestamp"),
         Index("ix_routing_telemetry_model_timestamp", "model", "timestamp"),
         {"sqlite_autoincrement": True},
@@ -121,7 +121,7 @@ class RoutingTelemetry(Base):
 
 
 class SavingsEvent(Base):
-    """Tokens that compression or a cache saved, as the gateway notes them."""
+    """Tokens that compression or a cache saved, as the gateway records them."""
 
     __tablename__ = "savings_events"
 
@@ -131,22 +131,23 @@ class SavingsEvent(Base):
     tokens_saved: Mapped[TokenCount]
 
     __table_args__ = (
-        Index("idx_savings_timestamp", "timestamp"),  # a summary since an instant
+        Index("idx_savings_timestamp", "timestamp"),  # sums from an instant on
         {"sqlite_autoincrement": True},
     )
 
 
 class IngestBatch(Base):
-    """The ledger: one row for each batch of records that was stored, written with its rows.
+    """The ledger: one row for each stored batch of records, written in the batch's transaction.
 
-    A batch whose commit went unanswered is tried again under the same id, and finds itself here.
+    If the answer to a commit was lost, the writer tries the batch again under the same id, finds it
+    here, and stores nothing twice.
     """
 
     __tablename__ = "ingest_batches"
 
     batch_id: Mapped[Words] = mapped_column(primary_key=True)
     row_count: Mapped[Count]
-    """Rows stored; the batch may have had more, which the database refused."""
+    """Rows stored, without those that the database refused."""
     committed_at: Mapped[Instant]
 
     __table_args__ = (
@@ -160,7 +161,8 @@ TELEMETRY: Final = Base.metadata.tables[RoutingTelemetry.__tablename__]
 FAILED: Final[ColumnElement[int]] = cast(TELEMETRY.c.error_type.is_not(None), Integer)
 """1 where a row has an error type, else 0."""
 
-# The newest rows of a provider, of its errors, and of all errors: those of each provider, merged.
+# The newest rows of a provider, the newest errors of a provider, and the newest errors of all
+# providers, by merging those of each.
 Index(
     "ix_routing_telemetry_provider_failed_timestamp",
     TELEMETRY.c.provider,
@@ -172,7 +174,7 @@ SAVINGS: Final = Base.metadata.tables[SavingsEvent.__tablename__]
 
 LEDGER: Final = Base.metadata.tables[IngestBatch.__tablename__]
 
-# -- tables of the store's own, which no class is mapped to: mapping one takes most of its time ----
+# -- the store's own tables, without a mapped class: mapping takes most of the time of importing ---
 
 
 def _id() -> Column[int]:
@@ -196,10 +198,10 @@ DIMENSIONS: Final = Table(
     _text("tier", nullable=True),
     _text("request_type", nullable=True),
 )
-"""One combination of values by which roll-ups are kept apart; NULL and ``''`` are two."""
+"""One combination of values for which roll-ups are kept; NULL and ``''`` are different values."""
 
 COUNTED: Final = ("errors", "fallbacks", "over_provisioned", "under_provisioned")
-"""What roll-ups count, in addition to the requests."""
+"""What roll-ups count besides the requests."""
 
 SUMMED: Final = {
     "latency_ms": MILLISECONDS,
@@ -215,7 +217,7 @@ SUMMED: Final = {
 
 
 def measure_columns(names: Iterable[str] = (*COUNTED, *SUMMED)) -> Iterator[str]:
-    """The names of the columns of roll-ups that hold these measures, in their order."""
+    """The names of the roll-up columns that hold these measures, in their order."""
     yield "requests"
     for name in names:
         if name in SUMMED:
@@ -227,15 +229,15 @@ def measure_columns(names: Iterable[str] = (*COUNTED, *SUMMED)) -> Iterator[str]
 ROLLUPS: Final = Table(
     "routing_rollups",
     Base.metadata,
-    _whole("span_ms", key=True),  # its length: a quarter of an hour, an hour or a day, in UTC
-    _whole("start", key=True),  # its first millisecond
+    _whole("span_ms", key=True),  # the bucket's length: a quarter of an hour, an hour, a UTC day
+    _whole("start", key=True),  # the bucket's first millisecond
     _whole("dimension_id", key=True),
     *map(_whole, measure_columns()),
     sqlite_with_rowid=False,
 )
-"""Counts and sums of the rows of one span of time and one combination of dimensions.
+"""Counts and sums of the rows of one time bucket and one combination of dimensions.
 
-Of the rows that were folded, up to the watermark in `PROGRESS`. A sum is two integers,
+They include the rows that were folded, up to the watermark in `PROGRESS`. A sum is two integers,
 ``high * 2**31 + low``, in the units of its domain; see `lynkr_store.rollups.measures`.
 """
 
@@ -246,33 +248,34 @@ PROGRESS: Final = Table(
     _whole("value"),
     sqlite_with_rowid=False,
 )
-"""How far the work behind the rows has come, by its name."""
+"""Named numbers, such as the watermark, that say how far maintenance has come."""
 
 CHANGES: Final = Table(
     "routing_changes",
     Base.metadata,
     _id(),
     _whole("start"),  # the quarter's first millisecond
-    _whole("newest", nullable=True),  # instant of a deleted row; None where rows were only changed
+    _whole("newest", nullable=True),  # a deleted row's instant; NULL if rows were only changed
     Index("ix_routing_changes_start", "start"),  # what was changed in a window
     sqlite_autoincrement=True,
 )
-"""Quarters of an hour in which rows were changed or deleted; triggers enter them.
+"""Quarters of an hour in which rows were changed or deleted; triggers insert them.
 
-Until maintenance has made the quarter's roll-ups again, answers read its rows.
+Until maintenance has recomputed the quarter's roll-ups, answers read its rows.
 """
 
 NOTES: Final = Table(
     "lynkr_store_revisions",
     Base.metadata,
     _text("revision", key=True),
-    _whole("rolling"),  # 1: a release that does not know the revision can go on reading and writing
+    _whole("rolling"),  # 1: a release that does not know the revision can still read and write
     _text("after"),  # the revision before it
-    _text("release"),  # the release that applied it, and knows it
+    _text("release"),  # the release that applied it
     sqlite_with_rowid=False,
 )
-"""What a release that applied a revision has to say to older ones."""
+"""Tells older releases whether they can work with a newer revision, and names the release
+that applied it."""
 
 INDEXES: Final = tuple(index for table in Base.metadata.sorted_tables for index in table.indexes)
-"""Every index the store uses: revisions build them on empty tables, ``maintain()`` on tables with
-rows. One that is missing slows answers and changes none."""
+"""Every index the store uses. Revisions build them on empty tables, ``maintain()`` on tables with
+rows. A missing index makes answers slower, and never wrong."""

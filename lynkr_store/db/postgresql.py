@@ -1,8 +1,8 @@
-"""What each transaction of the store is told on PostgreSQL: settings, and the schema of its tables.
+"""PostgreSQL: the settings of each of the store's transactions, and the schema of its tables.
 
-Statements name tables alone, so that they are the same in every schema and on SQLite; the
-transaction's ``search_path`` names the schema. With nothing else in the path, tables of the same
-names elsewhere are not seen.
+Statements name tables without a schema, so they are the same in every schema and on SQLite. The
+transaction's ``search_path`` names the schema. It names nothing else, so tables of the same name in
+other schemas are not found.
 """
 
 from collections.abc import Iterator
@@ -37,11 +37,11 @@ _SCHEMA: Final = "lynkr_store_schema"  # the execution option that names it
 TEMPORARY: Final = "pg_temp"
 """The schema of a session's temporary tables."""
 _NOT_PERMITTED: Final = "42501"
-SETTINGS: Final = "lynkr_store_settings"  # what holds in each transaction on PostgreSQL
-PREPARE: Final = "lynkr_store_prepare"  # after how many times a statement is prepared there
+SETTINGS: Final = "lynkr_store_settings"  # the settings of each transaction on PostgreSQL
+PREPARE: Final = "lynkr_store_prepare"  # executions after which a statement is prepared there
 PREPARE_AFTER: Final = 5  # psycopg's own default
-# PostgreSQL over a network: a machine that vanished without a word is noticed after a minute; the
-# system alone would take two hours. Without effect on a Unix socket.
+# PostgreSQL over a network: a machine that vanished silently is noticed after a minute; by the
+# system's own defaults that takes two hours. Without effect on a Unix socket.
 NETWORK: Final = {
     "keepalives_idle": 30,  # s
     "keepalives_interval": 10,  # s
@@ -58,31 +58,31 @@ def options_of(schema: str | None) -> dict[str, str | None]:
 def path_of(schema: str | None) -> dict[str, str]:
     """The settings of a transaction that works in the schema.
 
-    Temporary tables come last: unless the path names their schema, PostgreSQL looks there first,
-    and a session that a pool or pooler hands round may have one of the same name.
+    The schema of temporary tables is named last. Otherwise PostgreSQL searches it first, and a
+    session that a pool or pooler shares may have a temporary table of the same name.
     """
     return {"search_path": f"{quoted(schema)}, {TEMPORARY}"} if schema else {}
 
 
 def schema_of(of: Engine | Connection) -> str | None:
-    """The schema that an engine or connection of the store's was given."""
+    """The schema that the store's engine or connection was given."""
     schema: str | None = of.get_execution_options().get(_SCHEMA)
     return schema
 
 
 def set_path(connection: Connection, search_path: str) -> None:
-    """Set the path for the rest of the transaction.
+    """Set the search path for the rest of the transaction.
 
-    Not by SET, in whose text a driver would look for parameters.
+    Not by SET, because a driver would look for parameters in its text.
     """
     connection.execute(select(func.pg_catalog.set_config("search_path", search_path, True)))  # noqa: FBT003
 
 
 def require_schema(connection: Connection, schema: str | None) -> None:
-    """Make sure that what a transaction creates will be in the schema.
+    """Make sure that a transaction creates its tables in the schema.
 
     Raises:
-        SchemaError: It would be elsewhere, nowhere, or gone with the session.
+        SchemaError: They would be in another schema, in none, or temporary.
     """
     found = connection.scalar(select(func.pg_catalog.current_schema()))
     if not schema and (found is None or str(found).startswith(TEMPORARY)):
@@ -95,18 +95,18 @@ def require_schema(connection: Connection, schema: str | None) -> None:
         )
     if schema and found != schema:
         raise SchemaError(
-            f"nothing was changed: this transaction is not in the schema {schema}. Give a "
-            f"connection in a transaction, of a user who has USAGE of the schema"
+            f"nothing was changed: this transaction does not work in the schema {schema}. Give a "
+            f"connection in a transaction, of a user who has USAGE on the schema"
         )
 
 
 def quoted(schema: str) -> str:
-    """The name as an identifier, whatever is in it."""
+    """The name as a quoted identifier."""
     return '"' + schema.replace('"', '""') + '"'
 
 
 def make_schema(connection: Connection, schema: str | None) -> None:
-    """Create the schema, if one is named that is not there.
+    """Create the named schema if it does not exist.
 
     Raises:
         SchemaError: This user may not create it.
@@ -121,14 +121,14 @@ def make_schema(connection: Connection, schema: str | None) -> None:
         if getattr(error.driver_exception, "sqlstate", None) != _NOT_PERMITTED:
             raise
         raise SchemaError(
-            f"the schema {schema} is not there, and this user may not create it: have the "
+            f"the schema {schema} does not exist, and this user may not create it: have the "
             f"database's owner run CREATE SCHEMA {quoted(schema)} AUTHORIZATION {quoted(str(user))}"
         ) from None
 
 
 @contextmanager
 def within(connection: Connection, schema: str | None) -> Iterator[None]:
-    """A host's connection, in its transaction, works in the schema; afterwards where it did."""
+    """Let a host's connection work in the schema, in its transaction; restore the path after."""
     if not schema or connection.dialect.name != Backend.POSTGRESQL:
         yield
         return
@@ -141,10 +141,10 @@ def within(connection: Connection, schema: str | None) -> Iterator[None]:
 
 
 def script_lines(schema: str) -> str:
-    """SQL that creates the schema, if it is not there, and works in it for a transaction.
+    """SQL that creates the schema if it does not exist, and sets the path for a transaction.
 
-    CREATE SCHEMA IF NOT EXISTS would want the right to create one also where it is there. The block
-    is a text in quotes: between dollar signs the schema's name could end it.
+    CREATE SCHEMA IF NOT EXISTS would need the right to create a schema even if it exists. The block
+    is quoted with apostrophes, because a schema's name could end a dollar-quoted text.
     """
     body = (
         f"BEGIN IF pg_catalog.to_regnamespace({as_text(quoted(schema))}) IS NULL THEN "
@@ -154,19 +154,19 @@ def script_lines(schema: str) -> str:
 
 
 def as_text(value: str) -> str:
-    """The value as a text in SQL, whatever is in it and ``standard_conforming_strings`` is."""
+    """The value as a text literal in SQL, for every setting of ``standard_conforming_strings``."""
     return "E'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
 
 def transaction_settings(
     options: str, statement_timeout_s: float, schema: str | None
 ) -> dict[str, str]:
-    """What holds in each of the store's transactions on PostgreSQL; the URL's own options win."""
+    """The settings of each of the store's transactions on PostgreSQL; the URL's options win."""
     settings = {
         "statement_timeout": str(int(statement_timeout_s * 1000)),
         "timezone": "UTC",
-        "extra_float_digits": "1",  # a double is read as it was stored
-        # statements of milliseconds, which the server would compile where it expects many rows
+        "extra_float_digits": "1",  # a double is read exactly as it was stored
+        # the statements take milliseconds, but the server would compile those with many rows
         "jit": "off",
     }
     settings |= {
@@ -180,19 +180,19 @@ def transaction_settings(
 
 
 def by_itself(engine: Engine) -> Connection:
-    """A PostgreSQL connection, not the pool's, that commits each statement by itself.
+    """A PostgreSQL connection outside the pool that commits each statement alone.
 
-    Nothing is set for its statements: they must name their tables with the schema.
+    No search path is set for its statements, so they must name their tables with the schema.
     """
     connection = engine.connect()
-    # the connection's options, for an engine's own isolation level would win over another engine's
+    # on the connection, because an engine's own isolation level would override another engine's
     connection.execution_options(isolation_level="AUTOCOMMIT", **options_of(None))
     connection.detach()
     return connection
 
 
 def require_utf8(connection: Connection) -> None:
-    """Make sure that no text is altered on its way, or refused, for want of a character.
+    """Refuse encodings other than UTF-8, which would alter or refuse texts of some languages.
 
     Raises:
         UnsupportedDatabase: The database, or the connection of a host's engine, has another
@@ -200,11 +200,11 @@ def require_utf8(connection: Connection) -> None:
     """
     if backend_of(connection) is not Backend.POSTGRESQL:
         return
-    reported = driver_of(connection).info.parameter_status  # by the server, without asking it
+    reported = driver_of(connection).info.parameter_status  # the server sent it at the start
     if not is_utf8(encoding := reported("server_encoding")):
         raise UnsupportedDatabase(
             f"the database's encoding is {encoding}, and texts of any language need UTF8: "
-            "make one by CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+            "create one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
         )
     if not is_utf8(encoding := reported("client_encoding")):
         raise UnsupportedDatabase(
@@ -214,48 +214,48 @@ def require_utf8(connection: Connection) -> None:
 
 
 def is_direct(connection: Connection) -> bool:
-    """Whether this transaction's, or statement's, PostgreSQL backend is the connection's own.
+    """Whether this transaction runs in the server process that the connection was made to.
 
-    One behind a pooler in transaction mode is that of another process for each transaction: what
-    stays in a session, a setting or a prepared statement, is others' then, or is not there.
+    A pooler in transaction mode gives each transaction another server process. What a session
+    keeps, such as a setting or a prepared statement, is then missing, or belongs to another client.
     """
     pid = connection.exec_driver_sql("SELECT pg_catalog.pg_backend_pid()").scalar()
     return bool(pid == driver_of(connection).info.backend_pid)
 
 
 def plan_for_any(connection: Connection) -> None:
-    """Have PostgreSQL plan this transaction's statements once, for whatever their parameters are.
+    """Make PostgreSQL use one generic plan for each of this transaction's statements.
 
-    For a statement that has one good plan: planned anew each time, as the server would where it
-    expects any range to be half a percent of a large table, it takes twice as long. It is planned
-    once for each connection, when psycopg has seen it five times and prepares it. See
-    https://www.postgresql.org/docs/current/runtime-config-query.html#GUC-PLAN-CACHE-MODE
+    This is for statements that have one good plan: planning them for each execution, as the server
+    does if it expects every range to be half a percent of a large table, takes twice as long. A
+    statement is planned once for each connection, when psycopg prepares it after five executions.
+    See https://www.postgresql.org/docs/current/runtime-config-query.html#GUC-PLAN-CACHE-MODE
 
-    A host's engine may commit each statement by itself; there it does nothing.
+    On a host's engine that commits each statement alone it does nothing.
     """
     if backend_of(connection) is Backend.POSTGRESQL and not driver_of(connection).autocommit:
         connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
 
 
 def set_up_transaction(connection: Connection) -> None:
-    """Set all that a transaction rests on, in one statement and for itself alone.
+    """Set everything that a transaction needs, in one statement and for this transaction only.
 
-    What a connection was started with may not have reached the server, and what its session was
-    told another one may have: poolers hand the server's connections round. See
+    Poolers share the server's connections among clients: the options that a connection was opened
+    with may not have reached the server, and a session's settings may be another client's. See
     https://www.pgbouncer.org/features.html#sql-feature-map-for-pooling-modes
 
     Raises:
-        SchemaBehind: The transaction is to write, and the schema is not there.
-        SchemaError: Statements that are committed one by one cannot have a schema set for them.
-        UnsupportedDatabase: The database's encoding is another than UTF-8.
+        SchemaBehind: The transaction is to write, and the schema does not exist.
+        SchemaError: A schema was given, and the connection is in AUTOCOMMIT mode.
+        UnsupportedDatabase: The database's encoding is not UTF-8.
     """
     options, driver = connection.get_execution_options(), driver_of(connection)
     schema = schema_of(connection)
     if driver.autocommit:
         if schema:
             raise SchemaError(
-                f"schema_name: to work in the schema {schema} takes transactions; leave the "
-                "isolation level AUTOCOMMIT out"
+                f"schema_name: working in the schema {schema} needs transactions; do not use the "
+                "isolation level AUTOCOMMIT"
             )
         return
     own = SETTINGS in options
@@ -267,16 +267,16 @@ def set_up_transaction(connection: Connection) -> None:
     require_utf8(connection)
     if schema and found != schema and options.get(BEGIN):
         raise SchemaBehind(
-            f"the schema {schema} is not there, or this user has no USAGE of it: "
+            f"the schema {schema} does not exist, or this user has no USAGE on it: "
             "run lynkr-store upgrade, or have its owner GRANT USAGE"
         )
 
 
 @lru_cache
 def _setting(settings: tuple[tuple[str, str], ...], schema: str | None) -> str:
-    """The statement that sets the settings, and tells the schema and the server's process.
+    """The statement that sets the settings, and returns the schema and the server's process id.
 
-    Written out: with parameters it takes half as long again.
+    The values are in its text: with parameters it takes 1.5 times as long.
     """
     values = dict(settings) | path_of(schema)
     sets = [f"pg_catalog.set_config({as_text(n)}, {as_text(v)}, true)" for n, v in values.items()]
@@ -284,4 +284,4 @@ def _setting(settings: tuple[tuple[str, str], ...], schema: str | None) -> str:
         path = f"pg_catalog.current_setting('search_path') || ', {TEMPORARY}'"
         sets.append(f"pg_catalog.set_config('search_path', {path}, true)")
     told = ("pg_catalog.current_schema()", "pg_catalog.pg_backend_pid()")
-    return f"SELECT {', '.join((*sets, *told))}".replace("%", "%%")  # not the driver's parameters
+    return f"SELECT {', '.join((*sets, *told))}".replace("%", "%%")  # not a parameter's mark

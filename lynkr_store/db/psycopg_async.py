@@ -1,7 +1,7 @@
-"""Psycopg's asynchronous connections, which ask nothing in the event loop's default executor.
+"""Psycopg's asynchronous connections, without the event loop's default executor.
 
-By themselves they have names of hosts looked up there and, with a libpq older than 17, statements
-cancelled: where a host has filled the executor, both come late or never.
+Psycopg itself looks up host names there and, with a libpq older than 17, cancels statements there.
+If a host program has filled the executor, both happen late or never.
 """
 
 import os
@@ -16,10 +16,10 @@ from lynkr_store.process.waiting import in_thread
 
 
 async def connect(*arguments: Any, **parameters: Any) -> Any:
-    """An ``AsyncConnection``; names are looked up in a thread of the store's own.
+    """An ``AsyncConnection``; a thread of the store's own looks up the host names.
 
-    Psycopg looks up nothing where it is given addresses. A name that is not found is left to it,
-    which says so.
+    Psycopg looks up no name if it is given addresses. A name that is not found is passed on as it
+    is, and psycopg raises the error.
     """
     hosts = _listed(parameters, "host", "PGHOST")
     if any(map(_is_name, hosts)) and not _listed(parameters, "hostaddr", "PGHOSTADDR"):
@@ -43,13 +43,13 @@ def _connection_class() -> Any:
 
 
 def _listed(parameters: Mapping[str, Any], name: str, variable: str) -> list[str]:
-    """A parameter that may have a value for each host; libpq takes its default from a variable."""
+    """A parameter with one value for each host; its default is an environment variable of libpq."""
     value = parameters.get(name) or os.environ.get(variable)
     return str(value).split(",") if value else []
 
 
 def _is_name(host: str) -> bool:
-    if not host or host.startswith(("/", "@")) or host[1:2] == ":":  # of a socket
+    if not host or host.startswith(("/", "@")) or host[1:2] == ":":  # the path of a Unix socket
         return False
     try:
         ip_address(host)
@@ -59,8 +59,8 @@ def _is_name(host: str) -> bool:
 
 
 def _with_addresses(hosts: list[str], ports: list[str]) -> dict[str, str]:
-    """The parameters of libpq that name each address of each host."""
-    if len(ports) < len(hosts):  # one for all, or none
+    """The parameters of libpq for each address of each host."""
+    if len(ports) < len(hosts):  # one port for all hosts, or none
         ports = (ports or [""]) * len(hosts)
     found = [
         (host, address, port)

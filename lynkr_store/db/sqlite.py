@@ -1,4 +1,4 @@
-"""What an SQLite connection of the store is told: PRAGMAs, BEGIN, how long it waits, its WAL."""
+"""Sets up the store's SQLite connections: PRAGMAs, BEGIN, waiting for locks, the WAL."""
 
 import sqlite3
 import stat
@@ -23,35 +23,35 @@ from lynkr_store.exceptions import (
 )
 from lynkr_store.process.files import make_private
 
-# what is known of a connection
-_SET_PAGES: Final = "lynkr_store_wal_pages"  # what `checkpoint_after` told it
+# keys of a connection's info
+_SET_PAGES: Final = "lynkr_store_wal_pages"  # the number that `checkpoint_after` set
 _PATIENT: Final = "lynkr_store_patient"  # it waits for locks
-_OVERWRITES: Final = "lynkr_store_overwrites"  # what is removed, with zeros
-_IN_WAL: Final = "lynkr_store_in_wal"  # a commit needs no lock beside that which BEGIN took
+_OVERWRITES: Final = "lynkr_store_overwrites"  # it overwrites removed content with zeros
+_IN_WAL: Final = "lynkr_store_in_wal"  # a commit needs no other lock than the one of BEGIN
 _SECURE_DELETE: Final = "secure_delete"
 _BUSY_MS: Final = 3_000  # the gateway writes the same file and waits as long
 WAL_PAGES: Final = 1_000
 """Pages in the WAL after which a commit moves them to the file, by SQLite's default."""
 CONNECTION_PRAGMAS: Final = (
     ("busy_timeout", _BUSY_MS),
-    ("synchronous", "NORMAL"),  # with WAL: no corruption on a power cut, the last commits may go
+    ("synchronous", "NORMAL"),  # with WAL a power cut may lose the last commits, never the file
     ("cache_size", -16_384),  # KiB, so 16 MB
     ("temp_store", "MEMORY"),  # sorting never writes prompt texts to another file
-    # what is removed is overwritten with zeros; measured: less than 1 % of the ingest's time
+    # removed content is overwritten with zeros; measured: less than 1 % of the ingest's time
     (_SECURE_DELETE, "ON"),
 )
-_STEPS_OF_SCHEMA: Final = 1_000  # each may take a look at all tables that were read before
+_STEPS_OF_SCHEMA: Final = 1_000  # each may check all tables that were read before
 _SCHEMA_S: Final = 60.0  # to read the schema of a file that the store opens to write
 _FRESH_FILE_PRAGMAS: Final = (
-    # Both are fixed with the file's first page, so they come before WAL.
+    # Both are fixed when the file's first page is written, so they come before WAL.
     ("page_size", 8_192),  # rows of 2 KB: 31 % less on disk than pages of 4 KB
-    ("auto_vacuum", "INCREMENTAL"),  # retention can give space back
+    ("auto_vacuum", "INCREMENTAL"),  # so that retention can return space to the file system
 )
 _decoded: Final = methodcaller("decode", errors="replace")  # of each text that is read
 
 
 class Deadline:
-    """Ends a statement of an SQLite connection that takes too long, with SQLITE_INTERRUPT."""
+    """Ends a statement that takes too long with SQLITE_INTERRUPT."""
 
     def __init__(self, connection: sqlite3.Connection, seconds: float, steps: int) -> None:
         self._seconds = seconds
@@ -59,7 +59,7 @@ class Deadline:
         connection.set_progress_handler(self._is_over, steps)
 
     def begin(self) -> None:
-        """A statement begins."""
+        """Start the time of a statement."""
         self._at = time.monotonic() + self._seconds
 
     def _is_over(self) -> bool:
@@ -67,10 +67,10 @@ class Deadline:
 
 
 def load_schema(connection: sqlite3.Connection, timeout_s: float) -> None:
-    """Have SQLite read what a file's tables are, in a bounded time.
+    """Make SQLite read a file's schema, in a bounded time.
 
-    It does so before the first statement, and takes a time that grows with their number's square:
-    measured with one query, 6 s for 30,000 views and 42 s for 100,000, on a busy machine.
+    SQLite reads it before the first statement. The time grows with the square of the number of
+    tables and views: measured on a busy machine, 6 s for 30,000 views and 42 s for 100,000.
     """
     Deadline(connection, timeout_s, _STEPS_OF_SCHEMA)
     try:
@@ -80,49 +80,49 @@ def load_schema(connection: sqlite3.Connection, timeout_s: float) -> None:
 
 
 def require_regular_file(path: Path) -> None:
-    """Refuse what is no file, before SQLite makes of it what it likes, or waits for ever.
+    """Refuse a path that is not a regular file: SQLite could wait for ever, or fail obscurely.
 
     Raises:
-        StoreUnavailable: A directory stands there, or a pipe, a device or a socket.
+        StoreUnavailable: The path is a directory, a pipe, a device or a socket.
     """
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # it is not there, or SQLite says what is wrong
+    except (OSError, ValueError):  # it does not exist, or SQLite will say what is wrong
         return
     if stat.S_ISDIR(mode):
-        raise StoreUnavailable(
-            f"{path}: a directory stands there; give the path of a file, such as one in it"
-        )
+        raise StoreUnavailable(f"{path} is a directory; give the path of a file, such as one in it")
     if not stat.S_ISREG(mode):
         raise StoreUnavailable(
-            f"{path}: a pipe, a device or a socket stands there; give the path of a file"
+            f"{path} is a pipe, a device or a socket; give the path of a regular file"
         )
 
 
 def ensure_begun(connection: Connection) -> None:
     """Begin an SQLite transaction before a SAVEPOINT, on a host's engine too.
 
-    Python's driver does not by itself: the SAVEPOINT would then be the transaction, and its
-    RELEASE the commit.
+    Python's driver does not begin one: the SAVEPOINT would then be the transaction, and its RELEASE
+    the commit.
     """
     if backend_of(connection) is Backend.SQLITE and not driver_of(connection).in_transaction:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def checkpoint_after(connection: Connection, pages: int) -> None:
-    """Have SQLite move what stands in its WAL to the file when it is so many pages at a commit."""
+    """Make a commit move the WAL's content to the file once the WAL has so many pages."""
     if connection.info.get(_SET_PAGES) != pages:
         connection.exec_driver_sql(f"PRAGMA wal_autocheckpoint = {pages}")
         connection.info[_SET_PAGES] = pages
 
 
 def checkpoint(connection: Connection) -> int:
-    """Move what stands in SQLite's WAL to the file, as far as it goes without waiting for anybody.
+    """Move the content of SQLite's WAL to the file, as far as possible without waiting for a lock.
 
-    Outside of a transaction. A failure is left to the next one, as SQLite does with its own.
+    Call it outside a transaction. A failure is ignored, as SQLite ignores those of its own
+    checkpoints; the next call tries again.
 
     Returns:
-        Pages that stand in the WAL; a writer begins it anew when all of them are in the file.
+        The number of pages in the WAL. A writer starts the WAL from its beginning once all of them
+            are in the file.
     """
     driver = driver_of(connection)
     try:
@@ -133,11 +133,11 @@ def checkpoint(connection: Connection) -> int:
 
 
 def empty_wal(connection: Connection) -> None:
-    """Move what stands in SQLite's WAL to the file and make the WAL empty, if nobody uses either.
+    """Move the content of SQLite's WAL to the file and truncate the WAL, if nothing uses them.
 
-    Otherwise the WAL keeps the pages as they were before texts were removed from them, until new
-    ones take their place. Outside of a transaction. It waits for nobody, and a failure is left to
-    the next time.
+    Otherwise the WAL keeps the old pages, with texts that were removed, until new pages overwrite
+    them. Call it outside a transaction. It waits for no lock and ignores a failure; the next call
+    tries again.
     """
     driver = driver_of(connection)
     with suppress(connection.dialect.loaded_dbapi.Error):
@@ -151,15 +151,15 @@ def empty_wal(connection: Connection) -> None:
 
 @contextmanager
 def overwriting(connection: Connection) -> Iterator[None]:
-    """Have SQLite overwrite what is removed or moved with zeros, on a host's connection too.
+    """Make SQLite overwrite removed or moved content with zeros, on a host's connection too.
 
-    By default SQLite only notes that the place is free. A host's connection is afterwards as it
-    was. Other backends are left alone: PostgreSQL's VACUUM clears what nobody sees any more.
+    By default SQLite only marks the space as free. A host's setting is restored afterwards. On
+    PostgreSQL this does nothing: VACUUM clears rows that no transaction can see any more.
     """
     if backend_of(connection) is not Backend.SQLITE:
         yield
         return
-    if connection.info.get(_OVERWRITES):  # our own
+    if connection.info.get(_OVERWRITES):  # a connection of the store's own engine
         yield
         return
     before = connection.exec_driver_sql(f"PRAGMA {_SECURE_DELETE}").scalar_one()
@@ -167,7 +167,7 @@ def overwriting(connection: Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(DBAPIError, InvalidRequestError):  # after a fault it may be closed
+        with suppress(DBAPIError, InvalidRequestError):  # after an error it may be closed
             name = ("OFF", "ON", "FAST")[before]
             connection.exec_driver_sql(f"PRAGMA {_SECURE_DELETE} = {name}").close()
 
@@ -178,9 +178,9 @@ def before_connect(
     arguments: list[Any],
     options: dict[str, Any],
 ) -> None:
-    """Make the file's directory, and the file, which its owner alone may read: it holds prompts.
+    """Create the directory and the file, readable by its owner only, because it holds prompts.
 
-    SQLite gives the mode to its ``-wal`` and ``-shm`` too. A file that is there keeps its mode.
+    SQLite gives ``-wal`` and ``-shm`` the same mode. An existing file keeps its mode.
     """
     path = arguments[0]
     if path == ":memory:":
@@ -191,24 +191,24 @@ def before_connect(
         return
     require_regular_file(Path(path))
     try:
-        # whoever else may write there could put another file in its place
+        # 0o755: a user who may write in the directory could replace the file
         Path(path).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise StoreUnavailable(
-            f"url: the directory {Path(path).parent} cannot be made ({error.strerror}); "
+            f"url: the directory {Path(path).parent} cannot be created ({error.strerror}); "
             "give a path where this user may write"
         ) from error
-    with suppress(OSError, RuntimeError):  # then SQLite makes it, or says why it cannot be
-        make_private(Path(path).resolve())  # where a link leads, for there SQLite makes it
+    with suppress(OSError, RuntimeError):  # then SQLite creates it, or says why it cannot
+        make_private(Path(path).resolve())  # SQLite creates a link's target
 
 
 def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    """Set a new connection of a file that the store may write, and a new file, as the store wants.
+    """Set up a new connection to a file that the store may write, and a new file.
 
     A file without the store's tables keeps its journal mode until it is adopted.
     """
     set_up(connection)
-    if isinstance(connection, sqlite3.Connection):  # not aiosqlite's, which come later
+    if isinstance(connection, sqlite3.Connection):  # not an aiosqlite connection, made later
         load_schema(connection, _SCHEMA_S)
     cursor = connection.cursor()
     try:
@@ -220,10 +220,10 @@ def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None
         if fresh:
             for name, value in _FRESH_FILE_PRAGMAS:
                 cursor.execute(f"PRAGMA {name} = {value}")
-        # A file of somebody else's stays as it is, down to its header, until it is adopted.
+        # Another program's file is not changed at all, not even its header, until it is adopted.
         if fresh or _is_ours(cursor):
-            # Locked: another connection is switching, and the mode is the file's, not ours.
-            # Read-only: then there is nothing to switch for.
+            # The errors: locked, because another connection sets the mode, which is the file's; or
+            # read-only, and then the mode does not matter.
             with suppress(sqlite3.OperationalError):
                 cursor.execute("PRAGMA journal_mode = WAL")
                 record.info[_IN_WAL] = cursor.fetchall() == [("wal",)]
@@ -232,8 +232,8 @@ def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None
 
 
 def set_up(connection: Any) -> None:
-    """Leave BEGIN to SQLAlchemy, and read texts that are no UTF-8 with replacement characters."""
-    # The driver's own BEGIN is off: it comes too late for SELECTs and not at all for SAVEPOINT.
+    """Leave BEGIN to SQLAlchemy, and decode texts that are not UTF-8 with U+FFFD."""
+    # The driver's own BEGIN is off: it comes too late for SELECT, and never for SAVEPOINT.
     connection.isolation_level = None
     driver = getattr(connection, "driver_connection", connection)
     driver.text_factory = _decoded
@@ -255,6 +255,6 @@ def on_begin(connection: Connection) -> None:
 
 
 def _set_patience(connection: Connection, *, patient: bool) -> None:
-    if connection.info.get(_PATIENT, True) != patient:  # as a rule the last one wanted the same
+    if connection.info.get(_PATIENT, True) != patient:  # usually it is set already
         connection.exec_driver_sql(f"PRAGMA busy_timeout = {_BUSY_MS if patient else 0}")
         connection.info[_PATIENT] = patient

@@ -1,12 +1,13 @@
-"""The triggers by which a database notes the changes of rows that are in the roll-ups.
+"""Triggers that record changes of rows, so that their roll-ups can be recomputed.
 
-Revision `0010` creates them by the statements here, so these never change: other triggers need a
-revision, and names, of their own. They enter in ``routing_changes`` which quarter of an hour an
-UPDATE or DELETE of ``routing_telemetry`` touched, whoever ran it; maintenance then makes that
-quarter's roll-ups again. An INSERT has no trigger: new rows are found by their ids.
+Revision `0010` creates them with the statements here, so these statements never change: other
+triggers need their own revision and names. If any program runs UPDATE or DELETE on
+``routing_telemetry``, they insert the affected quarters of an hour into ``routing_changes``, and
+maintenance recomputes the roll-ups of these quarters. INSERT has no trigger: new rows are found by
+their ids.
 
 A trigger that fails would break another program's statement. So no stored value makes one fail, a
-role needs no right to ``routing_changes``, and nothing in another role's schema is called.
+role needs no right on ``routing_changes``, and nothing in another role's schema is called.
 """
 
 # ruff: noqa: S608 - every name is a constant
@@ -31,11 +32,11 @@ NAMES: Final = {
 """The triggers' names."""
 
 FUNCTION: Final = "lynkr_store_note_change"
-"""PostgreSQL: the function that they run."""
+"""PostgreSQL: the function that the triggers call."""
 
 _TABLE: Final = "routing_telemetry"
 _QUARTER_MS: Final = 900_000
-_READ: Final = (  # the columns that roll-ups depend on; a change of a text costs nothing
+_READ: Final = (  # the columns that roll-ups depend on; the triggers ignore a change of a text
     "id",
     "timestamp",
     "provider",
@@ -56,7 +57,7 @@ _READ: Final = (  # the columns that roll-ups depend on; a change of a text cost
 
 
 def creating(backend: Backend) -> Iterator[str]:
-    """Statements that create the triggers, where they are not there."""
+    """Statements that create the triggers if they do not exist."""
     match backend:
         case Backend.SQLITE:
             yield from _sqlite()
@@ -67,7 +68,7 @@ def creating(backend: Backend) -> Iterator[str]:
 
 
 def dropping(backend: Backend) -> Iterator[str]:
-    """Statements that drop them, where they are there."""
+    """Statements that drop the triggers if they exist."""
     match backend:
         case Backend.SQLITE:
             yield from (f"DROP TRIGGER IF EXISTS {name}" for name in NAMES[backend])
@@ -79,14 +80,14 @@ def dropping(backend: Backend) -> Iterator[str]:
 
 
 def _in_domain(instant: str) -> str:
-    """Only such instants are in roll-ups; SQLite orders a text and a blob after every number."""
+    """Whether roll-ups include the instant; SQLite orders texts and blobs after every number."""
     return f"{instant} >= {INSTANT_MIN_MS} AND {instant} < {INSTANT_MAX_MS}"
 
 
 def _sqlite() -> Iterator[str]:
-    """Row triggers: SQLite has no others. A quarter is noted once, until it is made again.
+    """Row triggers: SQLite has no others. A quarter is entered once until it is recomputed.
 
-    What is asked in WHEN costs a third of the same asked in the body.
+    A condition in WHEN costs a third of the same condition in the body.
     """
     old, new = (f"CAST({row}.timestamp AS INTEGER)" for row in ("OLD", "NEW"))  # of a fraction too
     old_start, new_start = (f"{at} - {at} % {_QUARTER_MS}" for at in (old, new))
@@ -112,17 +113,18 @@ def _sqlite() -> Iterator[str]:
 
 
 def _postgresql() -> str:
-    """One block that looks which schema the table is in, so that a script can contain it too.
+    """One block that finds the schema of the table itself, so that a script can contain it too.
 
-    Statement triggers: a statement of many rows enters each quarter once. They only append, so that
-    no writer waits for another, and none for a maintenance that takes entries out. The function is
-    its owner's (SECURITY DEFINER), for a role that may change rows need not have a right to the
-    entries; nobody else may make a trigger of it. Where the entries' table was dropped it does
-    nothing. Citus takes no triggers on a distributed table (``feature_not_supported``).
+    Statement triggers: a statement that changes many rows enters each quarter once. They only
+    append, so no writer waits for another writer, or for maintenance that removes entries. The
+    function runs with its owner's rights (SECURITY DEFINER), because a role that may change rows
+    need not have a right on the entries; no other role may use it in a trigger. If the table of
+    entries was dropped, it does nothing. Citus supports no triggers on a distributed table
+    (``feature_not_supported``).
     """
     old, new = (", ".join(f"{row}.{name}" for name in _READ) for row in ("o", "n"))
     start = f"{_QUARTER_MS} * {_QUARTER_MS}"
-    # quote_ident and quote_literal, for a name may hold what would end a quoted body
+    # quote_ident and quote_literal, because a name may contain what ends a quoted body
     body = f"""
 DECLARE
   place text := pg_catalog.quote_ident(schema_name);

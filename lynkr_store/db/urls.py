@@ -1,8 +1,8 @@
-"""What a database's URL says, and what people may see of it.
+"""Reads a database's URL, and shows it without its passwords.
 
-A password that is not percent-encoded splits a URL in the wrong places: a part of it is then taken
-for a host, a port or a parameter. So no error of this module repeats anything of the URL but the
-name of a parameter, and that only where the URL cannot have been split wrongly.
+If a password is not percent-encoded, the URL is split in the wrong places, and a part of the
+password is taken for a host, a port or a parameter. So no error of this module repeats any part of
+the URL except the name of a parameter, and that only if the URL cannot have been split wrongly.
 """
 
 import re
@@ -25,48 +25,48 @@ _ENCODE: Final = (
 )
 
 PREPARE_THRESHOLD: Final = "prepare_threshold"
-"""The parameter of psycopg's own that a URL may have: after how many times it prepares a statement
-on the server, or ``none``."""
+"""A parameter for psycopg that a URL may have: the number of executions after which it prepares a
+statement on the server, or ``none``."""
 
 _SECRETS: Final = ("sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 _REPEATABLE: Final = ("host", "port", "options")
 
 
 def read_url(url: str | URL) -> URL:
-    """Take a URL apart; a password in its query becomes the URL's password, which never shows.
+    """Parse a URL; a password in its query becomes the URL's password, which is never shown.
 
     Raises:
-        UnsupportedDatabase: It is none, or a password in it is not percent-encoded.
+        UnsupportedDatabase: It is not the URL of a supported database, or a password in it is not
+            percent-encoded.
+        BadArgument: A parameter is not supported, given twice, or has a wrong value.
     """
     try:
         parsed = make_url(url)
         parsed.get_dialect()
     except (ArgumentError, NoSuchModuleError):
-        raise UnsupportedDatabase(f"url: no supported database's URL; {REMEDY}") from None
-    except ValueError:  # the port is none
-        raise UnsupportedDatabase(
-            f"url: what stands for the port is no number: {_ENCODE}"
-        ) from None
+        raise UnsupportedDatabase(f"url: not a supported database's URL; {REMEDY}") from None
+    except ValueError:  # the port is not a number
+        raise UnsupportedDatabase(f"url: the port is not a number: {_ENCODE}") from None
     if "plugin" in parsed.query:
         raise BadArgument("url: plugins of SQLAlchemy are not supported; leave the parameter out")
     if parsed.get_backend_name() == "postgresql":
         if "@" in (parsed.host or "") or (isinstance(url, str) and _has_stray_at(url, parsed)):
-            raise UnsupportedDatabase(f"url: it has an @ too many: {_ENCODE}")
+            raise UnsupportedDatabase(f"url: it has one @ too many: {_ENCODE}")
         return _with_password_in_its_place(parsed)
     try:
         parsed.get_dialect()().create_connect_args(parsed)
     except ValueError:
         raise BadArgument(
-            "url: a parameter's value is not of its kind, such as timeout=5"
+            "url: the value of a parameter has the wrong type; write it as in timeout=5"
         ) from None
     return parsed
 
 
 def _has_stray_at(text: str, parsed: URL) -> bool:
-    """Whether there is an @ behind the one that ends the user and the password.
+    """Whether an @ follows the one that ends the user and the password.
 
-    In a parameter's value it may stand; elsewhere it is more likely to be of a password than of a
-    database's name, which can be percent-encoded too.
+    It is allowed in a parameter's value. Elsewhere it more likely belongs to a password than to a
+    database's name, and the name can be percent-encoded.
     """
     behind = text.partition("://")[2]
     if parsed.username is not None:
@@ -86,28 +86,28 @@ def _with_password_in_its_place(url: URL) -> URL:
 
 
 def shown(url: URL) -> str:
-    """The URL as people may see it: without any password, wherever it stands."""
+    """The URL without any password, wherever in the URL that is."""
     return read_url(url).difference_update_query(_SECRETS).render_as_string(hide_password=True)
 
 
 def without_secrets(url: URL) -> URL:
-    """The URL of an engine, which shows its own to who asks; `parameters` has what is missing."""
+    """The URL for an engine, whose ``url`` anyone can read; `parameters` returns the rest."""
     return url.difference_update_query([*_SECRETS, PREPARE_THRESHOLD])
 
 
 def parameters(url: URL) -> dict[str, Any]:
-    """What psycopg is to be given beside a PostgreSQL URL `without_secrets`.
+    """The parameters for psycopg in addition to a PostgreSQL URL `without_secrets`.
 
     Raises:
-        BadArgument: A parameter of the query is none of libpq's, or not of its form.
+        BadArgument: libpq has no parameter of that name, or it is given twice or wrong.
     """
     known = {option.keyword.decode() for option in _libpq_options()}
     for name, value in url.query.items():
         if name not in known and name != PREPARE_THRESHOLD:
             named = "" if "@" in str(value) else f" {name!r}"
             raise BadArgument(
-                f"url: PostgreSQL's library knows no parameter{named}; if a password has a ?, "
-                f"{_ENCODE}"
+                f"url: PostgreSQL's client library has no parameter{named}; if a password contains "
+                f"a ?, {_ENCODE}"
             )
         if not isinstance(value, str) and name not in _REPEATABLE:
             raise BadArgument(f"url: the parameter {name} is given twice")
@@ -115,14 +115,14 @@ def parameters(url: URL) -> dict[str, Any]:
         raise BadArgument("url: client_encoding: the store always uses UTF-8; leave it out")
     given: dict[str, Any] = {n: url.query[n] for n in _SECRETS if n in url.query}
     given["client_encoding"] = "UTF8"  # whatever PGCLIENTENCODING says
-    given["options"] = options_of(url)  # in place of PGOPTIONS; nothing is sent if it is empty
+    given["options"] = options_of(url)  # overrides PGOPTIONS; nothing is sent if it is empty
     if timeout := _single(url, "connect_timeout"):
         given["connect_timeout"] = _whole("connect_timeout", timeout)
     return given
 
 
 def is_utf8(encoding: str | None) -> bool:
-    """Whether the name of an encoding, as servers, clients and poolers write it, is UTF-8's."""
+    """Whether the name of an encoding means UTF-8, as servers, clients and poolers write it."""
     return encoding is None or encoding.upper().replace("-", "") in ("UTF8", "UNICODE")
 
 
@@ -133,10 +133,10 @@ def _libpq_options() -> list[Any]:
 
 
 def prepare_threshold(url: URL, default: int) -> int | None:
-    """After how many times a statement is prepared on the server; None for never.
+    """The number of executions after which a statement is prepared on the server; None: never.
 
     Raises:
-        BadArgument: It is neither a number from 0 on nor ``none``.
+        BadArgument: It is neither a whole number of 0 or more nor ``none``.
     """
     given = _single(url, PREPARE_THRESHOLD)
     if given is None:
@@ -145,7 +145,7 @@ def prepare_threshold(url: URL, default: int) -> int | None:
 
 
 def options_of(url: URL) -> str:
-    """The startup options of the server that the URL names."""
+    """The server's startup options in the URL."""
     given = url.query.get("options", "")
     return given if isinstance(given, str) else " ".join(given)
 
@@ -177,7 +177,7 @@ def _single(url: URL, name: str) -> str | None:
 
 def _whole(name: str, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-        raise BadArgument(f"url: the parameter {name} wants a whole number from 0 on")
+        raise BadArgument(f"url: the parameter {name} must be a whole number of 0 or more")
     return int(text)
 
 
@@ -189,7 +189,7 @@ def is_memory(url: URL) -> bool:
 def file_of(url: URL) -> Path | None:
     """The file of an SQLite database; None for one in memory, and for other backends.
 
-    None, too, for a ``file:`` name that is relative: what it names changes with the directory.
+    Also None for a relative ``file:`` name, which means another file in another directory.
     """
     name = url.database
     if url.get_backend_name() != Backend.SQLITE or is_memory(url) or not name:

@@ -298,7 +298,7 @@ def test_a_database_out_of_reach_is_3(tmp_path):
     (tmp_path / "text.db").write_text("this is no database at all, and long enough to tell\n" * 99)
     for url, named in (
         (f"sqlite:///{tmp_path}/missing.db", "no such file"),
-        (f"sqlite:///{folder}", "a directory stands there"),
+        (f"sqlite:///{folder}", "is a directory; give"),
         (f"sqlite:///{tmp_path}/text.db", "no database"),
         (f"postgresql://nobody@/none?host={tmp_path}", "failed"),
     ):

@@ -176,7 +176,7 @@ def test_a_read_only_file_system_is_said(tmp_path):
         assert "file system that is not read-only" in refused.stderr
         made = run("upgrade", "--url", f"sqlite:///{disk}/new/b.db")
         assert made.returncode == UNREACHABLE
-        assert "cannot be made" in made.stderr
+        assert "cannot be created" in made.stderr
 
 
 def test_what_is_no_database_is_said(tmp_path):

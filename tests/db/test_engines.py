@@ -331,7 +331,7 @@ def test_a_missing_driver_names_the_extra(monkeypatch, driver):
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with Store(f"sqlite:///{tmp_path}/file/below/t.db") as store:
-        with pytest.raises(StoreUnavailable, match=r"url: the directory .*below cannot be made"):
+        with pytest.raises(StoreUnavailable, match=r"url: the directory .*below cannot be created"):
             store.query()
         store.record(provider="p")
         assert store.flush(0.2) is False

@@ -647,7 +647,7 @@ def test_a_session_that_commits_each_statement_cannot_leave_the_schema(postgres_
                 call(RoutingRepository(session))
             session.rollback()
     with engine_on(postgres_url) as engine, engine.connect().execution_options(**BY_ITSELF) as c:
-        with pytest.raises(SchemaError, match="not in the schema"):
+        with pytest.raises(SchemaError, match="does not work in the schema"):
             command.upgrade(scripts.config(connection=c, schema="another"), "head")
         c.rollback()
     with Store(postgres_url) as public:

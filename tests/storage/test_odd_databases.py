@@ -367,11 +367,11 @@ def test_no_file_at_the_path_is_said(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     cases = {
-        tmp_path: "a directory stands there",
-        tmp_path / "pipe": "a pipe, a device or a socket stands there",
-        tmp_path / "link": "a pipe, a device or a socket stands there",
-        "/dev/zero": "a pipe, a device or a socket stands there",
-        "/dev/null": "a pipe, a device or a socket stands there",
+        tmp_path: "is a directory; give",
+        tmp_path / "pipe": "is a pipe, a device or a socket",
+        tmp_path / "link": "is a pipe, a device or a socket",
+        "/dev/zero": "is a pipe, a device or a socket",
+        "/dev/null": "is a pipe, a device or a socket",
     }
     for path, words in cases.items():
         for url in (f"sqlite:///{path}", f"sqlite:///file:{path}?uri=true"):
@@ -535,4 +535,4 @@ def test_damage_is_named_with_a_remedy(tmp_path, whole):
     for command in ("stats", "query", "maintain", "upgrade", "check"):
         finished = run(command, "--url", url)
         assert finished.returncode == 3, (command, finished.stdout, finished.stderr)
-        assert "the file is damaged: restore a copy of it" in finished.stderr
+        assert "the file is damaged: restore a backup" in finished.stderr
