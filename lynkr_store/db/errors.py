@@ -78,6 +78,17 @@ _SCHEMA_WORDS: Final = ("no such table: ", "no such column: ")
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
 
+def sqlstate_of(error: DBAPIError) -> str:
+    """PostgreSQL's SQLSTATE; ``""`` for SQLite's errors and for the driver's own."""
+    return getattr(error.driver_exception, "sqlstate", None) or ""
+
+
+def _code_of(error: DBAPIError) -> int:
+    """SQLite's extended result code; 0 for other errors."""
+    code: int = getattr(error.driver_exception, "sqlite_errorcode", 0)
+    return code
+
+
 def fault_of(error: Exception) -> Fault:
     """Decide what caused the failure of an insert."""
     if not isinstance(error, DBAPIError):
@@ -116,35 +127,29 @@ def refusal(error: Exception) -> str:
 
     ``constraint``: a constraint, policy, trigger or view; ``data``: the value itself.
     """
-    driver: Any = error.driver_exception if isinstance(error, DBAPIError) else None
-    by_rule = isinstance(error, IntegrityError) or (
-        getattr(driver, "sqlstate", None) or ""
-    ).startswith(_RULE_STATES)
+    state = sqlstate_of(error) if isinstance(error, DBAPIError) else ""
+    by_rule = isinstance(error, IntegrityError) or state.startswith(_RULE_STATES)
     return "constraint" if by_rule else "data"
 
 
 def is_busy(error: DBAPIError) -> bool:
     """Whether another writer holds SQLite's lock."""
-    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
-    return code & _PRIMARY == sqlite3.SQLITE_BUSY
+    return _code_of(error) & _PRIMARY == sqlite3.SQLITE_BUSY
 
 
 def is_no_database(error: DBAPIError) -> bool:
     """Whether the file is not an SQLite database."""
-    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
-    return code & _PRIMARY == sqlite3.SQLITE_NOTADB
+    return _code_of(error) & _PRIMARY == sqlite3.SQLITE_NOTADB
 
 
 def is_full(error: DBAPIError) -> bool:
     """Whether SQLite had no space left on the disk, or no id left."""
-    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
-    return code & _PRIMARY == sqlite3.SQLITE_FULL
+    return _code_of(error) & _PRIMARY == sqlite3.SQLITE_FULL
 
 
 def is_null_refused(error: DBAPIError) -> bool:
     """Whether SQLite refused NULL in a NOT NULL column."""
-    code = getattr(error.driver_exception, "sqlite_errorcode", 0)
-    return bool(code == sqlite3.SQLITE_CONSTRAINT_NOTNULL)
+    return _code_of(error) == sqlite3.SQLITE_CONSTRAINT_NOTNULL
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from sqlalchemy.schema import CreateSchema
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import BEGIN, backend_of, driver_of
+from lynkr_store.db.errors import sqlstate_of
 from lynkr_store.db.urls import (
     is_utf8,
     settings_in,
@@ -118,7 +119,7 @@ def make_schema(connection: Connection, schema: str | None) -> None:
     try:
         connection.execute(CreateSchema(schema, if_not_exists=True))
     except ProgrammingError as error:
-        if getattr(error.driver_exception, "sqlstate", None) != _NOT_PERMITTED:
+        if sqlstate_of(error) != _NOT_PERMITTED:
             raise
         raise SchemaError(
             f"the schema {schema} does not exist, and this user may not create it: have the "

@@ -13,7 +13,7 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
 from lynkr_store.db.dialect import backend_of, driver_of, writing
-from lynkr_store.db.errors import translated
+from lynkr_store.db.errors import sqlstate_of, translated
 from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
 from lynkr_store.db.postgresql import by_itself, is_direct
 from lynkr_store.migrate.comparison import missing_indexes
@@ -108,7 +108,7 @@ def _try_to_build(engine: Engine, deadline: float, built: list[str]) -> str | No
         try:
             _build_concurrently(engine, deadline, built)
         except DBAPIError as error:
-            if getattr(error.driver_exception, "sqlstate", None) == _CANCELLED:
+            if sqlstate_of(error) == _CANCELLED:
                 return "the build was cancelled; through a pooler it may not exceed the budget"
             if not is_in_the_way(error):
                 raise

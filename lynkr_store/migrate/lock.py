@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, writing
-from lynkr_store.db.errors import is_busy
+from lynkr_store.db.errors import is_busy, sqlstate_of
 from lynkr_store.db.postgresql import make_schema, require_schema, schema_of
 from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.db.urls import is_memory
@@ -153,4 +153,4 @@ def is_in_the_way(error: BaseException) -> bool:
     """Tell whether another session's lock caused the error, so that another try may succeed."""
     if not isinstance(error, DBAPIError):
         return False
-    return is_busy(error) or getattr(error.driver_exception, "sqlstate", None) in _IN_THE_WAY
+    return is_busy(error) or sqlstate_of(error) in _IN_THE_WAY

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from lynkr_store.db import catalogue
 from lynkr_store.db.dialect import disposing, parse_url
 from lynkr_store.db.engines import create_store_engine, in_schema
-from lynkr_store.db.errors import translated
+from lynkr_store.db.errors import sqlstate_of, translated
 from lynkr_store.db.postgresql import schema_of
 from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import BadArgument, SchemaError, UpgradeTimeout
@@ -98,7 +98,7 @@ def permitted(engine: Engine) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if getattr(error.driver_exception, "sqlstate", None) not in _NOT_PERMITTED:
+        if sqlstate_of(error) not in _NOT_PERMITTED:
             raise
         line = str(error.orig).partition("\n")[0]
         with engine.connect() as connection:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, driver_of
+from lynkr_store.db.errors import sqlstate_of
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.db.sqlite import overwriting
 from lynkr_store.ingest.batch import Row, RowBatch
@@ -75,7 +76,7 @@ def send(connection: Connection, rows: Sequence[Row]) -> int:
 
 def is_not_copied(error: DBAPIError) -> bool:
     """Whether the table takes no COPY, but may take an INSERT."""
-    return getattr(error.driver_exception, "sqlstate", None) in _NOT_COPIED
+    return sqlstate_of(error) in _NOT_COPIED
 
 
 def _insert(connection: Connection, rows: RowBatch) -> int:
