@@ -1,7 +1,7 @@
-"""An open database, and a batch that is stored in it once.
+"""An open database, and how it stores each batch exactly once.
 
-The engine that is opened on first use (`database`), the rows of a batch and the ledger that keeps
-it from being stored twice (`inserts`, `bulk`), whose fault a refused row is (`diagnosis`,
-`identities`), and when a write to a shared SQLite file may begin (`write_lock`). No statistic,
-list or retention may come in.
+`database` opens the engine on first use. `sink` stores the writer's batches: `inserts` and `bulk`
+insert the rows, and the `ledger` prevents a batch from being stored twice. `diagnosis` and
+`identities` find out why rows were refused, and `write_lock` decides when a write to a shared
+SQLite file may begin. Statistics, lists and retention do not belong here.
 """

@@ -1,8 +1,9 @@
-"""Hands rows to the driver by the quickest way that it has.
+"""Inserts rows in the fastest way that each driver offers.
 
-On SQLite that is one INSERT of many rows: Python's driver lets go of the interpreter at each step
-of a statement, and beside a thread that is at work waits up to 5 ms to get it back
-(`sys.setswitchinterval`); ``executemany`` makes a step of every row. On PostgreSQL it is COPY.
+On SQLite that is one INSERT with many rows. Python's driver releases the interpreter lock at each
+step of a statement; while another thread computes, it then waits up to 5 ms to get the lock back
+(`sys.setswitchinterval`), and ``executemany`` takes one step for each row. On PostgreSQL it is
+COPY.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +22,10 @@ from lynkr_store.db.sqlite import overwriting
 from lynkr_store.ingest.batch import Row, RowBatch
 from lynkr_store.ingest.gil import long_call
 
-_MOST_ROWS: Final = 1_000  # of a statement, or half of it
+_MOST_ROWS: Final = 1_000  # in one statement; half as many if the rows are wide
 _MOST_VALUES: Final = 32_766  # https://sqlite.org/limits.html, section 9
 
-_COUNTING: Final = {"preserve_rowcount": True}  # psycopg forgets it with the cursor
+_COUNTING: Final = {"preserve_rowcount": True}  # psycopg's count is lost with the cursor
 
 _SQLITE: Final[Dialect] = sqlite.dialect()
 
@@ -36,46 +37,46 @@ _NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
 
 
 def insert_rows() -> Insert:
-    """The slower way, which each driver and every table has; rows are given as mappings.
+    """The slower way, which works with every driver and every table; takes rows as mappings.
 
-    Inline: it asks for no id, which only a role that may read the table is told.
+    Inline, so that it does not ask for the new id: only a role that may read the table can.
     """
     return insert(TELEMETRY).inline()
 
 
 def send_slowly(connection: Connection, rows: Sequence[Row]) -> int:
-    """Insert rows in order by `insert_rows`, and return how many are stored."""
+    """Insert rows in order with `insert_rows`, and return how many are stored."""
     given = list(RowBatch.of(rows))
     result = connection.execute(insert_rows(), given, execution_options=_COUNTING)
     return _counted(result.rowcount, given)
 
 
 def send(connection: Connection, rows: Sequence[Row]) -> int:
-    """Insert rows in order, in the transaction that was begun.
+    """Insert rows in order, in a transaction that has begun.
 
     Args:
-        connection: Synchronous, or under an asynchronous one.
-        rows: One or more. A column that none of them has takes the table's default.
+        connection: A synchronous one, or the one that an asynchronous connection wraps.
+        rows: One or more. A column that none of them has gets the table's default.
 
     Returns:
-        How many the database says that it stored: fewer than were given where a trigger of the
-        table skips rows. One that stores a row elsewhere in its place skips it, too.
+        The number of rows that the database reports as stored. It is lower than the number given if
+        a trigger of the table skips rows, or stores them in another table instead.
 
     Raises:
-        Exception: Whatever the driver raised, as SQLAlchemy presents it. Rows of statements before
-            the one that failed are inserted: go back to a SAVEPOINT, or roll back.
+        Exception: What the driver raised, wrapped by SQLAlchemy. Rows of earlier statements are
+            inserted, so go back to a SAVEPOINT, or roll back.
     """
     rows = RowBatch.of(rows)
     if backend_of(connection) is Backend.SQLITE:
-        with overwriting(connection):  # it leaves copies of rows that it moves for new ones
+        with overwriting(connection):  # SQLite leaves copies of the rows that it moves
             return _insert(connection, rows)
-    if connection.dialect.is_async:  # psycopg's COPY has to be awaited there
+    if connection.dialect.is_async:  # psycopg's COPY would have to be awaited
         return send_slowly(connection, rows)
     return _copy(connection, rows)
 
 
 def is_not_copied(error: DBAPIError) -> bool:
-    """Whether the table takes no COPY, but may take an INSERT."""
+    """Whether the table does not accept COPY, but may accept an INSERT."""
     return sqlstate_of(error) in _NOT_COPIED
 
 
@@ -83,7 +84,7 @@ def _insert(connection: Connection, rows: RowBatch) -> int:
     width = len(rows.columns)
     most = _MOST_ROWS if _MOST_ROWS * width <= _MOST_VALUES else _MOST_ROWS // 2
     stored = execute_in_parts(connection, partial(_insert_of, rows.columns), rows, most)
-    # SQLite does not count what the triggers of a view store in its place
+    # SQLite does not count rows that the triggers of a view store in another table
     return len(rows) if stored < len(rows) and _is_view(connection) else stored
 
 
@@ -100,16 +101,16 @@ def execute_in_parts(
     rows: RowBatch,
     most: int,
 ) -> int:
-    """Execute statements of several rows each, on SQLite; return how many rows they changed.
+    """SQLite: execute statements with several rows each; return how many rows they changed.
 
     Args:
         connection: In a transaction.
-        text_of: The statement for so many rows, which takes the values of one after the other.
+        text_of: Returns the statement for a number of rows, whose values it takes row after row.
         rows: In order.
-        most: Rows of one statement.
+        most: The most rows in one statement.
 
     Raises:
-        DBAPIError: With the statement for one row: the others repeat it.
+        DBAPIError: Its statement is the one for one row, which is short.
     """
     width, changed = len(rows.columns), 0
     for at, count in _parts(len(rows), most):
@@ -126,7 +127,7 @@ def execute_in_parts(
 
 
 def _parts(count: int, most: int) -> Iterator[tuple[int, int]]:
-    """Where each part begins, and its size: of few sizes, so that statements stay prepared."""
+    """The start and size of each part; there are few sizes, so that statements stay prepared."""
     at = 0
     while left := count - at:
         size = most if left >= most else 1 << left.bit_length() - 1
@@ -143,7 +144,7 @@ def _insert_of(columns: tuple[str, ...], count: int) -> str:
 
 @lru_cache
 def _copy_of(columns: tuple[str, ...]) -> tuple[str, list[str]]:
-    # the engine has imported the dialect by now; a store on SQLite never does
+    # the engine has imported the dialect by now; a store on SQLite never imports it
     from sqlalchemy.dialects import postgresql  # noqa: PLC0415
 
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
@@ -160,7 +161,7 @@ def _copy(connection: Connection, rows: RowBatch) -> int:
     statement, types = _copy_of(rows.columns)
     driver = driver_of(connection)
     try:
-        # the server takes longer than Python, which waits for it again and again
+        # the server takes longer than Python, which waits for it repeatedly
         with driver.cursor() as cursor, long_call():
             with cursor.copy(statement) as copy:
                 copy.set_types(types)
@@ -170,7 +171,7 @@ def _copy(connection: Connection, rows: RowBatch) -> int:
     except connection.dialect.loaded_dbapi.Error as error:
         lost = driver.closed or _is_lost(connection, error)
         if lost:
-            connection.invalidate()  # not for this error: the pool would log it, and the row's text
+            connection.invalidate()  # without the error: the pool would log it, with the row's text
         raise DBAPIError.instance(
             statement,
             None,
@@ -183,21 +184,21 @@ def _copy(connection: Connection, rows: RowBatch) -> int:
 
 
 def _is_lost(connection: Connection, error: Any) -> bool:
-    """Whether an error ends the connection, though the driver has not read as far as its end.
+    """Whether the error means that the connection is lost, although the driver may not know yet.
 
-    The session was ended by the server; or the error is the driver's own, of a socket that closed.
+    The server ended the session, or the error is the driver's own, about a closed socket.
     """
     own = isinstance(error, connection.dialect.loaded_dbapi.OperationalError)
     return error.diag.severity_nonlocalized in _ENDS_SESSION or (own and error.sqlstate is None)
 
 
 def _counted(stored: int, rows: Sequence[Row]) -> int:
-    """How many rows the driver says are stored; all of them where it does not say."""
+    """How many rows the driver reports as stored; all of them if it reports no number."""
     return len(rows) if stored < 0 else stored
 
 
 def _type_name(column_type: Any) -> str:
-    """What psycopg calls the type; without it, a flag would go as t or f."""
+    """Psycopg's name of the type; without it, a flag would be sent as t or f."""
     impl = getattr(column_type, "impl_instance", column_type)
     if isinstance(impl, Integer):
         return "int8"

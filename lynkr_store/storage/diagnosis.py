@@ -1,7 +1,7 @@
-"""Asks the database whose fault it was that rows were refused, where the error alone cannot tell.
+"""Asks the database why rows were refused, if the error alone does not tell.
 
-What a database does to every row is not the row's fault: an id that it gives twice, or not at all,
-a right that is missing. Asked of the catalogue, never of a message's text.
+A row is not at fault for what happens to every row: the database assigns an id twice, or none, or a
+right is missing. The catalogue is asked; a message's text is never examined.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ _NOT_PERMITTED: Final = "42501"
 
 _TO_INSERT: Final = ((TELEMETRY.name, "INSERT"),)
 _TO_WRITE: Final = (*_TO_INSERT, *((LEDGER.name, r) for r in ("INSERT", "SELECT", "UPDATE")))
-"""Rights that a role needs for one record, and for a batch of them."""
+"""Rights that a role needs to store one record, and to store a batch."""
 
 _LOST_IDS: Final = (
-    "the database gave out an id of {name} that is there already. If it does so again, run "
+    "the database assigned an id of {name} that a row already has. If this happens again, run "
     "lynkr-store maintain as the table's owner"
 )
 
-# A unique index in which a column takes its values from a sequence, or is the id of ours.
+# A unique index with a column that gets its values from a sequence, or that is our table's id.
 _GIVEN_TWICE: Final = text(
     """
 SELECT CAST(CAST(i.indrelid AS regclass) AS text) AS name,
@@ -56,7 +56,7 @@ WHERE n.nspname = CAST(:schema AS name) AND x.relname = CAST(:constraint AS name
 """
 )
 
-# Whether a table is ours, and a trigger may set a row's columns before it is stored.
+# Whether the table is ours, and whether a trigger may set a row's columns before it is stored.
 _REFUSING: Final = text(
     """
 SELECT coalesce(CAST(pg_catalog.pg_partition_root(c.oid) AS oid), c.oid)
@@ -86,14 +86,14 @@ JOIN pg_catalog.pg_class c ON c.oid = CAST(pg_catalog.to_regclass(given.name) AS
 
 
 def whose(connection: Connection, error: Exception) -> Fault:
-    """Say whose fault it is that rows could not be inserted.
+    """Decide what caused the failure of an insert.
 
     Args:
-        connection: In a transaction that can go on: it is back at a savepoint.
-        error: What an insert raised.
+        connection: In a transaction that can continue, because it is back at a savepoint.
+        error: What the insert raised.
 
     Raises:
-        StoreUnavailable: It is the database's, which says what it is and the remedy.
+        StoreUnavailable: The database is at fault; the message says what is wrong and the remedy.
     """
     fault = fault_of(error)
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
@@ -112,25 +112,28 @@ def whose(connection: Connection, error: Exception) -> Fault:
 
 
 def without_ids(connection: Connection) -> str | None:
-    """Words for a table that gives its rows no ids, and may take them all the same.
+    """The message for a table that accepts rows but assigns them no ids; None if it assigns ids.
 
-    A copy may lack the identity and NOT NULL, too. Nothing would find the rows that it takes.
+    A copy may lack both the identity and NOT NULL. No query would find rows without an id.
     """
     return _problem(connection, Kind.MISSING)
 
 
 def hindrance(connection: Connection) -> str | None:
-    """Why the tables take no row at all and what to do, as far as the catalogue tells."""
+    """Why the tables accept no row at all, with the remedy; None if the catalogue shows nothing."""
     there = catalogue.tables(connection, [TELEMETRY.name, LEDGER.name])
     for table in (TELEMETRY, LEDGER):
         if table.name not in there:
             return (
-                f"the table {table.name} is not there: restore it, or run lynkr-store upgrade, "
-                "which makes it again, empty"
+                f"the table {table.name} does not exist: restore it, or run lynkr-store upgrade, "
+                "which creates it again, empty"
             )
         columns = catalogue.column_names(connection, table.name)
         if missing := [column.name for column in table.c if column.name not in columns]:
-            return f"{table.name} lacks {', '.join(missing)}: lynkr-store check says what differs"
+            return (
+                f"{table.name} has no column {', '.join(missing)}: run lynkr-store check, which "
+                "lists what differs"
+            )
     if backend_of(connection) is Backend.POSTGRESQL and (
         words := _lacking_right(connection, _TO_WRITE)
     ):
@@ -169,7 +172,7 @@ def _ask_postgresql(
 
 
 def _given_twice(connection: Connection, diagnosis: Any) -> str | None:
-    """Words for an id that a sequence gave twice; None where the row names what is there."""
+    """The message for an id that a sequence assigned twice; None if the row repeats a value."""
     found = connection.execute(
         _GIVEN_TWICE,
         {
@@ -182,19 +185,19 @@ def _given_twice(connection: Connection, diagnosis: Any) -> str | None:
         return None
     if not found.ours:
         return (
-            f"a trigger stores in {found.name}, whose sequence gives numbers that are there "
-            "already: set it forward (SELECT setval(…))"
+            f"a trigger stores rows in {found.name}, whose sequence assigns numbers that already "
+            "exist there: set it forward (SELECT setval(…))"
         )
     if set_ := identities.set_forward(connection, [TELEMETRY]):
         return (
-            f"{', '.join(set_)} was behind the ids of {found.name}, and was set forward: try again"
+            f"{', '.join(set_)} was behind the ids of {found.name} and was set forward: try again"
         )
     words = _problem(connection, Kind.BEHIND, Kind.EXHAUSTED)
     return words or _LOST_IDS.format(name=found.name)
 
 
 def _null(connection: Connection, diagnosis: Any) -> str | None:
-    """Words for a column that no record names and must not be NULL; None for one that some do."""
+    """The message for a NOT NULL column that no record has; None for a column that records have."""
     column = diagnosis.column_name
     found = connection.execute(
         _REFUSING,
@@ -209,7 +212,7 @@ def _null(connection: Connection, diagnosis: Any) -> str | None:
         return None
     if column == TELEMETRY.c.id.name:
         words = _problem(connection, Kind.MISSING)
-        return words or f"the database gives no id to a row of {found.name}: restore its identity"
+        return words or f"the database assigns no id to a row of {found.name}: restore its identity"
     if column in TELEMETRY.c or found.triggers:
         return None
     remedy = f"ALTER TABLE {found.name} ALTER COLUMN {found.column} DROP NOT NULL"
@@ -217,11 +220,11 @@ def _null(connection: Connection, diagnosis: Any) -> str | None:
 
 
 def _foreign(table: str, column: str, remedy: str) -> str:
-    return f"{table}.{column} is NOT NULL without a default, and no record has it: {remedy}"
+    return f"{table}.{column} is NOT NULL without a default, and no record has a value: {remedy}"
 
 
 def _lacking_right(connection: Connection, needed: Sequence[tuple[str, str]]) -> str | None:
-    """Words for a right that this role lacks."""
+    """The message for a right that this role lacks; None if it lacks none."""
     for found in _rights(connection, needed):
         if not found.held:
             return (
@@ -232,7 +235,7 @@ def _lacking_right(connection: Connection, needed: Sequence[tuple[str, str]]) ->
 
 
 def _is_secured(connection: Connection) -> bool:
-    """Whether policies of row-level security say which rows this role may store."""
+    """Whether row-level security restricts which rows this role may store."""
     return any(found.secured for found in _rights(connection, _TO_INSERT))
 
 
@@ -242,6 +245,6 @@ def _rights(connection: Connection, needed: Sequence[tuple[str, str]]) -> Sequen
 
 
 def _problem(connection: Connection, *kinds: Kind) -> str | None:
-    """Words for what is wrong with the ids of the records' table, if it is of one of the kinds."""
+    """The message for a problem of one of these kinds with the telemetry table's ids, if any."""
     found = identities.problems(connection, [TELEMETRY])
     return next((problem.words for problem in found if problem.kind in kinds), None)

@@ -1,7 +1,7 @@
-"""What gives each table's rows their ids: PostgreSQL's sequences, SQLite's AUTOINCREMENT.
+"""Checks what assigns ids to each table's rows: PostgreSQL's sequences, SQLite's AUTOINCREMENT.
 
-After a restore or a copy a sequence can stand behind the ids that are there, or be gone. Then the
-database refuses every row, or gives an id twice, whatever is in the rows.
+After a restore or a copy a sequence can be behind the existing ids, or missing. The database then
+refuses every row, or assigns an id twice, whatever the rows contain.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import CHANGES, DIMENSIONS, SAVINGS, TELEMETRY
 from lynkr_store.migrate.adoption import is_autoincrement
+from lynkr_store.schemas.values import INT64_MAX
 
 WITH_IDS: Final = (TELEMETRY, SAVINGS, DIMENSIONS, CHANGES)
-"""The store's tables whose ids the database gives out."""
+"""The store's tables whose ids the database assigns."""
 
-_GREATEST: Final = 2**63 - 1
-_OF_SQLITE: Final = (TELEMETRY, SAVINGS, CHANGES)  # in which an id is never given again
+_OF_SQLITE: Final = (TELEMETRY, SAVINGS, CHANGES)  # tables that must never assign an id again
 _MAINTAIN: Final = "lynkr-store maintain"
 
-# Every operand has exactly the type that an operator of PostgreSQL's own takes: one that another
-# role made for other types would be called.
+# Every operand has exactly the type of one of PostgreSQL's own operators. Otherwise PostgreSQL
+# could call an operator that another role created.
 #
-# An identity's sequence depends on its column, a default depends on the sequence that it asks. A
-# trigger may give the id, too: for each row, before, at an INSERT.
+# An identity's sequence depends on its column; a default depends on the sequence that it calls. A
+# trigger can assign the id, too: a row trigger BEFORE INSERT.
 _CATALOGUE: Final = text(
     """
 SELECT given.name AS model,
@@ -94,30 +94,32 @@ LEFT JOIN pg_catalog.pg_sequence s ON s.seqrelid = q.oid
 
 
 class Kind(Enum):
-    """What can be wrong with what gives a table's rows their ids."""
+    """What can be wrong with the assignment of ids."""
 
     MISSING = "missing"
+    """Nothing assigns ids."""
     UNUSABLE = "unusable"
-    """This role may not use it."""
+    """This role may not use the sequence."""
     EXHAUSTED = "exhausted"
+    """No id is left."""
     BEHIND = "behind"
-    """It gives ids that are there already."""
+    """The sequence assigns ids that already exist."""
 
 
 class Problem(NamedTuple):
-    """One of these, in words, with its remedy."""
+    """A problem, with a message that says what is wrong and the remedy."""
 
     kind: Kind
     words: str
 
 
 class _Numbers(NamedTuple):
-    """Where a sequence stands.
+    """The numbers of a sequence and its table.
 
     Attributes:
-        next: What it gives next.
-        newest: The greatest id of its table; 0 where it is empty.
-        last: The greatest number that it can give and the column can hold.
+        next: The number that the sequence assigns next.
+        newest: The greatest id of the table; 0 if the table is empty.
+        last: The greatest number that the sequence can assign and the column can hold.
     """
 
     next: int
@@ -134,9 +136,9 @@ class _Numbers(NamedTuple):
 
 
 def problems(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> list[Problem]:
-    """What keeps the tables from giving their rows ids.
+    """Find what prevents the tables from assigning ids to their rows.
 
-    Of a sequence that this role may not read it says nothing.
+    A sequence that this role may not read is not checked.
     """
     backend = backend_of(connection)
     match backend:
@@ -150,11 +152,11 @@ def problems(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> list
 
 
 def set_forward(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> tuple[str, ...]:
-    """Set each sequence that is behind its table's ids to the greatest of them; PostgreSQL.
+    """PostgreSQL: set each sequence that is behind its table's ids to the greatest id.
 
-    Forward only, and only one that belongs to the column and that this role may set. The
-    comparison is the statement's own; a writer that was given a number at the same moment, and
-    then meets an id that is there, tries again. It holds whatever becomes of the transaction.
+    A sequence is only set forward, and only if it belongs to the column and this role may set it.
+    The statement itself compares the numbers; a writer that was assigned a number at the same
+    moment, and finds its id taken, tries again. A rollback does not undo it.
 
     Returns:
         The names of the sequences that were set.
@@ -169,9 +171,9 @@ def set_forward(connection: Connection, tables: Sequence[Table] = WITH_IDS) -> t
 
 
 def gives_upto(connection: Connection, row_id: int, table: Table = TELEMETRY) -> bool:
-    """Whether the next id that the database gives is this one or lower.
+    """Whether the next id that the database assigns is this one or lower.
 
-    Of a sequence that this role may not read it says that it is not.
+    False for a sequence that this role may not read.
     """
     backend = backend_of(connection)
     match backend:
@@ -225,8 +227,8 @@ def _numbers(connection: Connection, found: Any) -> _Numbers:
 
 
 def _set(connection: Connection, found: Any) -> bool:
-    """Set the sequence to the greatest id, unless it gives a greater number."""
-    # the engine has imported the dialect by now; a store on SQLite never does
+    """Set the sequence to the greatest id, unless its numbers are greater."""
+    # the engine has imported the dialect by now; a store on SQLite never imports it
     from sqlalchemy.dialects.postgresql import OID, REGCLASS  # noqa: PLC0415
 
     numbers = _numbers(connection, found)
@@ -250,15 +252,15 @@ def _problem(connection: Connection, found: Any) -> Problem | None:
         needed = "" if found.not_null else "SET NOT NULL, ALTER COLUMN id "
         return Problem(
             Kind.MISSING,
-            f"{found.name}.id has no identity, so no row is given an id: run {alter} {needed}"
+            f"{found.name}.id has no identity, so rows get no id: run {alter} {needed}"
             f"ADD GENERATED BY DEFAULT AS IDENTITY, then {_MAINTAIN}",
         )
-    if found.sequence is None:  # a way of somebody else's
+    if found.sequence is None:  # a default or trigger that is not the store's assigns the ids
         return None
     if not (found.identity or found.usable):
         return Problem(
             Kind.UNUSABLE,
-            f"{found.role} may not use {found.sequence_name}, which gives {found.name} its ids: "
+            f"{found.role} may not use {found.sequence_name}, which assigns {found.name}'s ids: "
             f"run GRANT USAGE ON SEQUENCE {found.sequence_name} TO {found.role}",
         )
     if not (found.readable and _ascends(found)):
@@ -270,30 +272,30 @@ def _problem_of_numbers(found: Any, numbers: _Numbers) -> Problem | None:
     if numbers.exhausted:
         return Problem(
             Kind.EXHAUSTED,
-            f"{found.sequence_name}, which gives {found.name} its ids, has none left up to "
-            f"{numbers.last}: {_more_numbers(found, numbers)}",
+            f"{found.sequence_name}, which assigns {found.name}'s ids, has no number left; the "
+            f"greatest is {numbers.last}: {_more_numbers(found, numbers)}",
         )
     if numbers.behind:
         remedy = _MAINTAIN if found.owned else _setting(found)
         return Problem(
             Kind.BEHIND,
-            f"{found.sequence_name}, which gives {found.name} its ids, is behind those that are "
-            f"there: run {remedy}",
+            f"{found.sequence_name}, which assigns {found.name}'s ids, is behind the existing "
+            f"ids: run {remedy}",
         )
     return None
 
 
 def _more_numbers(found: Any, numbers: _Numbers) -> str:
     steps = []
-    if found.greatest_id < _GREATEST:
+    if found.greatest_id < INT64_MAX:
         steps.append(f"ALTER TABLE {found.name} ALTER COLUMN id TYPE bigint")
-    if found.greatest_number < _GREATEST:
+    if found.greatest_number < INT64_MAX:
         steps.append(f"ALTER SEQUENCE {found.sequence_name} AS bigint NO MAXVALUE")
     if steps:
         return "run " + ", then ".join(steps)
     if numbers.newest < numbers.last:
         return f"run {_setting(found)}"
-    return f"a row has the id {numbers.newest}; give it a lower one, then set the sequence back"
+    return f"a row has the id {numbers.newest}; give it a lower id, then set the sequence back"
 
 
 def _setting(found: Any) -> str:
@@ -311,18 +313,19 @@ def _problem_of_sqlite(connection: Connection, table: Table) -> Problem | None:
     if not is_autoincrement(sql):
         return Problem(
             Kind.MISSING,
-            f"{table.name}.id is no AUTOINCREMENT key, so the id of a deleted row may be given "
-            "again, and its row be missing in the roll-ups: make the table as it was",
+            f"{table.name}.id is not an AUTOINCREMENT key, so SQLite may assign the id of a "
+            "deleted row again, and roll-ups would miss the new row: restore the table's "
+            "definition",
         )
     given = connection.exec_driver_sql(
         "SELECT seq FROM main.sqlite_sequence WHERE name = ?", (table.name,)
     ).scalar()
     newest = connection.scalar(select(func.max(table.c.id))) or 0
-    if max(given or 0, newest) < _GREATEST:
+    if max(given or 0, newest) < INT64_MAX:
         return None
     remedy = (
-        "a row has the greatest one; give it a lower one and set sqlite_sequence back"
-        if newest == _GREATEST
-        else f"sqlite_sequence stands at the greatest one: set its seq to {newest} there"
+        "a row has the greatest id; give it a lower id and set sqlite_sequence back"
+        if newest == INT64_MAX
+        else f"sqlite_sequence holds the greatest id; set its seq to {newest}"
     )
-    return Problem(Kind.EXHAUSTED, f"{table.name} has no id left, for {remedy}")
+    return Problem(Kind.EXHAUSTED, f"{table.name} has no id left: {remedy}")

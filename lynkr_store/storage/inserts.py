@@ -1,4 +1,4 @@
-"""Puts rows into the table: each batch once, and a row that is refused costs that row alone."""
+"""Inserts rows: each batch exactly once, and a refused row does not affect the other rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from lynkr_store.storage import bulk, ledger
 from lynkr_store.storage.diagnosis import hindrance, whose, without_ids
 
 PART_ROWS: Final = 100
-"""Rows of a batch that are sorted out in one transaction when some are refused. Each then goes
-alone, which takes half a second in 1,000, with SQLite's lock held."""
+"""The most rows that are inserted one by one in one transaction, when the database refuses some of
+them. 1,000 rows would hold SQLite's lock for half a second."""
 
 SKIPPED: Final = "skipped"
-"""The cause of rows that the database did not store and did not refuse: a trigger skips them."""
+"""The cause for rows that the database neither stored nor refused, because a trigger skips them."""
 
-_GIVES_IDS: Final = "lynkr_store_gives_ids"  # what is known of a connection's table
+_GIVES_IDS: Final = "lynkr_store_gives_ids"  # in a connection's info: its table assigns ids
 
-_SAMPLES: Final = 16  # rows of a batch that are tried alone, before the fault is the database's
+_SAMPLES: Final = 16  # rows of a batch that are tried alone before the database is at fault
 
 _PLAIN_ROW: Final[Row] = {
     **{column.name: None for column in TELEMETRY.c if column.name != "id"},
@@ -48,8 +48,8 @@ def insert_once(
 ) -> tuple[int, Counter[str]] | None:
     """Insert a batch, unless an earlier try under the same id was committed.
 
-    The ledger's row comes first: its key makes a second try wait for a first that is still under
-    way in a server that this client was cut off from.
+    The ledger's row is inserted first. Its key makes a second try wait for an earlier one that the
+    server is still executing, although this client lost the connection to it.
 
     Args:
         connection: In a transaction of its own, which the caller commits.
@@ -59,12 +59,12 @@ def insert_once(
         known_good: See `insert_isolating`.
 
     Returns:
-        How many rows are stored, by this try or an earlier one; and, of this try, cause to number
-        of rows refused or skipped. None where a row of more than `PART_ROWS` was refused, now or by
-        an earlier try: roll back, and insert the batch in parts, each once.
+        The number of rows stored, by this try or an earlier one; and the number of rows that this
+        try refused or skipped, by cause. None if the batch has more than `PART_ROWS` rows and one
+        was refused, now or in an earlier try: roll back, and insert each part of the batch once.
 
     Raises:
-        Exception: A fault that is no row's.
+        Exception: The failure was not caused by a row.
     """
     ensure_begun(connection)
     entry = ledger.enter_batch(backend_of(connection), batch_id, len(rows), now_ms)
@@ -87,22 +87,22 @@ def insert_once(
 def insert_isolating(
     connection: Connection, rows: Sequence[Row], *, known_good: Row | None = None
 ) -> Counter[str]:
-    """Insert rows in order; a row that the database refuses costs that row alone.
+    """Insert rows in order; a row that the database refuses does not affect the others.
 
-    All go in one SAVEPOINT; where one is refused, each goes alone. Where it is not clear whose
-    fault it was, others are tried and taken back: a plain row, one that was stored before, some of
-    the batch. If the table takes none, the fault is not the rows'.
+    All rows are inserted in one SAVEPOINT; if one is refused, each is inserted alone. If the cause
+    is unclear, other rows are tried and rolled back: a plain row, one that was stored before, and
+    some of the batch. If the table accepts none of them, the rows are not at fault.
 
     Args:
         connection: In a transaction that may be the caller's; never committed here.
         rows: In order.
-        known_good: A row that the table took before.
+        known_good: A row that the table accepted before.
 
     Returns:
-        Cause to number of rows refused; those that the table skipped without a word are `SKIPPED`.
+        The number of refused rows by cause; rows that the table skipped silently are `SKIPPED`.
 
     Raises:
-        Exception: A fault that is no row's.
+        Exception: The failure was not caused by a row.
     """
     outcome = _insert_or_refuse(connection, rows, known_good)
     if not isinstance(outcome, Exception):
@@ -120,16 +120,16 @@ def _skipped(rows: Sequence[Row], stored: int) -> Counter[str]:
 
 
 def insert_or_reject(connection: Connection, rows: Sequence[Row]) -> int:
-    """Insert rows in order, all or none; return how many the database says that it stored.
+    """Insert rows in order, all or none; return how many the database reports as stored.
 
     Args:
         connection: In a transaction that may be the caller's; never committed here.
         rows: In order.
 
     Raises:
-        RowRejected: The database refuses a row for its own fault.
-        StoreUnavailable: The fault is the database's, and what can be said of it.
-        DBAPIError: The same, where there is nothing more to say.
+        RowRejected: The database refuses a row because of its values.
+        StoreUnavailable: The database is at fault; the message says what is wrong.
+        DBAPIError: The database is at fault, and nothing more is known.
     """
     _require_ids(connection)
     try:
@@ -137,19 +137,19 @@ def insert_or_reject(connection: Connection, rows: Sequence[Row]) -> int:
     except Exception as error:
         fault = _fault(connection, error)
         if fault is Fault.ROW:
-            raise_alone(RowRejected("the database refused a row, and none was added"))
+            raise_alone(RowRejected("the database refused a row, so no row was added"))
         if fault is Fault.UNCLEAR and (words := hindrance(connection)):
             raise_alone(StoreUnavailable(words))
         if isinstance(error, SQLAlchemyError):
             raise
-        # a driver that cannot write a text tells it
+        # without its message: if the driver cannot encode a text, the message repeats it
         raise_alone(StoreUnavailable(f"the driver failed: {type(error).__name__}"))
 
 
 def _insert_or_refuse(
     connection: Connection, rows: Sequence[Row], known_good: Row | None
 ) -> int | Exception:
-    """Insert the rows, return how many are stored; or the error if it is a row's, else raise it."""
+    """Insert the rows, return how many are stored; return the error if a row caused it."""
     if not rows:
         return 0
     _require_ids(connection)
@@ -162,11 +162,11 @@ def _insert_or_refuse(
                 raise
             return error
         samples = rows[:: max(1, len(rows) // _SAMPLES)]
-        good = {**_PLAIN_ROW, **(known_good or {})}  # every column may be what is wrong
+        good = {**_PLAIN_ROW, **(known_good or {})}  # with every column: any may be the cause
         if _whose(connection, [_PLAIN_ROW, good, *samples]) is not Fault.ROW:
             raise
     try:
-        # the table works; where it was away before and somebody put it back, the rows work too
+        # The table works. If it was only missing for a moment, the rows are accepted now.
         return insert_all(connection, rows)
     except Exception as error:
         if _fault(connection, error) is Fault.DATABASE:
@@ -192,7 +192,7 @@ def insert_all(connection: Connection, rows: Sequence[Row]) -> int:
 
 
 def _require_ids(connection: Connection) -> None:
-    """Refuse to insert into a table that gives no ids; PostgreSQL, once for each connection."""
+    """PostgreSQL: refuse a table that assigns no ids; checked once for each connection."""
     if backend_of(connection) is Backend.SQLITE or connection.info.get(_GIVES_IDS):
         return
     if words := without_ids(connection):
@@ -206,17 +206,18 @@ def _savepoint(connection: Connection) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(Exception):  # the first error is the one to tell
+        with suppress(Exception):  # the first error is raised instead
             savepoint.rollback()
         raise
     savepoint.commit()
 
 
 def _fault(connection: Connection, error: Exception) -> Fault:
-    """Whose fault it is; the database's, where SQLite ended the transaction by itself.
+    """Decide what caused the error; the database did, if SQLite ended the transaction itself.
 
-    It does on a full disk, say: there is no savepoint to go back to then, and what followed would
-    be outside any transaction. See https://sqlite.org/lang_transaction.html, section 3.
+    SQLite does that on a full disk, for example. Then there is no savepoint to go back to, and
+    later statements would be outside any transaction. See https://sqlite.org/lang_transaction.html,
+    section 3.
     """
     if connection.invalidated:
         return fault_of(error)
@@ -227,12 +228,12 @@ def _fault(connection: Connection, error: Exception) -> Fault:
 
 
 def _whose(connection: Connection, rows: Sequence[Row]) -> Fault:
-    """A row's fault where the table works: it takes another row, or refuses one by its rules."""
+    """Decide an unclear error by trying these rows: a row is at fault if the table works at all."""
     for row in rows:
         savepoint = connection.begin_nested()
         try:
             connection.execute(bulk.insert_rows(), row)
-        except Exception as error:  # noqa: BLE001 - the caller has the one to tell
+        except Exception as error:  # noqa: BLE001 - the caller raises the first error
             with suppress(Exception):
                 savepoint.rollback()
             fault = _fault(connection, error)

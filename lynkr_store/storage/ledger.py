@@ -1,4 +1,4 @@
-"""The ledger: each batch is stored once, even when the answer to its commit was lost."""
+"""The ledger: it makes sure that a batch is stored once, even if a commit's answer was lost."""
 
 from typing import Any, Final
 
@@ -21,18 +21,17 @@ from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.schemas.units import DAY_MS
 
 LEDGER_DAYS: Final = 30
-"""Days for which the ledger remembers a batch. One that a spool keeps, and whose answer was lost
-longer ago, is not tried again: whether it is stored can no longer be told."""
+"""Days for which the ledger remembers a batch. If the answer for a batch in a spool was lost longer
+ago, the batch is not tried again: nothing can tell any more whether it is stored."""
 
 FORGOTTEN: Final = "ledger_forgot_before_ms"
-"""The name, among the values of the progress, of the instant before which batches were forgotten.
-"""
+"""The progress value that holds the instant before which the ledger forgot batches."""
 
-_EXPIRED_ROWS: Final = 1_000  # at a time; half a millisecond's work
+_EXPIRED_ROWS: Final = 1_000  # at a time; that takes half a millisecond
 
 
 def enter_parts(connection: Connection, batch_id: str, now_ms: int) -> None:
-    """Note that a batch is inserted in parts: as one of which no row is stored under its own id."""
+    """Record that a batch is inserted in parts: its own entry has 0 rows, each part has another."""
     ensure_begun(connection)
     connection.execute(enter_batch(backend_of(connection), batch_id, 0, now_ms))
 
@@ -43,16 +42,16 @@ def has_expired(connection: Connection, now_ms: int) -> bool:
 
 
 def forgotten_before(now_ms: int) -> int:
-    """The first instant whose batches the ledger remembers, in epoch milliseconds."""
+    """The earliest instant whose batches the ledger remembers, in epoch milliseconds."""
     return now_ms - LEDGER_DAYS * DAY_MS
 
 
 def expire_ledger(connection: Connection, now_ms: int) -> bool:
-    """Forget up to 1,000 batches that are older than `LEDGER_DAYS`; say whether there may be more.
+    """Forget up to 1,000 batches older than `LEDGER_DAYS`; return whether there may be more.
 
     Args:
         connection: In a transaction that may write.
-        now_ms: A present that can be trusted: a batch that is forgotten may be stored twice.
+        now_ms: The present; it must be trusted, because a forgotten batch may be stored twice.
     """
     expire = expire_batches(forgotten_before(now_ms), _EXPIRED_ROWS)
     expired = connection.execute(expire)
@@ -60,9 +59,9 @@ def expire_ledger(connection: Connection, now_ms: int) -> bool:
 
 
 def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) -> Insert:
-    """Enter a batch in the ledger; ``rowcount`` is 0 where it is there already.
+    """Enter a batch in the ledger; ``rowcount`` is 0 if it already has an entry.
 
-    An entry that another transaction has not yet committed is waited for.
+    If another transaction has not yet committed an entry for it, the statement waits for that one.
     """
     values = {"batch_id": batch_id, "row_count": row_count, "committed_at": now_ms}
     entry: Insert = inserting(backend, LEDGER).values(values).on_conflict_do_nothing()
@@ -70,22 +69,22 @@ def enter_batch(backend: Backend, batch_id: str, row_count: int, now_ms: int) ->
 
 
 def batch_rows(batch_id: str) -> Select[*tuple[Any, ...]]:
-    """How many rows of the batch were stored."""
+    """The number of rows of the batch that were stored."""
     return select(LEDGER.c.row_count).where(LEDGER.c.batch_id == batch_id)
 
 
 def correct_batch(batch_id: str, row_count: int) -> Update:
-    """Set how many rows of the batch were stored."""
+    """Set the number of rows of the batch that were stored."""
     return update(LEDGER).where(LEDGER.c.batch_id == batch_id).values(row_count=row_count)
 
 
 def batches_before(cutoff_ms: int) -> Select[*tuple[Any, ...]]:
-    """The id of one of the ledger's entries before the cutoff, if there is any."""
+    """The id of one entry before the cutoff, if there is any."""
     return select(LEDGER.c.batch_id).where(LEDGER.c.committed_at < cutoff_ms).limit(1)
 
 
 def expire_batches(cutoff_ms: int, limit: int) -> Delete:
-    """Delete up to ``limit`` of the ledger's entries before the cutoff, the oldest first."""
+    """Delete up to ``limit`` entries before the cutoff, the oldest first."""
     oldest = (
         select(LEDGER.c.batch_id)
         .where(LEDGER.c.committed_at < cutoff_ms)

@@ -1,4 +1,4 @@
-"""Named numbers that tell how far the library's own work has come: the watermark, say."""
+"""Named numbers, such as the watermark, that say how far the library's own work has come."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -13,18 +13,18 @@ from lynkr_store.db.models import PROGRESS
 
 
 def value_of(name: str) -> ScalarSelect[int]:
-    """The value of that name, or NULL."""
+    """The value with this name, or NULL."""
     return select(PROGRESS.c.value).where(PROGRESS.c.name == name).scalar_subquery()
 
 
 def values_of(names: Iterable[str]) -> Select[*tuple[Any, ...]]:
-    """The names that have a value, with it."""
+    """The names that have a value, and the values."""
     return select(PROGRESS.c.name, PROGRESS.c.value).where(PROGRESS.c.name.in_(names))
 
 
 @cache
 def upsert(backend: Backend) -> Insert:
-    """Set a value; takes ``name`` and ``value``."""
+    """Insert or replace a value; takes ``name`` and ``value``."""
     into = inserting(backend, PROGRESS)
     statement: Insert = into.on_conflict_do_update(
         index_elements=[PROGRESS.c.name], set_={"value": into.excluded.value}
@@ -33,7 +33,7 @@ def upsert(backend: Backend) -> Insert:
 
 
 def insert_if_absent(backend: Backend) -> Insert:
-    """Set a value that has none yet; takes ``name`` and ``value``."""
+    """Insert a value unless the name has one; takes ``name`` and ``value``."""
     statement: Insert = inserting(backend, PROGRESS).on_conflict_do_nothing()
     return statement
 

@@ -1,4 +1,4 @@
-"""Opens SQLite files to read them and never alters them: a gateway's of any version, too."""
+"""Opens SQLite files for reading and never changes them; also a gateway's file of any version."""
 
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
@@ -50,41 +50,42 @@ from lynkr_store.process.files import identity_of
 from lynkr_store.settings import StoreSettings
 
 _OF_OTHERS_PRAGMAS: Final = (
-    ("cell_size_check", "ON"),  # a damaged page is told when it is read, not while it is used
-    # What somebody put into the file's schema may call no function that does more than compute.
-    # Not where the store writes: with it, SQLite before 3.42 refuses a host's trigger that calls
-    # json().
+    ("cell_size_check", "ON"),  # a damaged page raises an error when it is read, not later
+    # The schema, which another program wrote, may call no function with side effects. Not set where
+    # the store writes: SQLite before 3.42 would refuse a host's trigger that calls json().
     ("trusted_schema", "OFF"),
 )
 _OF_OTHERS_LIMITS: Final = {
-    # rows hold two texts of some ten thousand characters; SQLite's own limit is 1 GB a value
+    # a row holds two texts of about ten thousand characters; SQLite's own limit is 1 GB per value
     sqlite3.SQLITE_LIMIT_LENGTH: 64 * 2**20,
     sqlite3.SQLITE_LIMIT_ATTACHED: 0,
 }
 _ROLLUP_TABLES: Final = (DIMENSIONS, ROLLUPS, PROGRESS, CHANGES)
-"""Without them every answer is read from the rows."""
-_DEADLINE: Final = "lynkr_store_deadline"  # until when a statement may take
-_STEPS: Final = 100_000  # of SQLite's machine between two looks at the clock: some ms
+"""If these are missing, every answer is read from the rows."""
+_DEADLINE: Final = "lynkr_store_deadline"  # in a connection's info: ends long statements
+_STEPS: Final = 100_000  # SQLite's instructions between two checks of the clock: a few ms
 
 
 def create_reading_engine(
     path: Path, *, views: Sequence[str] = (), statement_timeout_s: float = 30.0
 ) -> Engine:
-    """An Engine that cannot alter the SQLite file, whoever made it.
+    """An Engine that cannot change the SQLite file, whichever program created it.
 
-    Whatever is in the file, a statement takes a bounded time, and a value of it bounded memory.
+    Whatever the file contains, the time of a statement and the memory of a value are limited.
 
     Args:
         path: The file.
-        views: What each connection runs for itself, ``CREATE TEMP VIEW …``.
-        statement_timeout_s: Seconds after which a statement is given up.
+        views: Statements that each connection runs first, ``CREATE TEMP VIEW …``.
+        statement_timeout_s: Seconds after which a statement is interrupted.
 
     Raises:
-        StoreUnavailable: There is no such file, or it is no database.
+        StoreUnavailable: The file does not exist, or is not a database.
     """
     require_regular_file(path)
     if identity_of(path) is None:
-        raise StoreUnavailable(f"{path}: there is no such file, or this user may not look for it")
+        raise StoreUnavailable(
+            f"{path} does not exist, or this user may not read its directory; give a file's path"
+        )
     said = ""
     for uri in _reading_uris(path):
         engine = _reading_engine(path, uri, views, statement_timeout_s)
@@ -93,7 +94,7 @@ def create_reading_engine(
                 return engine
         except DBAPIError as error:
             said = said_of_file(cast("sqlite3.Error", error.orig))
-    raise StoreUnavailable(f"{path}: cannot be opened for reading, or is no database: {said}")
+    raise StoreUnavailable(f"{path} cannot be opened for reading, or is not a database: {said}")
 
 
 def _reading_engine(path: Path, uri: str, views: Sequence[str], timeout_s: float) -> Engine:
@@ -132,25 +133,25 @@ def _reading_engine(path: Path, uri: str, views: Sequence[str], timeout_s: float
 
 
 def _reading_uris(path: Path) -> Iterator[str]:
-    """Ways to open a file without altering it, the better first."""
+    """Ways to open a file without changing it, the best first."""
     uri = f"file:{quote(str(path.resolve()))}"
     if any(path.with_name(path.name + end).exists() for end in ("-wal", "-journal")):
-        # Somebody is writing, or was interrupted: a connection that may write would tidy up.
+        # Another process is writing, or was interrupted: a writable connection would clean up.
         yield f"{uri}?mode=ro"
         return
-    # Read-only, a file in WAL mode would be left with an empty -wal beside it; this connection,
-    # which PRAGMA query_only keeps from writing, takes its own away again.
+    # In read-only mode SQLite leaves an empty -wal next to a file in WAL mode. This connection
+    # removes it again, and PRAGMA query_only prevents it from writing.
     yield f"{uri}?mode=rw"
     yield f"{uri}?mode=ro"
-    yield f"{uri}?mode=ro&immutable=1"  # in a folder where nothing may be made
+    yield f"{uri}?mode=ro&immutable=1"  # in a directory where this user may not create files
 
 
 def inspecting_engine(settings: StoreSettings) -> Engine:
-    """An engine that alters nothing and shows what is there.
+    """An engine that changes nothing, for looking at a database's schema.
 
     Raises:
         UnsupportedDatabase: Another database or driver.
-        StoreUnavailable: There is no such file, or it is no database.
+        StoreUnavailable: The file does not exist, or is not a database.
     """
     url = parse_url(settings.url)
     if url.get_backend_name() == Backend.SQLITE:
@@ -163,12 +164,12 @@ def inspecting_engine(settings: StoreSettings) -> Engine:
 
 def _file_to_read(url: URL) -> Path:
     if is_memory(url) or url.database is None:
-        raise BadArgument("url: an empty database in memory cannot be read; give a file")
+        raise BadArgument("url: a database in memory is empty; give the URL of a file")
     return Path(url.database)
 
 
 def open_read_only(settings: StoreSettings) -> tuple[Engine, tuple[str, ...]]:
-    """An engine that alters nothing, and the columns that its view supplies as NULL."""
+    """An engine that changes nothing, and the missing columns, which its view supplies as NULL."""
     path = _file_to_read(parse_url(settings.url))
     timeout_s = settings.statement_timeout_s
     names = (TELEMETRY.name, *(table.name for table in _ROLLUP_TABLES))
@@ -179,21 +180,22 @@ def open_read_only(settings: StoreSettings) -> tuple[Engine, tuple[str, ...]]:
     ):
         for name, kind in catalogue.not_plain(connection, names).items():
             raise SchemaError(
-                f"{path}: {name} is a {kind} and no table, and a read of it could take any time "
-                "and memory: give a file that the gateway or this library made"
+                f"{path}: {name} is a {kind}, not a table, and reading it could take unlimited "
+                "time and memory: give a file that the gateway or this library created"
             )
         lost = [table for table in _ROLLUP_TABLES if not catalogue.tables(connection, [table.name])]
         there = catalogue.column_names(connection, TELEMETRY.name)
         if not there:
             raise SchemaBehind(
                 f"{path} has no table {TELEMETRY.name}: give a gateway's file, or run "
-                f"{revisions.UPGRADE_COMMAND} to make one"
+                f"{revisions.UPGRADE_COMMAND} to create one"
             )
         for name in names:
             if computed := catalogue.generated_columns(connection, name):
                 raise SchemaError(
-                    f"{path}: {name}.{min(computed)} is a generated column, and a read of it could "
-                    "take any time and memory: give a file that the gateway or this library made"
+                    f"{path}: {name}.{min(computed)} is a generated column, and reading it could "
+                    "take unlimited time and memory: give a file that the gateway or this library "
+                    "created"
                 )
         missing = tuple(column.name for column in TELEMETRY.c if column.name not in there)
         views = [*map(_empty, lost), *([_view(there)] if missing else [])]
@@ -213,6 +215,6 @@ def _view(there: Collection[str]) -> CreateView:
 
 
 def _empty(table: Table) -> CreateView:
-    """A temporary view in the place of a table that the file does not have, without rows."""
+    """A temporary view without rows, for a table that the file does not have."""
     columns = (null().label(column.name) for column in table.c)
     return CreateView(select(*columns).where(false()), table.name, temporary=True)

@@ -1,4 +1,4 @@
-"""Where the writer's batches go: each is stored once, whole or in parts."""
+"""Stores the writer's batches, each exactly once, as a whole or in parts."""
 
 import time
 from collections import Counter
@@ -25,23 +25,24 @@ from lynkr_store.storage.write_lock import MANY_WAL_PAGES
 
 _NO_TEXTS: Final = dict.fromkeys(LONG_FIELDS)
 _MANY_ROWS: Final = 100
-"""Rows from which on a batch is taken for one of many. Small ones write the same pages again and
-again: of these the WAL would hold many times what is in the file."""
-_MEMORY: Final = 0.8  # of the last batch's duration in the expectation of the next one's
+"""Rows from which a batch counts as large, and may leave a long WAL. Small batches write the same
+pages repeatedly, so the WAL would become many times as large as their content."""
+_MEMORY: Final = 0.8  # the share of an earlier batch's duration that the expectation keeps
 _OPEN_WAIT_S: Final = 1.0
-"""How long the writer waits for a thread that is opening the database. A signal handler may have
-interrupted that thread to close the store, and waits for the writer; so both may open it."""
+"""Seconds that the writer waits for a thread that is opening the database. A signal handler that
+closes the store may have interrupted that thread, and waits for the writer. After this time the
+writer opens the database itself."""
 
 
 class DatabaseSink(Forkable):
     """Stores batches in a database; the writer's delivering thread calls it.
 
     Args:
-        database: Opened when the first batch comes.
+        database: Opened with the first batch.
         clock: The present in epoch milliseconds, for the ledger.
 
     Attributes:
-        on_written: Called with the number of rows of each batch that was stored.
+        on_written: Called after each stored batch with its number of rows.
     """
 
     def __init__(self, database: Database, clock: Callable[[], int]) -> None:
@@ -52,18 +53,18 @@ class DatabaseSink(Forkable):
 
     def _reset(self) -> None:
         self._held_s = 0.0  # how long the last batches held the write lock
-        self._batch = ""  # the last one, and what was refused of it and its parts
+        self._batch = ""  # the last batch, and the rows refused of it and of its parts
         self._refused: dict[str, Counter[str]] = {}
-        self._known_good: Row | None = None  # a row that was taken, without its texts
+        self._known_good: Row | None = None  # a row that was stored, without its texts
 
     def after_fork_in_child(self) -> None:
-        """Know nothing of the parent's batches."""
+        """Forget the parent's batches."""
         self._reset()
 
     def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
-        """Store a batch once; see `lynkr_store.ingest.writer.Sink`.
+        """Store a batch once; see `lynkr_store.ingest.deliverer.Sink`.
 
-        In one transaction, or, where a row of many is refused, in one for each part.
+        It uses one transaction; if a row of a large batch is refused, one for each part.
         """
         with translated():
             try:
@@ -84,7 +85,7 @@ class DatabaseSink(Forkable):
     def has_forgotten(self, at_ms: int) -> bool:
         """Whether the ledger may have forgotten a batch that was stored at an instant.
 
-        By what it did forget, not by the present, which may be wrong.
+        It compares with what the ledger did forget, because the clock may be wrong.
 
         Raises:
             StoreUnavailable: The database cannot be reached.
@@ -120,13 +121,13 @@ class DatabaseSink(Forkable):
             refused = self._insert(connection, batch_id, rows)
             if refused is None:
                 connection.rollback()
-            elif refused:  # by a rule that a newer release made? then the batch waits
+            elif refused:  # if a newer release's constraint refused them, the batch waits
                 try:
                     revisions.require_head(connection)
                 except SchemaError:
                     self._database.forget_schema()
                     raise
-        # a long one is remembered for some batches: what comes is like what came
+        # a long duration counts for several batches, because the next ones are likely similar
         self._held_s = max(time.monotonic() - began, _MEMORY * self._held_s)
         if refused is not None:
             self._database.require_file()

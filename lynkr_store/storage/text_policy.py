@@ -1,4 +1,4 @@
-"""What is kept of texts, as an engine says it to whoever writes on it."""
+"""Stores the policy for texts on an engine, so that everything that writes with it applies it."""
 
 from typing import Final
 
@@ -10,14 +10,14 @@ _POLICY: Final = "lynkr_store_text_policy"  # the execution option of an engine 
 
 
 def set_policy(engine: Engine, policy: TextPolicy) -> None:
-    """Have each `RoutingRepository` on the engine that is given no policy keep this one.
+    """Set the policy of every `RoutingRepository` on the engine that gets no other policy.
 
-    An execution option says so, on the engine itself: it holds for a host's own Sessions too.
+    It is an execution option of the engine itself, so it applies to a host's own Sessions too.
     """
     engine.update_execution_options(**{_POLICY: policy})
 
 
 def policy_in(bind: Engine | Connection) -> TextPolicy | None:
-    """The policy that the engine was given, or None."""
+    """The policy that was set on the engine, or None."""
     policy: TextPolicy | None = bind.get_execution_options().get(_POLICY)
     return policy

@@ -585,8 +585,8 @@ def test_a_file_without_an_id_left_is_not_called_a_full_disk(file_url):
         health = store.health()
         assert (health.pending, health.rejected) == (3, 0)
         assert health.last_error == (
-            "StoreUnavailable: routing_telemetry has no id left, for sqlite_sequence stands at "
-            "the greatest one: set its seq to 10 there"
+            "StoreUnavailable: routing_telemetry has no id left: sqlite_sequence holds the "
+            "greatest id; set its seq to 10"
         )
         with pytest.raises(StoreUnavailable, match="no id left"):
             store.add_many([{"provider": "p"}])
@@ -608,7 +608,7 @@ def test_check_says_that_a_files_ids_may_be_given_again(file_url):
     execute(engine, "ALTER TABLE routing_telemetry RENAME TO old", sql.replace("AUTOINCREMENT", ""))
     checked = run("check", "--url", file_url)
     assert checked.returncode == 1
-    assert "routing_telemetry.id is no AUTOINCREMENT key" in checked.stdout
+    assert "routing_telemetry.id is not an AUTOINCREMENT key" in checked.stdout
     engine.dispose()
 
 

@@ -218,8 +218,8 @@ def look_for_faults(connection, schema: str) -> None:
     )
     assert diagnosis.hindrance(connection) is None
     assert diagnosis.without_ids(connection) is None
-    assert "gave out an id" in diagnosis._given_twice(connection, said)
-    assert "gives no id" in diagnosis._null(connection, said)
+    assert "assigned an id" in diagnosis._given_twice(connection, said)
+    assert "assigns no id" in diagnosis._null(connection, said)
     assert not diagnosis._is_secured(connection)
     assert identities.problems(connection) == []
     assert identities.set_forward(connection) == ()

@@ -410,14 +410,14 @@ def test_a_table_that_is_away_is_named(postgres):
         execute(engine, *VIEW)
         assert store.record(provider="p", tier="T")
         eventually(lambda: store.health().last_error)
-        said = "StoreUnavailable: the table routing_telemetry is not there: "
+        said = "StoreUnavailable: the table routing_telemetry does not exist: "
         eventually(lambda: store.health().last_error.startswith(said))
         with engine.begin() as connection:  # else the record may be written in between
             connection.execute(text("ALTER TABLE base RENAME TO routing_telemetry"))
             connection.execute(text("ALTER TABLE routing_telemetry RENAME COLUMN tier TO rank"))
-        said = "StoreUnavailable: routing_telemetry lacks tier: "
+        said = "StoreUnavailable: routing_telemetry has no column tier: "
         eventually(lambda: store.health().last_error.startswith(said))
-        with pytest.raises(StoreUnavailable, match="routing_telemetry lacks tier"):
+        with pytest.raises(StoreUnavailable, match="routing_telemetry has no column tier"):
             store.add_many([{"provider": "p", "tier": "T"}])
         execute(engine, "ALTER TABLE routing_telemetry RENAME COLUMN rank TO tier")
         assert store.flush(60)

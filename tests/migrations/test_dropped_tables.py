@@ -149,7 +149,7 @@ def test_records_that_waited_come_through(url, engine, lost):
         drop(engine, *(TABLES if lost == "all" else [lost]))
         for n in range(30):
             assert store.record(provider="waited", request_id=f"r{n}")
-        remedy = "run lynkr-store upgrade, which makes it again"
+        remedy = "run lynkr-store upgrade, which creates it again, empty"
         eventually(lambda: remedy in (store.health().last_error or ""))
         assert not store.flush(0.1)
         assert (store.health().pending, store.health().rejected) == (30, 0)
@@ -182,7 +182,7 @@ def test_each_call_of_a_running_store_names_the_remedy(url, engine, name):
         with pytest.raises((SchemaBehind, StoreUnavailable)) as said:
             call(store)
         assert lost in str(said.value)
-        assert "run lynkr-store upgrade, which makes" in str(said.value)
+        assert "run lynkr-store upgrade, which creates" in str(said.value)
         upgrade(url)
         call(store)
 
@@ -196,7 +196,7 @@ def test_each_call_of_a_running_asynchronous_store_names_the_remedy(url, engine)
         expected = store.get_stats(ALL_TIME)
         drop(engine, "routing_rollups", "lynkr_store_progress")
         for call in (lambda: store.get_stats(ALL_TIME), store.maintain):
-            with pytest.raises(SchemaBehind, match=r"routing_rollups, .*: run lynkr-store upgrade"):
+            with pytest.raises(SchemaBehind, match=r"routing_rollups, .*; run lynkr-store upgrade"):
                 call()
         assert store.record(provider="p", timestamp=NOW - 10 * DAY_MS)
         assert store.flush(30), "records need neither"
@@ -220,7 +220,7 @@ def test_a_store_that_upgrades_makes_them_again_when_it_is_opened(url, engine):
 def test_without_the_ledger_or_the_records_table_a_store_does_not_open(url, engine):
     drop(engine, "ingest_batches")
     with opened(url, upgrade_on_open=False) as store:
-        with pytest.raises(SchemaBehind, match="ingest_batches: run lynkr-store upgrade"):
+        with pytest.raises(SchemaBehind, match="ingest_batches; run lynkr-store upgrade"):
             store.query()
         upgrade(url)
         assert len(store.query(limit=100)) == ROWS
