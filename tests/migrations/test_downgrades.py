@@ -100,7 +100,7 @@ def test_what_the_gateway_seems_to_write_is_not_taken_back(
     write(path, statement)
     done = changes(adopted)
     below = f"{int(stays) - 1:04}"
-    with pytest.raises(DowngradeRefused, match=f"write what revision {stays} added"):
+    with pytest.raises(DowngradeRefused, match=f"write columns that revision {stays} added"):
         downgrade(adopted, below)
     assert done == []
     assert revision_of(adopted) == revisions.head()
