@@ -24,8 +24,8 @@ BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
 
-ONE_BACKEND = ("tests/faults/", "tests/migrations/", "tests/rollups/")
-"""Where a case takes long: the ordinary run has each test on one backend, the slow run on all."""
+EACH_BACKEND = ("tests/conformance/test_store.py", "tests/db/", "tests/storage/", "tests/queries/")
+"""Where the backends are the subject: there the ordinary run has each test on all of them."""
 
 hypothesis.settings.register_profile("lynkr_store", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("lynkr_store")
@@ -41,8 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     - of the PostgreSQL servers the newest alone;
     - of a test with several values each on one backend, the backends in turn;
-    - of a test without other values all backends, where it is quick: in the packages of
-      `ONE_BACKEND` each test takes the next one;
+    - of a test without other values all backends in the files of `EACH_BACKEND`, elsewhere one;
     - of a test that is marked with `sample(n)` one of every n values.
     """
     for item in items:
@@ -59,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _sample(cases: list[pytest.Item]) -> list[pytest.Item]:
     """Of one test's cases those of the ordinary run, the same ones whatever else is collected."""
     values = _grouped(cases, lambda item: _BACKEND.sub("", item.name))
-    if len(values) == 1 and not cases[0].nodeid.startswith(ONE_BACKEND):
+    if len(values) == 1 and cases[0].nodeid.startswith(EACH_BACKEND):
         return cases
     first = zlib.crc32(_test_of(cases[0]).encode())  # or it would be each test's first value
     mark = cases[0].get_closest_marker("sample")

@@ -192,6 +192,7 @@ def test_both_backends_agree_on_every_statistic(pair, records):
     check_same(pair, records)
 
 
+@pytest.mark.slow
 @RELAXED
 @given(records=rows(st.one_of(NUMBERS, ODD)))
 @example(records=one(latency_ms="text", cost_usd=b"\x00\xff", output_tokens=12.5))

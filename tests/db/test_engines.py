@@ -648,6 +648,7 @@ def test_a_store_left_open_at_exit_still_writes(tmp_path):
         assert len(store.query()) == 1
 
 
+@pytest.mark.slow
 def test_processes_that_open_a_new_file_together_all_write(tmp_path):
     url = f"sqlite:///{tmp_path}/new/t.db"
     code = (

@@ -139,6 +139,7 @@ def work(store, number):
     return written
 
 
+@pytest.mark.sample(2)
 def test_eight_stores_share_four_connections(pooled_at_head):
     url, pooled = pooled_at_head
 
@@ -323,6 +324,7 @@ def test_statements_are_prepared_on_a_direct_connection_alone(place):
 # -- upgrades --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("way", ["lynkr-store", "alembic", "code", "store"])
 def test_every_way_of_upgrading_works_in_the_schema(place, monkeypatch, way):
     url, pooled = place

@@ -343,6 +343,7 @@ def test_the_child_of_a_closed_store_has_a_closed_store(program, url, kind):
     assert stored(url) == once(parent=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SimpleProcess", "grandchildren"])
 def test_children_of_children_are_processes_of_their_own(program, url, how):
     program(
@@ -612,6 +613,7 @@ def test_a_store_that_is_forgotten_writes_what_is_there(program, url, kind, cycl
     assert stored(url) == once(r=50)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_forgotten_in_its_own_thread_writes_what_is_there(program, url):
     program(
         """
@@ -684,6 +686,7 @@ def test_sigterm_closes_and_then_the_process_dies_of_it(program, url, kind):
     assert stored(url) == once(r=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_sigterm_is_ignored_the_store_is_closed_and_the_process_lives(program, url, kind):
     lines = program(
@@ -721,6 +724,7 @@ def test_without_handle_sigterm_the_signal_is_the_hosts(program, url):
     assert stored(url) == once(r=50)
 
 
+@pytest.mark.slow
 def test_a_hosts_handler_that_comes_later_may_call_the_stores(program, url):
     lines = program(
         """
@@ -743,6 +747,7 @@ def test_a_hosts_handler_that_comes_later_may_call_the_stores(program, url):
     assert stored(url) == once(r=50, late=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["none", "first", "second"])
 def test_sigterm_closes_two_stores(program, backend, new_url, closed):
     urls = [new_url(backend, at_head=True) for _ in range(2)]
@@ -766,6 +771,7 @@ def test_sigterm_closes_two_stores(program, backend, new_url, closed):
     assert stored(urls[1]) == once(b=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_the_main_thread_the_remedy_is_named(program, url, kind):
     lines = program(

@@ -265,6 +265,7 @@ def test_a_second_try_that_waits_longer_than_a_statement_may_goes_on_trying(open
     assert stored(url) == [str(number) for number in range(10)]
 
 
+@pytest.mark.slow
 def test_a_process_that_replays_a_spool_waits_for_a_commit_that_another_left_under_way(
     open_store, proxy, url, tmp_path
 ):

@@ -276,6 +276,7 @@ def test_nothing_that_another_role_planted_is_called(roles, types, monkeypatch):
         everything(roles.urls["owner"], None, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)
 def test_nothing_that_another_role_planted_in_a_schema_of_the_stores_own_is_called(
     roles, monkeypatch

@@ -189,9 +189,10 @@ def finish(url, recorded, options, *, left):
 # -- a connection cut at each message -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [pytest.param(Do.CUT_BEFORE, marks=pytest.mark.slow), Do.CUT_AFTER],
+    [Do.CUT_BEFORE, Do.CUT_AFTER],
     ids=lambda how: how.name.lower(),
 )
 def test_a_connection_cut_at_any_message_costs_a_try(

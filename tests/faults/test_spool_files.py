@@ -398,6 +398,7 @@ def test_one_of_two_processes_is_killed_in_an_outage(open_store, database, path,
     assert Counter(database.rows()) == Counter(ids("killed", 100) + ids("alive", 100))
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_closes_in_an_outage(open_store, database, path, tmp_path):
     with sharing(database, path, "gone", "alive") as (gone, alive):
         with database.away():

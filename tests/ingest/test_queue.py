@@ -582,7 +582,7 @@ HELD = {
 }
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("name", ["provider", "attributes", "request_text", "nonsense"])
 @pytest.mark.parametrize("kind", HELD)
 def test_a_queue_holds_no_more_than_its_bytes_whatever_the_type(kind, name):

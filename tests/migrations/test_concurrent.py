@@ -234,6 +234,7 @@ def test_killing_the_one_at_work_frees_those_who_wait(new_url, backend, moment):
     assert rows(url) == before
 
 
+@pytest.mark.slow
 def test_killing_one_that_waits_for_a_table_frees_those_who_wait_for_it(postgres_url):
     at_0003(postgres_url)
     with connected(postgres_url) as looking, reading(postgres_url) as reader:
@@ -286,6 +287,7 @@ def test_an_upgrade_meets_the_commit_of_one_that_was_killed_in_it(postgres_url):
     check_head(postgres_url)
 
 
+@pytest.mark.slow
 def test_an_upgrade_whose_turn_was_ended_and_the_next_one_both_succeed(postgres_url):
     """An administrator ends idle sessions, or a network forgets them."""
     at_0003(postgres_url)

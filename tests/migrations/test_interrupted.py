@@ -237,7 +237,7 @@ def check_indexes(url):
     assert len(indexes(url)) == len(INDEXES) + keys
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [writing, reading])
 def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, other):
     """Killed again and again, in the making and in the removal of what the last one left."""
@@ -256,7 +256,7 @@ def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, othe
     check_indexes(unindexed)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [writing, reading])
 def test_a_build_waits_for_the_one_that_goes_on_without_its_process(unindexed, other):
     with (
