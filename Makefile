@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 # The slow tests wait more than they compute: for outages, locks and killed processes.
 SLOW_WORKERS ?= 3
+# A worker that has nothing left takes from another one; until then each keeps whole files, and so
+# makes what a file's tests share once.
+SHARED := --dist worksteal
 
 .PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
 
@@ -26,17 +29,17 @@ $(VENV)/dev.stamp: pyproject.toml
 demo: $(VENV)/demo.stamp ## record a generated sample in an embedded database and show its statistics
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (about 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" --cov --cov-report=term
+test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (about 5 minutes on 2 cores)
+	$(BIN)/python -m pytest $(SHARED) -n $(WORKERS) -m "not slow" --cov --cov-report=term
 
-test-slow: $(VENV)/dev.stamp ## the tests that take longer
-	$(BIN)/python -m pytest -n $(SLOW_WORKERS) -m slow
+test-slow: $(VENV)/dev.stamp ## the tests that take longer, and all values and backends of the others
+	$(BIN)/python -m pytest $(SHARED) -n $(SLOW_WORKERS) -m slow
 
 test-oldest: $(VENV)/dev.stamp ## the tests with the lowest versions that pyproject.toml allows
 	$(BIN)/python -m tests.support.oldest
 
 test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" -k postgres
+	$(BIN)/python -m pytest $(SHARED) -n $(WORKERS) -m "not slow" -k postgres
 
 bench: $(VENV)/dev.stamp ## the store against the bare drivers and the original, in one run and one table
 	$(BIN)/python -m benchmarks
