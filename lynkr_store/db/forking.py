@@ -136,7 +136,7 @@ class _Guard(Forkable):
         if not self._set_up:
             with self._changed:
                 self._forking.append(threading.get_ident())
-            _comes(lambda: not self._others(self._making), time.monotonic() + FORK_WAIT_S)
+            _wait_until(lambda: not self._others(self._making), time.monotonic() + FORK_WAIT_S)
 
     def _others(self, connections: "weakref.WeakKeyDictionary[ConnectionPoolEntry, int]") -> bool:
         """Whether any of the connections belongs to a thread that does not fork."""
@@ -276,15 +276,15 @@ class _SqliteGuard(_Guard):
             if self._is_async:
                 self._at_rest = self._close_async(engine, deadline)
             elif self._in_memory:
-                self._hold_up()
-                self._at_rest = _comes(
+                self._block_threads()
+                self._at_rest = _wait_until(
                     lambda: not (self._others(self._using) or self._others(self._making)), deadline
                 )
             else:
-                self._hold_up()
+                self._block_threads()
                 self._at_rest = self._close(engine, deadline)
 
-    def _hold_up(self) -> None:
+    def _block_threads(self) -> None:
         with self._changed:
             self._forking.append(threading.get_ident())
 
@@ -302,7 +302,7 @@ class _SqliteGuard(_Guard):
             with self._changed:  # connections returned meanwhile are closed in the next round
                 return all(self._user(one) in self._forking for one in self._open())
 
-        return _comes(is_closed_or_stuck, deadline) and not self._open()
+        return _wait_until(is_closed_or_stuck, deadline) and not self._open()
 
     def _user(self, connection: Any) -> int | None:
         """The thread that uses, opens or closes a connection; None if none does, or if unknown."""
@@ -327,10 +327,10 @@ class _SqliteGuard(_Guard):
                 closing = any(thread.is_alive() for thread in self._ending)
                 if self._making or self._using or closing:
                     return False
-                self._hold_up()
+                self._block_threads()
                 return True
 
-        if not _comes(is_idle, deadline if _no_loop_runs_here() else 0.0):
+        if not _wait_until(is_idle, deadline if _no_loop_runs_here() else 0.0):
             return False
         drivers: list[Any] = [
             record.driver_connection for record in self._known_now() if record.dbapi_connection
@@ -369,7 +369,7 @@ class _SqliteGuard(_Guard):
         super().after_fork_in_child()
 
 
-def _comes(condition: Callable[[], bool], deadline: float) -> bool:
+def _wait_until(condition: Callable[[], bool], deadline: float) -> bool:
     """Wait until the condition holds; False if it did not before the deadline."""
     while not condition():
         if time.monotonic() >= deadline:
