@@ -616,7 +616,7 @@ def test_a_schema_that_went_away_is_named_before_anything_is_written(postgres_ur
     record(store, "p")
     with psycopg.connect(postgres_url) as connection:
         connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
-    said = f"the schema {SCHEMA} is not there.*lynkr-store upgrade"
+    said = f"the schema {SCHEMA} does not exist.*lynkr-store upgrade"
     with pytest.raises(SchemaBehind, match=said):
         store.add_many([{"provider": "q"}])
     store.record(provider="q")
