@@ -1,7 +1,8 @@
-"""From `record()` to batches that are handed over: no record is lost without being counted.
+"""Takes records from `record()` and delivers them in batches; no record is lost uncounted.
 
-A record is packed into a string (`codec`) and waits in a bounded `queue`; one thread checks it and
-makes columns of it (`validation`, `preparer`, `batch`), another hands batches to a sink and repeats
-what fails (`writer`), and what cannot be delivered waits on disk (`spool`). The sink is a
-parameter, so nothing here may import SQLAlchemy or know a database.
+A record is packed into a string (`codec`) and waits in a bounded `queue`. The preparing thread
+checks it and adds it to a batch (`preparer`, `validation`, `batch`). The delivering thread gives
+batches to a sink and repeats failed ones (`deliverer`). Batches that cannot be delivered wait on
+disk (`spool`). The `writer` starts and stops the threads. The sink is a parameter, so nothing here
+may import SQLAlchemy or know a database.
 """

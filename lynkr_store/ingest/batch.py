@@ -1,32 +1,32 @@
-"""Rows on their way to the database: one as a mapping, many as values by column or by row."""
+"""Rows on their way to the database: one row as a mapping, many as values by column or row."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, overload
 
 Row = dict[str, Any]
-"""Column name to value, for every column but ``id``; one that is absent has no value."""
+"""Column name to value, without ``id``; a column that is absent has no value."""
 
 Columns = dict[str, Sequence[Any]]
-"""Column name to the values of several rows, in order; of one that is absent none has a value."""
+"""Column name to the values of several rows, in order; no row has a value in an absent column."""
 
 
 def by_column(rows: Sequence[Row]) -> Columns:
-    """The same rows."""
+    """The same rows as columns."""
     return {
         name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))
     }
 
 
 class RowBatch(Sequence[Row]):
-    """Rows of the same columns, kept as the drivers take them: values, one after the other.
+    """Rows with the same columns, kept as the drivers take them: one flat list of values.
 
-    A dictionary of every column is 1.6 KB a row; the places of its 30 values here are 240 bytes.
-    Indexing makes a dictionary of one row, or a batch of a slice.
+    A dictionary with every column is 1.6 KB per row; the references to 30 values here are 240
+    bytes. Indexing returns a dictionary for one row, or a batch for a slice.
 
     Args:
-        columns: Their names.
-        values: Those of each row in the order of the columns, row after row.
+        columns: The names of the columns.
+        values: The values of each row in the order of the columns, row after row.
     """
 
     def __init__(self, columns: Iterable[str], values: list[Any]) -> None:
@@ -35,7 +35,7 @@ class RowBatch(Sequence[Row]):
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "RowBatch":
-        """The same rows; what one of them lacks and another has is None."""
+        """The same rows; a value that only some of them have is None in the others."""
         if isinstance(rows, cls):
             return rows
         columns = by_column(rows)
@@ -66,11 +66,11 @@ class RowBatch(Sequence[Row]):
 
 
 class BatchBuilder:
-    """Makes one `RowBatch` after another.
+    """Builds one `RowBatch` after another.
 
-    They have the columns in which any row so far had a value. Python's SQLite driver looks for an
-    adapter of every None that it binds: that was 6 µs of the 16 that a row took, of whose 45
-    values 18 were None. Earlier batches count, so that statements stay the same, and prepared.
+    A batch has the columns in which any row so far had a value. Python's SQLite driver searches an
+    adapter for every None that it binds: for a row of 45 values with 18 None, that took 6 of 16 µs.
+    The rows of earlier batches count, so that statements stay the same, and prepared.
     """
 
     def __init__(self) -> None:
@@ -78,9 +78,9 @@ class BatchBuilder:
         self._values: list[Any] = []
 
     def add(self, columns: Columns) -> None:
-        """Add rows to the batch, or none where that fails.
+        """Add rows to the batch, all or none.
 
-        Few at a time are still in the processor's cache.
+        Add few at a time, so that they are still in the processor's cache.
         """
         count = max(map(len, columns.values()), default=0)
         nothing = (None,) * count
@@ -97,15 +97,15 @@ class BatchBuilder:
         self._columns, self._values = names, values
 
     def rows(self) -> RowBatch:
-        """The batch, as far as it is."""
+        """The batch so far."""
         return RowBatch(self._columns, self._values)
 
     def clear(self) -> None:
-        """Begin another batch; the rows of this one stay whose they are."""
+        """Begin another batch; batches that were returned before keep their rows."""
         self._values = []
 
     def take(self) -> RowBatch:
-        """The batch; what is added next belongs to another."""
+        """Return the batch, and begin another."""
         rows = self.rows()
         self.clear()
         return rows

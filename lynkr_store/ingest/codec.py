@@ -1,8 +1,8 @@
-"""A record as one MessagePack string: packed at the call, unpacked and checked by the writer.
+"""Packs a record into one MessagePack string; the writer unpacks and checks it.
 
-Most records are right as they are. `RoutingEvent` looks at each value in Python before it checks
-any; here msgspec is given the same rules, and checks while it unpacks. That takes two thirds of
-the time of unpacking alone, and what comes out has the order of the fields.
+Most records need no change. `RoutingEvent` converts each value in Python before it checks it; here
+msgspec applies the same rules, and checks while it unpacks. That takes two thirds of the time of
+unpacking alone, and returns the values in the order of the fields.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ from lynkr_store.schemas import (
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
 STAMP: Final = "at the call"
-"""Where a record that names no instant has that of the call, in epoch milliseconds: no field's."""
+"""The key of the call's instant in epoch milliseconds, in a record without one; no field has it."""
 
-# Only what comes out as it went in is packed. A tuple, say, would come out as a list: a record
-# with such a part is copied part by part instead.
+# Only values that are unpacked exactly as they were are packed. A tuple, for example, would become
+# a list; a record that contains one is copied part by part instead.
 AS_IT_IS: Final = reduce(
     or_,
     (
@@ -46,19 +46,19 @@ AS_IT_IS: Final = reduce(
         ormsgpack.OPT_PASSTHROUGH_UUID,
     ),
 )
-"""How a record is packed, by ``ormsgpack.packb(record, packable, AS_IT_IS)``."""
+"""The options for packing a record with ``ormsgpack.packb(record, packable, AS_IT_IS)``."""
 
 _INSTANT: Final = 1  # the extension type of a datetime
 
 Packed = tuple[bytes, Any, Any]
-"""A record without its two texts, packed, and these."""
+"""A record packed without its two texts, and the two texts."""
 
 
 def packable(value: object) -> ormsgpack.Ext:
-    """What stands for a part that MessagePack has no form for.
+    """The packed form of a datetime, which MessagePack does not have.
 
     Raises:
-        TypeError: It is no instant either: the record is not packed.
+        TypeError: The value is not a datetime, so the record cannot be packed.
     """
     if type(value) is not datetime:
         raise TypeError
@@ -66,9 +66,9 @@ def packable(value: object) -> ormsgpack.Ext:
 
 
 def unpacked(packed: bytes) -> dict[str, Any]:
-    """The record, as it was; where it has more names than there are, with one of the unknown ones.
+    """The record as it was; if it has more names than there are fields, with one unknown name only.
 
-    It is rejected for that one as for all of them, which could take many times the packed size.
+    One unknown name is enough to reject it. All of them could take many times the packed size.
     """
     if _names_of(packed) > len(_NAMES):
         fields = msgspec.structs.asdict(_decode_known(packed))
@@ -78,7 +78,7 @@ def unpacked(packed: bytes) -> dict[str, Any]:
 
 
 def _names_of(packed: bytes) -> int:
-    """How many names a packed record has, where that is more than 15; see MessagePack's map."""
+    """The number of names in a packed record, or 0 if it is below 16; see MessagePack's map."""
     width = {0xDE: 2, 0xDF: 4}.get(packed[0], 0)
     return int.from_bytes(packed[1 : 1 + width])
 
@@ -88,15 +88,15 @@ def _instant(_: int, data: bytes | memoryview) -> datetime:
 
 
 def plain_columns(records: Sequence[Packed]) -> tuple[Columns, list[int]]:
-    """The fields of those records that need no mending, as `RoutingEvent` has them.
+    """The columns of the records that need no sanitizing, as `RoutingEvent` would give them.
 
     Args:
-        records: Some; one that is not packed is none of them.
+        records: One or more; a record that is not packed counts as one of the others.
 
     Returns:
-        Their columns, flags as 0 or 1, and for an instant that is not named that of the call. And
-        the positions of the others, in order: there a value must be mended, or is wrong, and
-        `RoutingEvent` tells which.
+        The columns, with flags as 0 or 1, and the call's instant for records without one. Then the
+        positions of the other records, in order: a value must be sanitized or is wrong, and
+        `RoutingEvent` decides which.
     """
     rows, others = [], []
     for at, record in enumerate(records):
@@ -119,10 +119,10 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
     """The values of one record in the order of `_NAMES`.
 
     Raises:
-        ValueError: One must be mended, or is wrong.
+        ValueError: A value must be sanitized, or is wrong.
         MsgspecError: The same.
         TypeError: The same; or the record is not packed.
-        RecursionError: JSON of it would be nested too deep.
+        RecursionError: A JSON value is nested too deeply.
     """
     if type(request) not in _TEXT or type(response) not in _TEXT:
         raise TypeError
@@ -143,7 +143,7 @@ def _plain_values(packed: bytes, request: Any, response: Any) -> tuple[Any, ...]
 
 
 def _type_of(name: str, field: FieldInfo) -> Any:
-    """A field's own rules, but for what would be mended, which is refused."""
+    """A field's rules for msgspec; a value that would have to be sanitized is refused."""
     if name in JSON_FIELDS:
         return str | dict[Any, Any] | list[Any] | None
     if name in FLAG_FIELDS:
@@ -189,7 +189,7 @@ _Known: Final = msgspec.defstruct(
     ],
 )
 _decode_known: Final[Any] = msgspec.msgpack.Decoder(_Known, ext_hook=_instant).decode
-_UNKNOWN: Final = "one of many"  # no field's
+_UNKNOWN: Final = "one of many"  # no field has this name
 
 _FLAGS: Final = {
     name: {None: flag_number(RoutingEvent.model_fields[name].default), 0: 0, 1: 1}

@@ -1,4 +1,4 @@
-"""Turns queued records into columns of rows: most of them together, and each other one alone."""
+"""Converts queued records to columns: most of them together, the others one by one."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from lynkr_store.ingest.validation import TextPolicy, cause_of, checked, complet
 from lynkr_store.schemas import RoutingEvent
 
 FAILED: Final = "failed"
-"""Why a record was rejected that could not be checked: memory ran out, say."""
+"""The cause for a record that could not be checked, for example because memory ran out."""
 
 
 class Prepared(NamedTuple):
-    """What became of some records.
+    """The outcome for several records.
 
     Attributes:
-        rejected: Cause to number of the records that are none.
-        mended: Cause to number of the values that were mended.
+        rejected: The number of rejected records by cause.
+        mended: The number of changed values by cause.
     """
 
     rejected: Counter[str]
@@ -31,20 +31,20 @@ class Prepared(NamedTuple):
 def prepare(
     queued: Sequence[Queued], batch: BatchBuilder, policy: TextPolicy, new_id: Callable[[], str]
 ) -> Prepared:
-    """Add the rows of some records to a batch, in order.
+    """Add the rows of several records to a batch, in order.
 
-    Where that fails, whatever was raised, it is done again with each of them alone: so a record
-    that cannot be checked costs itself.
+    If that raises any exception, each record is tried alone, so that a record that cannot be
+    checked affects no other.
 
     Args:
         queued: The records, one or more.
-        batch: Where their rows go.
-        policy: What is kept of the texts.
-        new_id: Names a record that has no ``request_id``.
+        batch: Gets the rows.
+        policy: Decides what is kept of the texts.
+        new_id: Returns an id for a record without ``request_id``.
     """
     try:
         return _added(queued, batch, policy, new_id)
-    except BaseException:  # noqa: BLE001 - a record's fault may be of any kind
+    except BaseException:  # noqa: BLE001 - a record's own methods may raise anything
         all_of_them = Prepared(Counter(), Counter())
         for one in queued:
             try:
@@ -72,14 +72,14 @@ def columns_of(
     rejected: Counter[str],
     mended: Counter[str],
 ) -> Columns:
-    """The columns of those records that are some, in order.
+    """The columns of the valid records, in order.
 
     Args:
-        queued: Some, one or more; one that must be mended costs as much as ten others.
-        policy: What is kept of the texts.
-        new_id: Names a record that has no ``request_id``.
-        rejected: Cause to number of the other records, which are added.
-        mended: Cause to number of the values that were mended, which are added.
+        queued: One or more; one that must be sanitized takes the time of ten others.
+        policy: Decides what is kept of the texts.
+        new_id: Returns an id for a record without ``request_id``.
+        rejected: The number of rejected records by cause; this function adds to it.
+        mended: The number of changed values by cause; this function adds to it.
     """
     columns, others = plain_columns([as_packed(one) for one in queued])
     if others:
@@ -106,9 +106,9 @@ def _checked(queued: Queued, rejected: Counter[str], mended: Counter[str]) -> Ro
         rejected[cause_of(error)] += 1
     except MemoryError:
         rejected[FAILED] += 1
-    except Exception:  # noqa: BLE001 - a value whose own methods fail; it costs its row
+    except Exception:  # noqa: BLE001 - a value's own methods failed; only this row is lost
         rejected["wrong_type"] += 1
-    except BaseException:  # noqa: BLE001 - one that raises what no program should
+    except BaseException:  # noqa: BLE001 - a value's method raised SystemExit, for example
         rejected[FAILED] += 1
     else:
         mended.update(causes)

@@ -1,4 +1,4 @@
-"""Counts where every record is, and logs what was lost."""
+"""Counts where every record is, and logs lost records."""
 
 import time
 from collections import Counter
@@ -10,7 +10,10 @@ _LOG_EVERY_S: Final = 60.0  # one line a burst
 
 @dataclass
 class Counters:
-    """One moment of a writer: ``submitted + recovered`` is the sum of the six other places."""
+    """A writer's counters at one moment; ``submitted + recovered`` is the sum of six others.
+
+    Those are ``written``, ``spooled``, ``queued``, ``in_hand``, rejected and dropped.
+    """
 
     submitted: int = 0
     recovered: int = 0
@@ -18,7 +21,7 @@ class Counters:
     spooled: int = 0
     queued: int = 0
     in_hand: int = 0
-    """Taken from the queue, and neither settled nor spooled."""
+    """Taken from the queue, but neither settled nor spooled yet."""
     rejected_by: Counter[str] = field(default_factory=Counter)
     dropped_by: Counter[str] = field(default_factory=Counter)
     mended_by: Counter[str] = field(default_factory=Counter)
@@ -29,7 +32,7 @@ class Counters:
 
     @property
     def pending(self) -> int:
-        """Queued, or in the batches under way."""
+        """Records that are queued or in a batch that is not settled."""
         return self.queued + self.in_hand
 
     def lost(self) -> Counter[str]:
@@ -37,7 +40,7 @@ class Counters:
         return self.rejected_by + self.dropped_by
 
     def copy(self) -> Self:
-        """The same moment, for the caller to keep."""
+        """A copy that does not change any more."""
         return replace(
             self,
             rejected_by=Counter(self.rejected_by),
@@ -48,7 +51,7 @@ class Counters:
 
 
 class LossLog:
-    """Knows which losses are to be logged: those since the last line, at most one line a minute."""
+    """Decides which losses to log: those since the last line, at most one line per minute."""
 
     def __init__(self) -> None:
         self._said: Counter[str] = Counter()
@@ -59,7 +62,7 @@ class LossLog:
         return time.monotonic() - self._said_at >= _LOG_EVERY_S
 
     def news(self, lost: Counter[str]) -> Counter[str]:
-        """The losses to be logged now, which count as logged from here on."""
+        """The losses to log now; from then on they count as logged."""
         fresh = lost - self._said
         if fresh:
             self._said, self._said_at = lost, time.monotonic()

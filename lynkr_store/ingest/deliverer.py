@@ -1,4 +1,4 @@
-"""The delivering thread: hands batches to the sink, one by one and in order."""
+"""The delivering thread: gives batches to the sink, one by one and in order."""
 
 import random
 import time
@@ -11,12 +11,12 @@ from lynkr_store.ingest.handoff import Batch, Handoff
 from lynkr_store.ingest.spool import Entry
 from lynkr_store.ingest.spooling import SPOOL_AGAIN_S, SpoolMover
 
-_FIRST_RETRY_S: Final = 0.1  # the range of the first wait, doubled with each try
-_LAST_RETRY_S: Final = 5.0  # and its cap, the most by which a recovery is noticed late
+_FIRST_RETRY_S: Final = 0.1  # the longest first wait; it doubles with each try
+_LAST_RETRY_S: Final = 5.0  # its maximum, after which a recovered database is noticed at the latest
 
 
 class Sink(Protocol):
-    """Where batches go."""
+    """Stores batches."""
 
     def write(self, batch_id: str, rows: Sequence[Row]) -> Mapping[str, int]:
         """Store the rows, in order and durably, unless an earlier try under this id did.
@@ -24,27 +24,27 @@ class Sink(Protocol):
         Enter `lynkr_store.ingest.gil.long_call` around calls that hardly need the interpreter.
 
         Args:
-            batch_id: The same at every try.
+            batch_id: The same for every try.
             rows: One or more.
 
         Returns:
-            Cause to number of rows refused for their own fault; the others are stored.
+            The number of rows refused because of their values, by cause; the others are stored.
 
         Raises:
-            OutcomeUnknown: They may be stored; the same batch will come again.
-            Exception: Nothing is stored; the same batch will come again.
+            OutcomeUnknown: The rows may be stored; the writer tries the same batch again.
+            Exception: Nothing is stored; the writer tries the same batch again.
         """
         ...
 
 
 class Deliverer:
-    """Delivers batches: those of the spool first, then those that are ready.
+    """Delivers batches: first those in the spool, then those that are ready.
 
     Args:
         handoff: Shared with the preparing thread.
-        spooling: Loads batches of the spool.
-        sink: Where batches go.
-        clock: The present in epoch milliseconds.
+        spooling: Loads batches from the spool.
+        sink: Stores batches.
+        clock: Returns the present in epoch milliseconds.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Deliverer:
         self._clock = clock
 
     def run(self) -> None:
-        """Work until nothing is left or the writer gives up; run again, it goes on."""
+        """Work until nothing is left or the writer gives up; when run again, it continues."""
         handoff = self._handoff
         while (work := self._next_work()) is not None:
             try:
                 batch = self._loaded(work) if isinstance(work, Entry) else work
-            except Exception as error:  # noqa: BLE001 - this thread must go on
+            except Exception as error:  # noqa: BLE001 - this thread must continue
                 handoff.note_fault(error)
                 handoff.rest(SPOOL_AGAIN_S)
                 continue
@@ -70,7 +70,7 @@ class Deliverer:
                 self._spooling.remove_settled()
 
     def _next_work(self) -> Batch | Entry | None:
-        """Wait for the oldest batch that is not stored, in the spool or in hand."""
+        """Wait for the oldest batch that is not stored, in the spool or in memory."""
         handoff = self._handoff
         while not handoff.over:
             self._spooling.remove_settled()
@@ -82,7 +82,7 @@ class Deliverer:
                         return entry
                     delivery = handoff.delivery
                     if delivery and not delivery.entry and not delivery.settled:
-                        return delivery  # something ended this thread in the middle of it
+                        return delivery  # this thread was ended during the delivery
                     if handoff.ready:
                         batch = handoff.delivery = handoff.ready.popleft()
                         batch.began = time.monotonic()
@@ -98,13 +98,13 @@ class Deliverer:
         return self._spooling.load(entry, self._now_ms())
 
     def _deliver(self, batch: Batch) -> bool:
-        """Hand the batch to the sink until it is answered; False when it was given up."""
+        """Give the batch to the sink until that succeeds; False if the writer gave up."""
         handoff, wait_s = self._handoff, _FIRST_RETRY_S
         while batch.rows:
             try:
                 if not self._ask(batch):
                     return False
-            except BaseException as error:  # noqa: BLE001 - nothing ends the batch but an answer
+            except BaseException as error:  # noqa: BLE001 - only an answer ends the batch
                 batch.failed = True
                 handoff.note_fault(error)
             else:
@@ -115,7 +115,7 @@ class Deliverer:
         return True
 
     def _ask(self, batch: Batch) -> bool:
-        """Hand the batch to the sink; False when the writer was closed before."""
+        """Give the batch to the sink once; False if the writer had given up before."""
         handoff = self._handoff
         if batch.asked_ms is None:
             batch.asked_ms = self._now_ms()
@@ -136,6 +136,6 @@ class Deliverer:
     def _now_ms(self) -> int:
         try:
             return self._clock()
-        except BaseException as error:  # noqa: BLE001 - the host's own; a batch needs none
+        except BaseException as error:  # noqa: BLE001 - a host's clock failed; use the system's
             self._handoff.note_fault(error)
             return time.time_ns() // 10**6

@@ -1,10 +1,11 @@
-"""Lets the delivering thread go on at once when a driver's call returns, whatever the other does.
+"""Gives the delivering thread the interpreter as soon as a driver's call returns.
 
-A thread gives up Python's interpreter lock (GIL) at each call of a driver, and when another thread
-computes it waits up to 5 ms to get the lock back (`sys.setswitchinterval`, which is the host's to
-set). A batch takes a dozen such calls, most of them short, and waited longer for the interpreter
-than for the disk. So the preparing thread runs only while the delivering thread is inside a long
-driver call, and yields often. Measured: 0.53 of a bare executemany's speed without it, 0.6 with it.
+A thread releases Python's interpreter lock (GIL) at each call of a driver. If another thread
+computes, it waits up to 5 ms to get the lock back (`sys.setswitchinterval`, which is for the host
+to set). A batch needs a dozen of these calls, most of them short, and waited longer for the
+interpreter than for the disk. So the preparing thread runs only while the delivering thread is
+inside a long driver call, and yields often. Measured: 0.53 of a bare executemany's speed without
+it, 0.6 with it.
 """
 
 import threading
@@ -19,7 +20,7 @@ _PATIENCE_S: Final = 0.05
 
 
 class GilHandoff:
-    """Passes the interpreter between one thread that delivers and one that prepares."""
+    """Passes the interpreter between the delivering and the preparing thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,7 +29,7 @@ class GilHandoff:
 
     @contextmanager
     def delivering(self) -> Iterator[None]:
-        """The delivering thread is at work; in it, `long_call` lets the other thread run."""
+        """Enter it in the delivering thread; inside, `long_call` lets the other thread run."""
         with self._lock:
             token = _current.set(self)
             try:
@@ -39,7 +40,10 @@ class GilHandoff:
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """The preparing thread does a little; it waits for a long call, unless one has no end."""
+        """Enter it in the preparing thread for a short piece of work; waits for a long call.
+
+        It waits up to 50 ms, and not again until the delivering thread makes another long call.
+        """
         took = self._lock.acquire(timeout=0 if self._stuck else _PATIENCE_S)
         try:
             yield
@@ -68,11 +72,11 @@ _current: Final[ContextVar[GilHandoff | None]] = ContextVar("lynkr_store_gil", d
 def long_call() -> Iterator[None]:
     """Enter it around a call that takes long and hardly needs the interpreter.
 
-    In `GilHandoff.delivering` the preparing thread runs meanwhile; elsewhere it does nothing.
+    Inside `GilHandoff.delivering` the preparing thread runs meanwhile; elsewhere this does nothing.
     """
     handoff = _current.get()
     if handoff is None:
         yield
         return
-    with handoff._calling():  # noqa: SLF001 - its other half
+    with handoff._calling():  # noqa: SLF001 - of this module
         yield

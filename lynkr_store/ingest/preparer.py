@@ -1,4 +1,4 @@
-"""The preparing thread: takes records from the queue, checks them and makes batches."""
+"""The preparing thread: takes records from the queue, checks them and builds batches."""
 
 import time
 from typing import Final
@@ -10,24 +10,24 @@ from lynkr_store.ingest.spooling import SpoolMover
 from lynkr_store.ingest.validation import TextPolicy, new_ids
 
 _BATCH_BYTES: Final = 8 * 2**20
-"""Bytes of records in one batch at most: a transaction of about 0.1 s on SQLite, where a gateway
-that writes the same file waits for it, whatever its texts."""
-_MOST_TRIES: Final = 3  # at the same records, where something ends the thread again and again
-_READY: Final = 14  # batches that may be ready, for when the sink has waited and the rest did not
+"""The most bytes of records in one batch: on SQLite a transaction of about 0.1 s, for which a
+gateway that writes the same file has to wait."""
+_MOST_TRIES: Final = 3  # for the same records, if the thread is ended each time
+_READY: Final = 14  # batches that may be ready, so that the sink has work after a long wait
 _SLICE_ROWS: Final = 64  # checked in half a millisecond
-_TICK_S: Final = 0.1  # how often the state of a delivery is looked at
+_TICK_S: Final = 0.1  # seconds between two checks of a delivery's state
 
 
 class Preparer:
-    """Makes batches of records, and goes on while the sink holds one up.
+    """Builds batches of records, and continues while the sink delays one.
 
     Args:
         handoff: Shared with the delivering thread.
         spooling: Moves batches to the spool.
-        policy: What is kept of the texts.
-        batch_rows: Records in one batch at most.
-        wake_rows: Records that must wait for this thread to be woken.
-        interval_s: Seconds after which a batch goes even if it is not full.
+        policy: Decides what is kept of the texts.
+        batch_rows: The most records in one batch.
+        wake_rows: The number of queued records at which this thread is woken.
+        interval_s: Seconds after which a batch is due even if it is not full.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Preparer:
         self._new_id = new_ids().__next__
 
     def run(self) -> None:
-        """Work until the writer is closed; run again, it goes on where something ended it."""
+        """Work until the writer is closed; if the thread was ended, run again, it continues."""
         handoff, spooling = self._handoff, self._spooling
         with handoff.lock:
             handoff.spooling = False
@@ -58,14 +58,14 @@ class Preparer:
         while handoff.preparation or self._is_due():
             self._place(self._prepared())
         while handoff.spool and not handoff.over and spooling.in_hand():
-            spooling.relieve()  # close() may run out of time for them
+            spooling.relieve()  # close() may have no time left to deliver them
             handoff.listen(_TICK_S)
         with handoff.lock:
             handoff.prepared_all = True
             handoff.changed.notify_all()
 
     def _is_due(self) -> bool:
-        """Wait until a batch is due; False when the writer is closed and has none left."""
+        """Wait until a batch is due; False if the writer is closed and no record is left."""
         handoff, due_at = self._handoff, None
         queue = handoff.queue
         while True:
@@ -88,16 +88,16 @@ class Preparer:
                 return True
             queue.wake_at = self._wake_rows if waiting else 1
             if len(queue) >= queue.wake_at:
-                continue  # meanwhile it came; nobody will ring
+                continue  # a record came meanwhile, and its call did not wake this thread
             waits = []
             if due_at is not None:
-                waits = [due_at - now, _TICK_S]  # nobody rings when half of the bytes are in use
+                waits = [due_at - now, _TICK_S]  # no call wakes it when half of the bytes are used
             elif handoff.spool and handoff.delivery:
                 waits = [_TICK_S]
             handoff.listen(min(waits, default=None))
 
     def _prepared(self) -> Batch:
-        """The next records as a batch; ones that something ended the thread with come first."""
+        """The next records as a batch; first those in work when the thread was ended."""
         handoff = self._handoff
         work = handoff.preparation or handoff.take(self._batch_rows, _BATCH_BYTES)
         work.tries += 1
@@ -112,7 +112,7 @@ class Preparer:
         return work.batch(self._builder.rows())
 
     def _place(self, batch: Batch) -> None:
-        """Have the batch delivered in its turn; wait until there is room for another."""
+        """Queue the batch for delivery; wait until there is room for another."""
         handoff = self._handoff
         with handoff.lock:
             handoff.place(batch)

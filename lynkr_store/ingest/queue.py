@@ -1,13 +1,13 @@
-"""The call site of the writer: takes a record in a few microseconds, waits for nobody.
+"""The queue of records: it takes a record in a few microseconds and never waits.
 
-No lock stands in the way in. Threads that take turns at a lock hand each other the interpreter
-with it, and a call that took microseconds then takes hundreds of them. Instead a record takes its
-place and enters the queue in one call of C, in which neither another thread nor a signal handler
-can come between. So the bounds are exact, and an exception that a signal handler raises finds a
-record either queued, with its place, or not at all.
+There is no lock. Threads that compete for a lock also pass the interpreter lock, and a call of a
+few microseconds then takes hundreds. Instead, one call of a C function reserves the record's bytes
+and appends it; neither another thread nor a signal handler can run in between. So the limits are
+exact, and if a signal handler raises an exception, the record is either queued with its bytes or
+not at all.
 
-A record waits as one MessagePack string beside its two texts. Packing it is one call in C, which
-copies what the caller could still change and says how many bytes it holds.
+A queued record is one MessagePack string and its two texts. Packing is one call of a C function,
+which copies everything that the caller could still change, and gives the size.
 """
 
 import gc
@@ -32,32 +32,32 @@ from ormsgpack import packb
 from lynkr_store.ingest.codec import AS_IT_IS, STAMP, Packed, packable, unpacked
 from lynkr_store.schemas import RoutingEvent, datetime_of, plain
 
-_RECORD_BYTES: Final = 256  # what a queued record costs, about, beside its fields
+_RECORD_BYTES: Final = 256  # the approximate memory of a queued record in addition to its fields
 _UNIT_BYTES: Final = 2_048  # bytes are counted in units
 _MOST_UNITS: Final = 2**20  # larger queues have larger units
 
-_MAX_DEPTH: Final = 50  # of containers in a record that is not packed
-_MAX_PARTS: Final = 64  # of a number or name of a class that is not Python's own
+_MAX_DEPTH: Final = 50  # of nested containers in a record that is not packed
+_MAX_PARTS: Final = 64  # objects in a number or name whose class is not Python's own
 
 _bytes_of_text: Final = str.__sizeof__
 
-_LARGE_BYTES: Final = 65_536  # few records of that size fill a queue before a batch is full
+_LARGE_BYTES: Final = 65_536  # a few records of this size fill a queue before a batch is full
 _NEVER: Final = 2**62
 
 _CAUSES: Final = ("queue_full", "closed", "deadline")
 
 _NOW: Final = (SEEK_CUR,)
 _END: Final = (2**62,)
-_second: Final[Any] = {}.get  # of its two arguments
+_second: Final[Any] = {}.get  # returns the second of its two arguments
 
 
 class Queued(msgspec.Struct, gc=False):
-    """A record that waits. It is nothing that Python's collector follows."""
+    """A queued record, which Python's garbage collector does not track."""
 
     units: int
     """Its size."""
     fields: Any
-    """Packed; or, where they cannot be, an `_Unpacked`."""
+    """The packed fields; an `_Unpacked` if they cannot be packed."""
     request: Any
     response: Any
 
@@ -68,7 +68,7 @@ class _Unpacked(NamedTuple):
 
 
 class _Never:
-    """Stands for a value that no field takes: a container of another kind, say."""
+    """Replaces a value that no field accepts, for example a container of another type."""
 
 
 _NEVER_VALID: Final = _Never()
@@ -79,27 +79,27 @@ class _TooLargeError(Exception):
 
 
 class Taken(NamedTuple):
-    """What was taken from the queue together."""
+    """Records that were taken from the queue together, and their size."""
 
     records: list[Queued]
     units: int
 
 
 class RecordQueue:
-    """A queue, bounded in rows and bytes, that many threads fill and one empties.
+    """A queue, limited in rows and bytes, that many threads fill and one thread empties.
 
     Args:
-        clock: The present in epoch milliseconds, for records that name no instant.
-        max_rows: Records that may wait.
-        max_bytes: Bytes of records that may wait, or that the writer has in hand.
-        ring: Called when as many records wait as `wake_at` says, or a large one came. It may be
-            called again for the same record.
-        after_close: Called when a record came in while the writer was closing; returns whether
-            it will still be written.
+        clock: Returns the present in epoch milliseconds, for records without an instant.
+        max_rows: The most records in the queue.
+        max_bytes: The most bytes of records in the queue or in the writer's memory.
+        ring: Called when the number of queued records reaches `wake_at`, or when a large one came.
+            It may be called twice for the same record.
+        after_close: Called when a record came in while the writer was closing; returns whether the
+            record will still be written.
 
     Attributes:
-        closed: Set by the writer: take no more.
-        wake_at: Set by the writer: how many records must wait for `ring` to be called.
+        closed: The writer sets it so that no more records are taken.
+        wake_at: The writer sets the number of queued records at which `ring` is called.
     """
 
     def __init__(
@@ -122,26 +122,27 @@ class RecordQueue:
         self._max_units = max(1, max_bytes // self._unit)
         self._large = max(1, _LARGE_BYTES // self._unit)
         self._queue: deque[Queued] = deque(maxlen=max_rows)  # insert() raises when it is full
-        # The position of this file counts the units in use. It is never read, and memory that is
-        # not written costs nothing. What counts is that one call of C takes any number of units or
-        # none (ValueError): no number of Python's can be changed so.
+        # This file's position counts the units in use. Its content is never used, so it takes no
+        # memory. One call of a C function takes any number of units, or none if they are not left
+        # (ValueError); no Python number can be changed in this way.
         self._units = mmap(-1, self._max_units)
-        # Likewise these count: one call of C for each refusal.
+        # These count refusals in the same way, by one call of a C function each.
         self._refusals = {cause: repeat(None, _NEVER) for cause in _CAUSES}
-        # what submit() calls each time, found once
+        # looked up once, because submit() calls them each time
         self._put = self._queue.insert
         self._take_units: Any = self._units.seek
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def submit(self, record: Any) -> bool:  # noqa: C901, PLR0912 - a call more is 2 % of the time
-        """Queue a record. Never raises, never waits.
+    def submit(self, record: Any) -> bool:  # noqa: C901, PLR0912 - each more call takes 2 % longer
+        """Queue a record. Never raises an exception, never waits.
 
-        A dict becomes the writer's: the caller must not keep it. Containers in it are copied.
+        The queue changes a dict that it gets: the caller must not use it again. Containers in it
+        are copied.
 
         Returns:
-            True when it was queued; False when it was dropped, and counted.
+            True if the record was queued; False if it was dropped and counted.
         """
         if self.closed:
             return self._refuse("closed")
@@ -149,7 +150,7 @@ class RecordQueue:
         try:
             if record.get("timestamp") is None:
                 record[STAMP] = self._clock()
-            # not by pop(): an interruption after it would lose a text
+            # not with pop(): an exception right after it would lose a text
             request, response = record.get("request_text"), record.get("response_text")
             record["request_text"] = record["response_text"] = None
             packed: Any = packb(record, packable, AS_IT_IS)
@@ -157,12 +158,12 @@ class RecordQueue:
             if type(request) is str:
                 size += _bytes_of_text(request)
             elif request is not None:
-                raise TypeError  # noqa: TRY301 - a jump; a subclass may hold more than its text
+                raise TypeError  # noqa: TRY301 - a jump; a subclass may hold more than the text
             if type(response) is str:
                 size += _bytes_of_text(response)
             elif response is not None:
                 raise TypeError  # noqa: TRY301
-        except Exception:  # noqa: BLE001 - an event, a part of another type, or its own methods
+        except Exception:  # noqa: BLE001 - an event, a value of another type, or its own methods
             packed, size = self._unpackable(record, request, response)
             request = response = None
         units = (_RECORD_BYTES + size) // self._unit + 1
@@ -170,26 +171,26 @@ class RecordQueue:
         if len(self._queue) >= self._max_rows:
             return self._refuse("queue_full")
         try:
-            # one call of C: take the units, then put the record at the end
+            # one call of a C function: take the units, then append the record
             place = map(_second, map(self._take_units, (units,), _NOW), _END)
             next(map(self._put, place, (queued,)))
             if len(self._queue) >= self.wake_at or units > self._large:
                 self.wake_at = _NEVER
                 self._ring()
-        except ValueError:  # no room for so many units
+        except ValueError:  # not so many units are left
             return self._refuse("queue_full")
-        except (IndexError, MemoryError):  # other threads took the last row, or there is no memory
+        except (IndexError, MemoryError):  # other threads filled the queue, or memory ran out
             self.release(units)
             return self._refuse("queue_full")
-        except BaseException:  # from a signal handler: perhaps the record is queued
+        except BaseException:  # a signal handler raised it; the record may be queued
             self._ring()
             raise
-        if self.closed:  # since it was asked above
+        if self.closed:  # it may have been closed since the check above
             return self._after_close()  # type: ignore[unreachable]
         return True
 
     def take(self, max_rows: int, max_bytes: int) -> Taken:
-        """Take the oldest records, up to both limits, but one at least if there is any."""
+        """Take the oldest records up to both limits, but at least one if there is any."""
         most = max_bytes // self._unit
         records: list[Queued] = []
         units = 0
@@ -201,10 +202,10 @@ class RecordQueue:
         return Taken(records, units)
 
     def release(self, units: int) -> None:
-        """Give back the place of records that need no memory any more."""
+        """Give back the units of records that use no memory any more."""
         try:
             self._units.seek(-units, SEEK_CUR)
-        except ValueError:  # after memory ran out a few units may have been given back twice
+        except ValueError:  # if memory ran out, a few units may have been given back twice
             self._units.seek(0)
 
     def is_half_full(self) -> bool:
@@ -212,15 +213,15 @@ class RecordQueue:
         return 2 * len(self) >= self._max_rows or 2 * self._units.tell() >= self._max_units
 
     def refused(self) -> Counter[str]:
-        """Cause to number of records that were not taken, or that `refuse_queued` dropped."""
+        """The number, by cause, of records that were not taken or that `refuse_queued` dropped."""
         counts = {cause: _NEVER - length_hint(left) for cause, left in self._refusals.items()}
         return +Counter(counts)
 
     def refuse_queued(self, cause: str) -> int:
-        """Drop what waits; returns how many records that were.
+        """Drop the queued records and return their number.
 
-        Each is dropped and counted in one call of C, so a signal handler that raises in the middle
-        leaves none uncounted; who calls again goes on.
+        One call of a C function drops and counts each, so an exception from a signal handler leaves
+        none uncounted; another call continues.
         """
         dropped = 0
         one, count = (self._queue.popleft,), (self._refusals[cause],)
@@ -231,10 +232,10 @@ class RecordQueue:
         return dropped
 
     def _unpackable(self, record: Any, request: Any, response: Any) -> tuple[_Unpacked, int]:
-        """A record out of its owner's reach, or None for one that cannot be read, and its size.
+        """A copy that the caller cannot change, or None if the record cannot be read, and its size.
 
-        It is tried twice: another thread may change a container meanwhile, and a signal handler may
-        raise an exception that is not the record's.
+        Copying is tried twice: another thread may change a container meanwhile, and a signal
+        handler may raise an exception that has nothing to do with the record.
         """
         for _ in range(2):
             with suppress(Exception):
@@ -261,14 +262,14 @@ class RecordQueue:
 
 
 def as_packed(queued: Queued) -> Packed:
-    """What was queued, but for its size; what stands for the fields may be no bytes."""
+    """The fields and the two texts; the fields may be an `_Unpacked` instead of bytes."""
     return queued.fields, queued.request, queued.response
 
 
 def as_submitted(queued: Queued) -> tuple[Any, int]:
-    """What was submitted, and if it names no instant, that of the call in epoch milliseconds.
+    """The record, and the call's instant in epoch milliseconds if the record has no instant.
 
-    Its containers are copies that no caller can reach. None is a record that cannot be read.
+    Its containers are copies that the caller cannot change. None is a record that cannot be read.
     """
     if type(queued.fields) is _Unpacked:
         return queued.fields
@@ -282,9 +283,10 @@ def as_submitted(queued: Queued) -> tuple[Any, int]:
 
 
 def _of_event(event: Any, copy: "_Copy") -> Any:
-    """What is queued of an event.
+    """The event itself, or a copy.
 
-    An event that was checked holds values of Python's own types; one that was not is copied.
+    The values of a checked event have Python's own types and cannot change; other events are
+    copied.
     """
     values = vars(event)
     if all(type(value) in _PLAIN for value in values.values()):
@@ -294,13 +296,13 @@ def _of_event(event: Any, copy: "_Copy") -> Any:
 
 
 class _Copy:
-    """Copies nested containers, so that later changes do not reach them, and counts their bytes.
+    """Copies nested containers, so that later changes do not affect them, and counts their bytes.
 
-    Values of a type that no field takes are replaced by one that holds no memory, and is rejected
-    later; so is what is nested too deep, in itself perhaps.
+    A value of a type that no field accepts is replaced by one that holds no memory and is rejected
+    later. So is a container that is nested too deeply, for example in itself.
 
     Args:
-        max_bytes: A record of more is too large.
+        max_bytes: A larger record is refused.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -311,8 +313,8 @@ class _Copy:
         """The copy.
 
         Raises:
-            _TooLargeError: It has more bytes than are allowed.
-            Exception: A value's own methods fail.
+            _TooLargeError: The record has more bytes than are allowed.
+            Exception: A value's own methods failed.
         """
         kind = type(value)
         if kind in _PLAIN:
@@ -340,9 +342,9 @@ class _Copy:
 
     def _single(self, value: Any) -> Any:
         kind = type(value)
-        if isinstance(value, Enum):  # the class holds it
+        if isinstance(value, Enum):  # its class keeps it in memory anyway
             return value
-        instant = datetime_of(value)  # the value may hold a zone of any class
+        instant = datetime_of(value)  # the value's time zone may be of any class
         if instant is not None:
             self.add(getsizeof(instant))
             return instant
@@ -359,7 +361,7 @@ class _Copy:
                     break
             else:
                 return value
-        found = plain(value)  # what can be changed, as an array of one number, or holds much
+        found = plain(value)  # a value that can change, such as an array of one number, or is large
         if type(found) not in _PLAIN:
             return _NEVER_VALID
         self.add(getsizeof(found))

@@ -1,13 +1,13 @@
-"""A local file where batches wait while the database is away.
+"""A local file where batches wait while the database cannot be reached.
 
-An SQLite file of JSON, held by one process at a time: SQLite's own exclusive lock says so, and the
-system releases it when the process dies. A second process with the same path uses a sibling,
-``spool.db.2``; a file that nobody holds belongs to whoever opens it next, with what is in it. So
-no batch is ever replayed by two processes, and none waits for a process that is gone.
+It is an SQLite file with JSON, and one process at a time holds it with SQLite's exclusive lock,
+which the system releases when the process dies. A second process with the same path uses a sibling,
+``spool.db.2``. The next process that opens a file that no process holds takes it over, with its
+batches. So two processes never replay the same batch, and no batch waits for a process that ended.
 
-A spool holds prompts, and what is found in one is stored as a record of ours. So each file belongs
-to this user, is readable by this user alone, and is no link (`lynkr_store.process.files`). The same
-holds for the journals next to it, which SQLite would play back into it. Another user's file is
+A spool holds prompts, and its batches are stored as this store's records. So each file must belong
+to this user, be readable by this user only, and not be a link (`lynkr_store.process.files`). The
+same applies to its journals, which SQLite would play back into the file. Another user's file is
 never opened.
 """
 
@@ -38,28 +38,28 @@ from lynkr_store.process.files import (
     refuse_open_directory,
 )
 
-_APPLICATION_ID: Final = 0x6C796E6B  # "lynk": tells a spool from somebody else's database
+_APPLICATION_ID: Final = 0x6C796E6B  # "lynk": distinguishes a spool from another database
 _PAGE_BYTES: Final = 4_096
 _DAMAGE_CODES: Final = (
     sqlite3.SQLITE_NOTADB,
     sqlite3.SQLITE_CORRUPT,
-    sqlite3.SQLITE_ERROR,  # a schema that lacks what this module made
-    0,  # the driver's own, of text that is none
+    sqlite3.SQLITE_ERROR,  # the schema is not the one that this module creates
+    0,  # the driver's own error: a text cannot be decoded
 )
 _MOST_FILES: Final = 1_000  # processes that share a path
 _JOURNAL: Final = "-journal"
-_BESIDE: Final = (_JOURNAL, "-wal", "-shm")
-"""What SQLite reads as part of a file, whoever put it there."""
+_SUFFIXES: Final = (_JOURNAL, "-wal", "-shm")
+"""Suffixes of files that SQLite reads as part of a database, whichever program created them."""
 _MOST_ID_CHARS: Final = 64
 _SCALARS: Final = (str, int, float, bool, type(None))
-_OVERHEAD: Final = 1.05  # of pages over what they carry, about
+_OVERHEAD: Final = 1.05  # the approximate size of pages relative to their content
 
 _PRAGMAS: Final = (
     f"page_size = {_PAGE_BYTES}",
-    "auto_vacuum = INCREMENTAL",  # an outage's space is given back when it is over
-    "journal_mode = TRUNCATE",  # one file; in WAL mode a second would grow beside it
-    "synchronous = FULL",  # it is the last place
-    "secure_delete = ON",  # what people wrote does not stay behind
+    "auto_vacuum = INCREMENTAL",  # the space is returned when an outage is over
+    "journal_mode = TRUNCATE",  # one file; in WAL mode a second file would grow
+    "synchronous = FULL",  # these batches are nowhere else
+    "secure_delete = ON",  # removed texts do not stay in the file
 )
 _TABLE: Final = """
     CREATE TABLE IF NOT EXISTS batches (
@@ -78,7 +78,7 @@ class SpoolDamaged(SpoolError):
 
 
 class SpoolForeign(SpoolError):
-    """A file where the spool's should be is another user's, or another program's; not touched."""
+    """The file belongs to another user or another program, and is not touched."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +86,11 @@ class Entry:
     """A batch in a spool.
 
     Attributes:
-        rows: How many it has.
+        rows: The number of rows.
         attempted_at: When the database was first asked to store it without an answer, in epoch
-            milliseconds; None when it never was, or always answered.
-        found: Another `Spool` wrote it, of an earlier process as a rule.
-        sound: What the file says of it can be true.
+            milliseconds; None if it was never asked, or always answered.
+        found: Another `Spool` wrote it, usually in an earlier process.
+        sound: The file's values about it are possible.
     """
 
     file: "_File"
@@ -103,11 +103,11 @@ class Entry:
 
 
 class Spool:
-    """The spool of one store. Safe to share by threads.
+    """The spool of one store. Threads may share it.
 
     Args:
-        path: The file; siblings stand beside it.
-        max_bytes: Size up to which this process fills its own file.
+        path: The file; siblings are in the same directory.
+        max_bytes: The size up to which this process fills its own file.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -122,14 +122,14 @@ class Spool:
         self.passed_over: list[SpoolForeign] = []
         """Why a sibling was not used, once for each."""
         self.found_rows = 0
-        """Rows found, so far, in files that other processes left."""
+        """Rows found so far in files that other processes left."""
         self.lost_rows = 0
-        """Rows lost, so far, with damaged files, or with one that somebody removed."""
-        self._shunned: set[Path] = set()
+        """Rows lost so far with damaged or removed files."""
+        self._unusable: set[Path] = set()
         self._closed = False
 
     def open(self) -> None:
-        """Take a file, and every other that a process which is gone has left. Harmless twice.
+        """Take a file, and all files left by processes that ended. May be called again.
 
         Raises:
             SpoolError: No file can be opened; a later call tries again.
@@ -140,21 +140,21 @@ class Spool:
             for path in self._siblings():
                 if all(file is None or file.path != path for file in held):
                     file = self._claim_sibling(path)
-                    if file and not file.found:  # its own process may be about to take it
+                    if file and not file.found:  # empty: another process may be about to take it
                         file.close()
                     elif file:
                         self._left.append(file)
                         self._find(file)
 
     def first(self) -> Entry | None:
-        """The batch to be replayed next, the oldest of the own file first."""
+        """The batch to replay next, beginning with the oldest in this process's own file."""
         try:
             return self._entries[0]
         except IndexError:
             return None
 
     def enter(self, batch_id: str, rows: Sequence[Row], attempted_at: int | None) -> Entry:
-        """Put a batch at the end, durably.
+        """Append a batch, durably.
 
         Raises:
             SpoolError: It does not fit, or the file cannot be written.
@@ -186,30 +186,30 @@ class Spool:
         self, own: "_File", batch_id: str, rows: int, attempted_at: int | None, payload: bytes
     ) -> int:
         if own.used_bytes() + len(payload) * _OVERHEAD > self._max_bytes:
-            raise SpoolError("the spool is full: see spool_max_bytes")
+            raise SpoolError("the spool is full: set spool_max_bytes higher")
         return own.insert(batch_id, rows, attempted_at, payload)
 
     def load(self, entry: Entry) -> list[Row]:
         """The rows of a batch, as many as the file says.
 
         Raises:
-            SpoolDamaged: They cannot be read, in whatever way: what is behind them must not wait.
-            MemoryError: There is no room for them now; they are sound as far as is known, and a
-                later call may find it, for the writer makes no batch that is large.
+            SpoolDamaged: The rows cannot be read, for any reason: later batches must not wait.
+            MemoryError: There is not enough memory now. The rows may be sound, and a later call may
+                succeed, because the writer makes no large batches.
         """
         with self._lock:
             try:
                 rows = _decoded(*entry.file.payload(entry.seq))
             except MemoryError:
                 raise
-            except Exception:  # noqa: BLE001 - RecursionError, say: one kind more must block nothing
+            except Exception:  # noqa: BLE001 - of any type, such as RecursionError
                 rows = []
         if not entry.sound or len(rows) != entry.rows:
             raise SpoolDamaged(f"{entry.file.path}: a batch cannot be read")
         return rows
 
     def mark_attempt(self, entry: Entry, now_ms: int) -> None:
-        """Write down, before the database is asked, that an answer may be missed.
+        """Record, before the database is asked, that its answer may be lost.
 
         Raises:
             SpoolError: The file cannot be written.
@@ -219,14 +219,14 @@ class Spool:
                 entry.file.mark(entry.seq, now_ms)
 
     def remove(self, entry: Entry) -> None:
-        """Forget a batch; the space of the last one is given back.
+        """Remove a batch; with the last one, the file's space is returned.
 
         Raises:
-            SpoolError: The file cannot be written. The batch is not replayed by this process, and
-                another finds it in the ledger.
+            SpoolError: The file cannot be written. This process does not replay the batch, and
+                another process will find it in the ledger.
         """
         with self._lock:
-            # it may have moved to another file since it was taken
+            # it may have been moved to another file since it was loaded
             entry = next((e for e in self._entries if e.batch_id == entry.batch_id), entry)
             with suppress(ValueError):
                 self._entries.remove(entry)
@@ -239,12 +239,12 @@ class Spool:
                         entry.file.close()
 
     def abandon(self, entry: Entry) -> None:
-        """Set the file of a damaged batch aside; what can be read of the others moves on."""
+        """Set the file of a damaged batch aside, and move its readable batches to another file."""
         with self._lock:
             self._replace(entry.file, aside=True, but=entry)
 
     def _replace(self, old: "_File", *, aside: bool = False, but: Entry | None = None) -> None:
-        """Move what can be read of a file, but for one batch, and count the rest as lost."""
+        """Move the readable batches of a file, except one, and count the others as lost."""
         entries = [entry for entry in self._entries if entry.file is old]
         self._entries = deque(entry for entry in self._entries if entry.file is not old)
         if aside:
@@ -254,7 +254,7 @@ class Spool:
         else:
             self._left.remove(old)
         try:
-            for entry in entries:  # one at a time: all of them may not fit into memory
+            for entry in entries:  # one at a time, because memory may not suffice for all
                 if entry is but or not self._moved(entry):
                     self.lost_rows += entry.rows
         finally:
@@ -269,15 +269,15 @@ class Spool:
         return True
 
     def _set_aside(self, path: Path) -> None:
-        """Give a damaged file another name; where that cannot be, keep away from it."""
+        """Rename a damaged file; if that fails, do not use it any more."""
         try:
             self.set_aside.append(_renamed(path))
         except OSError:
             self.set_aside.append(path)
-            self._shunned.add(path)
+            self._unusable.add(path)
 
     def close(self) -> None:
-        """Release the files; what is in them stays for the next process."""
+        """Release the files; their batches stay for the next process."""
         with self._lock:
             for file in (self._own, *self._left):
                 if file:
@@ -287,15 +287,15 @@ class Spool:
             self._closed = True
 
     def hold(self, timeout_s: float) -> bool:
-        """Let no transaction be under way until `release`: the process is about to fork.
+        """Prevent transactions until `release`, because the process is about to fork.
 
         Returns:
-            False when one did not end in time: nothing is held.
+            False if a transaction did not end in time; then nothing is prevented.
         """
         return self._lock.acquire(timeout=timeout_s)
 
     def release(self) -> None:
-        """End what `hold` began."""
+        """Allow transactions again after `hold`."""
         self._lock.release()
 
     def _take_own(self) -> "_File":
@@ -306,7 +306,10 @@ class Spool:
                 (file for path in self._names() if (file := self._claim_sibling(path))), None
             )
             if self._own is None:
-                raise SpoolError(f"spool_path: too many processes share {self._path}")
+                raise SpoolError(
+                    f"spool_path: too many processes share {self._path}; give each service a path "
+                    "of its own"
+                )
             self._find(self._own)
         return self._own
 
@@ -320,11 +323,11 @@ class Spool:
             yield self._path.with_name(f"{self._path.name}.{number}")
 
     def _siblings(self) -> list[Path]:
-        beside = self._path.parent.glob(f"{glob.escape(self._path.name)}.*")
-        return [self._path, *sorted(path for path in beside if path.suffix[1:].isdigit())]
+        found = self._path.parent.glob(f"{glob.escape(self._path.name)}.*")
+        return [self._path, *sorted(path for path in found if path.suffix[1:].isdigit())]
 
     def _claim_sibling(self, path: Path) -> "_File | None":
-        """As `_claim`; one that is not ours is passed over, for nobody said that it should be."""
+        """As `_claim`, but a foreign file is skipped: the user did not name a sibling's path."""
         try:
             return self._claim(path)
         except SpoolForeign as error:
@@ -333,13 +336,13 @@ class Spool:
             return None
 
     def _claim(self, path: Path) -> "_File | None":
-        """Hold a file, making it if need be; None when another process does.
+        """Hold a file, and create it if necessary; None if another process holds it.
 
         Raises:
-            SpoolForeign: It is another user's or another program's.
+            SpoolForeign: It belongs to another user or another program.
             SpoolError: It cannot be opened.
         """
-        if path in self._shunned:
+        if path in self._unusable:
             return None
         with _explained(path):
             try:
@@ -348,7 +351,7 @@ class Spool:
                 if not _is_damage(error):
                     raise
                 self._set_aside(path)
-                return None if path in self._shunned else _File.held(path)
+                return None if path in self._unusable else _File.held(path)
 
 
 class _File:
@@ -370,9 +373,9 @@ class _File:
             refuse_open_directory(path.parent)
             _make(path)
             identity = private(path)
-            for end in _BESIDE:
+            for end in _SUFFIXES:
                 with suppress(FileNotFoundError):
-                    private(_beside(path, end))
+                    private(_with_suffix(path, end))
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -399,7 +402,7 @@ class _File:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the file was removed, by a cleaner of temporary files say."""
+        """Whether the file was removed, for example by a cleaner of temporary files."""
         return identity_of(self.path) != self._identity
 
     def insert(self, batch_id: str, rows: int, attempted_at: int | None, payload: bytes) -> int:
@@ -408,7 +411,7 @@ class _File:
             " VALUES (?, ?, ?, ?, ?)",
             (batch_id, rows, attempted_at, zlib.crc32(payload), payload),
         )
-        assert cursor.lastrowid is not None  # noqa: S101 - of an INSERT
+        assert cursor.lastrowid is not None  # noqa: S101 - an INSERT sets it
         return cursor.lastrowid
 
     def payload(self, seq: int) -> tuple[int, bytes]:
@@ -424,7 +427,7 @@ class _File:
         self._connection.execute("DELETE FROM batches WHERE seq = ?", (seq,))
 
     def shrink(self) -> None:
-        # execute() takes one step, which is one page
+        # execute() takes one step only, which returns one page
         self._connection.executescript("PRAGMA incremental_vacuum")
 
     def used_bytes(self) -> int:
@@ -436,16 +439,16 @@ class _File:
 
 
 def clashes(path: Path, database: Path) -> bool:
-    """Whether a spool of that path would use an SQLite database's own files, by whatever name.
+    """Whether a spool with this path would use an SQLite database's files, also through links.
 
     Args:
-        path: The spool's; its siblings and their journals count too.
-        database: The database's file, there or not; what SQLite keeps beside it counts too.
+        path: The spool's path; its siblings and their journals are considered too.
+        database: The database's file, which need not exist; its WAL and journals are considered.
     """
-    spools, files = ([of, *(_beside(of, end) for end in _BESIDE)] for of in (path, database))
+    spools, files = ([of, *(_with_suffix(of, end) for end in _SUFFIXES)] for of in (path, database))
     if any(_is_same(spool, file) for spool in spools for file in files):
         return True
-    sibling = re.compile(rf"{re.escape(_real(path))}\.\d+({'|'.join(_BESIDE)})?")
+    sibling = re.compile(rf"{re.escape(_real(path))}\.\d+({'|'.join(_SUFFIXES)})?")
     return any(sibling.fullmatch(_real(file)) for file in files)
 
 
@@ -459,21 +462,21 @@ def _real(path: Path) -> str:
 
 
 def _make(path: Path) -> None:
-    """Make the file, if there is none, for its owner alone."""
+    """Create the file, if it does not exist, readable by its owner only."""
     try:
         make_private(path)
-    except OSError:  # not without a descriptor: its end is harmless before SQLite has the file open
+    except OSError:  # needs a descriptor; closing it is harmless before SQLite opens the file
         with suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _take(path: Path, identity: Identity) -> None:
-    """Shut a file of ours to other users, and its journal, which nobody else can then put there.
+    """Make this user's file private, and create its journal before another user can.
 
     Raises:
-        SpoolForeign: One was replaced while SQLite opened it.
+        SpoolForeign: The file was replaced while SQLite opened it.
     """
-    journal = _beside(path, _JOURNAL)
+    journal = _with_suffix(path, _JOURNAL)
     with _of_ours(path):
         if private(path) != identity:
             raise SpoolForeign(f"spool_path: {path} was replaced while it was opened")
@@ -482,7 +485,7 @@ def _take(path: Path, identity: Identity) -> None:
             _make(journal)
             try:
                 private(journal, shut=True)
-            except FileNotFoundError:  # another process that holds the file ended a transaction
+            except FileNotFoundError:  # another process, which holds the file, ended a transaction
                 continue
             break
 
@@ -497,14 +500,14 @@ def _of_ours(path: Path) -> Iterator[None]:
         raise SpoolForeign(f"spool_path: {path}: {error.strerror}") from None
 
 
-def _beside(path: Path, end: str) -> Path:
+def _with_suffix(path: Path, end: str) -> Path:
     return path.with_name(f"{path.name}{end}")
 
 
 def _entry(file: _File, seq: Any, batch_id: Any, rows: Any, attempted_at: Any, size: Any) -> Entry:
-    """What a file says of a batch; where that cannot be true, one row is counted as lost with it.
+    """A batch by the file's values; if they are impossible, it counts as one row.
 
-    Each row takes a byte of the payload or more, so a number beyond that is none of rows.
+    Each row takes at least one byte of the payload, so a greater number of rows is impossible.
     """
     counted = type(rows) is int and type(size) is int and 0 < rows <= size
     sound = (
@@ -525,16 +528,16 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """The family of SQLite's result code; 0 for the driver's own errors."""
+    """The primary part of SQLite's result code; 0 for the driver's own errors."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the file is to blame: what it says of itself makes no sense, or is no text."""
+    """Whether the file is damaged: SQLite cannot make sense of it, or a text cannot be decoded."""
     if isinstance(error, UnicodeError):
         return True
     if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.ProgrammingError):
-        return False  # a connection that was closed, say
+        return False  # for example a closed connection
     return _code(error) in _DAMAGE_CODES
 
 
@@ -542,7 +545,7 @@ def _is_damage(error: Exception) -> bool:
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, UnicodeError) as error:  # SQLite's words name no value
+    except (sqlite3.Error, UnicodeError) as error:  # SQLite's message repeats no value
         kind = SpoolDamaged if _is_damage(error) else SpoolError
         raise kind(f"spool_path: {path}: {error}") from None
     except OSError as error:
@@ -550,7 +553,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _renamed(path: Path) -> Path:
-    """Give a damaged file a name that nobody opens; its journal goes with it."""
+    """Give a damaged file, and its journal, a name that no process opens; return the name."""
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     for number in range(_MOST_FILES):
         aside = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
@@ -558,7 +561,7 @@ def _renamed(path: Path) -> Path:
             break
     path.rename(aside)
     with suppress(FileNotFoundError):
-        _beside(path, _JOURNAL).rename(_beside(aside, _JOURNAL))
+        _with_suffix(path, _JOURNAL).rename(_with_suffix(aside, _JOURNAL))
     return aside
 
 
@@ -569,19 +572,19 @@ def _encoded(rows: Sequence[Row]) -> bytes:
 
 
 def _decoded(checksum: int, payload: bytes) -> list[Row]:
-    """The rows, in the shape in which `_encoded` was given them.
+    """The rows that were given to `_encoded`.
 
     Raises:
-        Exception: The payload has another shape, or is another than was written.
+        Exception: The payload has another structure, or is not the one that was written.
     """
     if zlib.crc32(payload) != checksum:
-        raise ValueError("another content than was written")
+        raise ValueError("the checksum is wrong")
     table = json.loads(payload)
     columns, rows = table["columns"], table["rows"]
     if type(columns) is not list or not columns or not all(type(name) is str for name in columns):
         raise ValueError("columns without names")
     if len(set(columns)) != len(columns):
-        raise ValueError("columns of one name")
+        raise ValueError("two columns with the same name")
     if not all(type(row) is list and all(type(v) in _SCALARS for v in row) for row in rows):
-        raise ValueError("rows of another shape")
+        raise ValueError("rows that are not lists of values")
     return [dict(zip(columns, row, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""Moves batches to the spool while the sink cannot be reached, and back to be delivered."""
+"""Moves batches to the spool while the sink cannot be reached, and loads them again later."""
 
 import logging
 import time
@@ -13,24 +13,24 @@ from lynkr_store.ingest.spool import Entry, Spool, SpoolDamaged
 from lynkr_store.ingest.validation import TextPolicy, taken_over
 from lynkr_store.process.log import say
 
-_UNANSWERED_S: Final = 1.0  # a try that takes longer counts as a sink that cannot be reached
+_UNANSWERED_S: Final = 1.0  # if a try takes longer, the sink counts as unreachable
 SPOOL_AGAIN_S: Final = 1.0
 """Seconds until the spool is tried again after it failed."""
 
 
 class SpoolMover:
-    """What both threads do with the spool, if there is one.
+    """The writer's access to the spool, if it has one; both threads use it.
 
     Args:
-        handoff: Its ``spool`` is the one.
-        policy: What is kept of the texts.
-        after_s: Seconds without the sink after which batches go to the spool.
-        forget_after_ms: The age at which the sink forgets a batch it has stored.
-        has_forgotten: Whether it has, of an instant: asked from that age on, for the clock may be
-            wrong.
+        handoff: Holds the spool.
+        policy: Decides what is kept of the texts.
+        after_s: Seconds without the sink after which batches are moved to the spool.
+        forget_after_ms: The age at which the sink forgets a batch that it has stored.
+        has_forgotten: Whether the sink has forgotten the batches of an instant. It is called for
+            batches of that age, because the clock may be wrong.
 
     Attributes:
-        spool_all: Batches go at once: `close` runs out of time.
+        spool_all: Move batches at once, because `close` runs out of time.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class SpoolMover:
             return
         try:
             self._spool.open()
-        except Exception as error:  # noqa: BLE001 - the thread must go on; enter() tries again
+        except Exception as error:  # noqa: BLE001 - the thread must continue; enter() tries again
             self._handoff.note_fault(error)
         self._report_aside(self._spool)
         with self._handoff.lock:
@@ -70,13 +70,13 @@ class SpoolMover:
         return self._spool.first() if self._spool else None
 
     def in_hand(self) -> list[Batch]:
-        """The batches that are not in the spool, the oldest first."""
+        """The batches in memory that are not in the spool, the oldest first."""
         handoff = self._handoff
         with handoff.lock:
             return [b for b in (handoff.delivery, *handoff.ready) if b and not b.entry]
 
     def relieve(self) -> None:
-        """Move the batches in hand to the spool, if it is time to."""
+        """Move the batches in memory to the spool, if that is due."""
         handoff = self._handoff
         if self._spool is None:
             return
@@ -87,7 +87,7 @@ class SpoolMover:
         try:
             for batch in self.in_hand():
                 self._enter(self._spool, batch)
-        except Exception as error:  # noqa: BLE001 - the thread must go on, the batch stays in hand
+        except Exception as error:  # noqa: BLE001 - the thread must continue; the batch stays
             self._rests_until = time.monotonic() + SPOOL_AGAIN_S
             handoff.note_fault(error)
         finally:
@@ -127,12 +127,12 @@ class SpoolMover:
                     handoff.counters.spooled += len(batch.rows)
                     entry = None
                 handoff.changed.notify_all()
-            if entry:  # it was stored, or given up, while it was on its way
+            if entry:  # it was stored or dropped while it was being moved
                 handoff.to_remove.append(entry)
         self.remove_settled()
 
     def load(self, entry: Entry, now_ms: int) -> Batch | None:
-        """A batch of the spool, to be delivered; None where there is none to be had of it.
+        """Load a batch for delivery; None if it was dropped, or its file was set aside.
 
         Raises:
             Exception: It cannot be read now; it stays in the spool.
@@ -167,13 +167,13 @@ class SpoolMover:
         return batch
 
     def _read(self, spool: Spool, entry: Entry) -> tuple[Sequence[Row], Counter[str]]:
-        """A batch's rows, and cause to number of values that this process's policy changed.
+        """A batch's rows, and the number of values that this process's policy changed, by cause.
 
-        Its own rows went through the policy before they were spooled; another process's went
-        through its own, which may have kept more.
+        This process applied the policy to its own rows before it spooled them. Another process
+        applied its own policy, which may have kept more.
 
         Raises:
-            SpoolDamaged: They cannot be read, or are no records.
+            SpoolDamaged: The rows cannot be read, or are not records.
         """
         rows = spool.load(entry)
         if not entry.found:
@@ -181,7 +181,7 @@ class SpoolMover:
         try:
             return taken_over(rows, self._policy)
         except ValueError:
-            raise SpoolDamaged("spool_path: a batch has a column that no record has") from None
+            raise SpoolDamaged("spool_path: a batch has an unknown column") from None
 
     def _drop(self, entry: Entry, cause: str) -> None:
         handoff = self._handoff
@@ -192,13 +192,13 @@ class SpoolMover:
         self.remove_settled()
 
     def remove_settled(self) -> None:
-        """Remove from the spool what is counted elsewhere, and may not be delivered once more."""
+        """Remove batches that are stored or dropped from the spool, so that they do not repeat."""
         handoff = self._handoff
         while self._spool and handoff.to_remove:
             entry = handoff.to_remove.popleft()
             try:
                 self._spool.remove(entry)
-            except SpoolError as error:  # the next process finds it in the ledger
+            except SpoolError as error:  # the next process will find it in the ledger
                 if not handoff.over:
                     handoff.note_fault(error)
             except BaseException:

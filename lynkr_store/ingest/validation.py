@@ -1,4 +1,4 @@
-"""From what a caller recorded to the row that is stored: checked, mended, redacted, completed."""
+"""Makes the stored row from a caller's record: checks, sanitizes, redacts and completes it."""
 
 import os
 from collections import Counter
@@ -36,13 +36,13 @@ _FIELDS: Final = RoutingEvent.model_fields
 
 @dataclass(frozen=True)
 class TextPolicy:
-    """What is kept of what people and models wrote.
+    """What is kept of the texts that people and models wrote.
 
     Attributes:
-        capture: Keep the two texts at all.
-        max_chars: Characters kept of each of the two.
-        redact: Takes each free text, the JSON ones too, and returns what is kept of it. It may be
-            given what it returned: a spool that another process left is redacted again.
+        capture: Whether the two texts are kept at all.
+        max_chars: The most characters kept of each of the two.
+        redact: Takes each free text, also JSON, and returns what is kept of it. It must accept its
+            own results: texts from another process's spool are redacted again.
     """
 
     capture: bool = True
@@ -51,15 +51,15 @@ class TextPolicy:
 
 
 def new_ids() -> Iterator[str]:
-    """UUIDs of version 4, as many as are wanted.
+    """An endless sequence of UUIDs of version 4.
 
-    The system is asked for chance once in 64 times. Each time lets go of the interpreter, which
-    beside threads that are at work may take 5 ms to get back.
+    It reads random bytes for 64 of them at once: each read releases the interpreter lock, and while
+    other threads compute, it may take 5 ms to get the lock back.
     """
     while True:
         digits = os.urandom(64 * 16).hex()
         for at in range(0, len(digits), 32):
-            d = digits[at : at + 32]  # not by uuid.UUID, which takes twice as long
+            d = digits[at : at + 32]  # not with uuid.UUID, which takes twice as long
             variant = "89ab"[int(d[16], 16) % 4]
             yield f"{d[:8]}-{d[8:12]}-4{d[13:16]}-{variant}{d[17:20]}-{d[20:]}"
 
@@ -72,15 +72,15 @@ def row_of(
     """Make the row of one record.
 
     Args:
-        record: What was recorded.
-        stamp_ms: The instant of a record that names none, in epoch milliseconds.
-        policy: What is kept of the texts.
+        record: The caller's record.
+        stamp_ms: The instant for a record without one, in epoch milliseconds.
+        policy: Decides what is kept of the texts.
 
     Returns:
-        The row, and one cause for each value that was mended.
+        The row, and one cause for each value that was changed.
 
     Raises:
-        ValidationError: The record is not one; the error names the field, and no value.
+        ValidationError: The record is not valid; the error names the field, and no value.
     """
     columns, mended = rows_of([record], stamp_ms, policy)
     return {name: column[0] for name, column in columns.items()}, tuple(mended)
@@ -89,10 +89,10 @@ def row_of(
 def rows_of(
     records: Iterable[Mapping[str, Any] | RoutingEvent], stamp_ms: int, policy: TextPolicy
 ) -> tuple[Columns, list[str]]:
-    """As `row_of`, of several records: the columns of their rows.
+    """As `row_of`, for several records; returns the columns of their rows.
 
     Raises:
-        ValidationError: One is none.
+        ValidationError: A record is not valid.
     """
     each = [checked(record, stamp_ms) for record in records]
     if not each:
@@ -103,10 +103,10 @@ def rows_of(
 
 
 def checked(record: Mapping[str, Any] | RoutingEvent, stamp_ms: int) -> tuple[Row, tuple[str, ...]]:
-    """Check and mend one record, which `complete` makes a row of; see `row_of`."""
+    """Check and sanitize one record; `complete` then makes its row. See `row_of`."""
     earlier: tuple[str, ...] = ()
     if isinstance(record, RoutingEvent):
-        # checked again: model_copy(update=…) and model_construct() check nothing
+        # checked again, because model_copy(update=…) and model_construct() check nothing
         earlier = record.mended
         record = {k: v for k, v in vars(record).items() if k in _FIELDS}
     elif isinstance(record, Mapping) and len(record) > len(_FIELDS):
@@ -121,22 +121,22 @@ def checked(record: Mapping[str, Any] | RoutingEvent, stamp_ms: int) -> tuple[Ro
 
 
 def _with_one_unknown(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record without its unknown names but the first: pydantic makes an error of each."""
+    """The record with only the first of its unknown names: pydantic creates an error for each."""
     unknown = (name for name in record if name not in _FIELDS)
     known = (name for name in _FIELDS if name in record)
     return {name: record[name] for name in chain(known, islice(unknown, 1))}
 
 
 def complete(columns: Columns, policy: TextPolicy, new_id: Callable[[], str]) -> list[str]:
-    """Name the rows that have no ``request_id``, and apply the policy.
+    """Give rows without a ``request_id`` one, and apply the policy.
 
     Args:
-        columns: Every column of checked records; changed.
-        policy: What is kept of the texts.
-        new_id: Names a row.
+        columns: Every column of checked records; this function changes them.
+        policy: Decides what is kept of the texts.
+        new_id: Returns a new id.
 
     Returns:
-        One cause for each value that was mended.
+        One cause for each value that was changed.
     """
     columns["request_id"] = [new_id() if one is None else one for one in columns["request_id"]]
     if not policy.capture:
@@ -157,18 +157,18 @@ def taken_over(rows: Sequence[Row], policy: TextPolicy) -> tuple[RowBatch, Count
 
     Args:
         rows: One or more.
-        policy: What is kept of the texts.
+        policy: Decides what is kept of the texts.
 
     Returns:
-        The rows, and cause to number of values that were changed: ``not_captured`` for a text that
-        was left out and ``redacted`` for one that redaction changed, beside those of `complete`.
+        The rows, and the number of changed values by cause: ``not_captured`` for a text that was
+        left out, ``redacted`` for one that redaction changed, and the causes of `complete`.
 
     Raises:
-        ValueError: They have a column that no record has.
+        ValueError: The rows have an unknown column.
     """
     columns = by_column(rows)
     if not columns.keys() <= RoutingEvent.model_fields.keys():
-        raise ValueError("a column that no record has")
+        raise ValueError("an unknown column")
     for name in ("request_id", *LONG_FIELDS):
         columns.setdefault(name, [None] * len(rows))
     changed: Counter[str] = Counter()
@@ -193,9 +193,10 @@ def _counted(redact: Callable[[str], str], changed: Counter[str]) -> Callable[[s
 
 
 def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
-    """Pass every free text through the caller's function, before it is cut.
+    """Apply the caller's function to every free text, before texts are cut.
 
-    Where that fails, the row keeps none of them: what should have gone must not stay.
+    If the function fails, the row keeps none of its free texts: what it would have removed must not
+    be stored.
     """
     mended = []
     rows = list(zip(*(columns[name] for name in LONG_FIELDS), strict=True))
@@ -205,7 +206,7 @@ def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
                 None if text is None else str.__str__(sanitize_text(redact(text))[0])
                 for text in texts
             )
-        except BaseException:  # noqa: BLE001 - the caller's own function; this thread goes on
+        except BaseException:  # noqa: BLE001 - the caller's own function; the thread must continue
             rows[at] = (None,) * len(texts)
             mended.append("redact_failed")
     columns.update(zip(LONG_FIELDS, zip(*rows, strict=True), strict=True))
@@ -213,11 +214,11 @@ def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
 
 
 def cause_of(error: ValidationError) -> str:
-    """Why a record was rejected, in one word for the count of rejections."""
+    """The cause of a rejection, in one word, for the counters."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return _CAUSES.get(first["type"], "wrong_type")
 
 
 def policy_of(settings: TextSettings) -> TextPolicy:
-    """What the settings keep of the texts."""
+    """The policy in the settings."""
     return TextPolicy(settings.capture_text, settings.text_max_chars, settings.redact)
