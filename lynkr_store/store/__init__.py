@@ -1,5 +1,5 @@
-"""The two stores that a service uses: one for threads, one for coroutines.
+"""The two stores that a service uses: `Store` for threads, `AsyncStore` for coroutines.
 
-`base` makes their parts out of settings and closes them, `sync` and `aio` differ in how they wait,
-and `health` looks at the database from a thread of its own. What they do is in the packages below.
+`base` creates their parts from the settings and closes them; `sync` and `aio` differ in how they
+wait; `health` probes the database in a thread of its own. The work itself is in lower packages.
 """

@@ -1,4 +1,4 @@
-"""AsyncStore: the store for coroutines, whose waiting blocks no event loop."""
+"""AsyncStore: the store for coroutines, which never blocks an event loop."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -46,22 +46,22 @@ from lynkr_store.store.base import PAGE_ROWS, provider_key, window_key
 _T = TypeVar("_T")
 
 _THREADS: Final = 4
-"""Threads that read an SQLite database for coroutines: with the writer's connection they use the
-five that its engine keeps. As many add records, which may wait for the file's lock."""
+"""Threads that read an SQLite database for coroutines: with the writer thread's connection they use
+the five connections that the engine keeps. Another four add records, and may wait for the lock."""
 
 
 class AsyncStore(Core):
     """`Store` for asyncio: the same names, with ``await``; `record` stays a plain call.
 
-    Any number of event loops may use it. Reads go to PostgreSQL over psycopg, on connections that
-    each loop has for itself, and to SQLite in a few threads of the store's own. Writing is the same
-    thread as in `Store`, on a connection of its own. What else must wait does so in threads of the
-    store's own; the event loop's default executor, which others may fill, is not used.
+    Any number of event loops may use it. On PostgreSQL it reads through psycopg, with connections
+    for each loop; on SQLite it reads in a few threads of its own. It writes as `Store` does, in the
+    writer's thread on a connection of its own. Other calls that wait also run in threads of the
+    store: the event loop's default executor is not used, because other code may fill it.
 
     Args:
         url: As in `Store`.
-        engine: The host's own AsyncEngine instead, which is used and never disposed; the writer
-            connects by its URL. Its connections belong to the event loop in which they were made.
+        engine: The host's own AsyncEngine instead, which the store uses and never disposes; the
+            writer connects to its URL. Its connections belong to the event loop that opened them.
         settings: As in `Store`.
         clock: As in `Store`.
 
@@ -97,7 +97,7 @@ class AsyncStore(Core):
             on_fork(part)
 
     def _prepared(self, engine: "AsyncEngine") -> "AsyncEngine":
-        """The host's engine, which works in the store's schema where the store uses it."""
+        """The host's engine, set up so that the store's transactions use the store's schema."""
         check_host_engine(engine.sync_engine)
         engine = type(engine)(in_schema(engine.sync_engine, self._settings.schema_name))
         keep_out_of_children(engine.sync_engine)
@@ -120,9 +120,9 @@ class AsyncStore(Core):
             self._writer.forget_flush(flushed.set)
 
     async def close(self, timeout_s: float = CLOSE_S) -> None:
-        """See `Store.close`. Any event loop may do it, also one that an exit handler runs.
+        """See `Store.close`. Any event loop may call it, also one that an exit handler runs.
 
-        Cancelled, it goes on in its thread.
+        If the call is cancelled, closing continues in its thread.
         """
         await in_thread("close", self._do_close, timeout_s)
         self._reading.finish()
@@ -211,14 +211,14 @@ class AsyncStore(Core):
 
     async def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
         """See `Store.add_many`."""
-        if self._database.backend is Backend.SQLITE:  # aiosqlite's own log would show the values
+        if self._database.backend is Backend.SQLITE:  # aiosqlite would log the values
             return await self._adding.run(self._do_add_many, records)
         return await self._run(lambda r: r.add_many(records), to_write=True)
 
     async def cleanup(
         self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
     ) -> int:
-        """See `Store.cleanup`. Cancelled, it goes on in its thread."""
+        """See `Store.cleanup`. If the call is cancelled, the work continues in its thread."""
         return await in_thread("cleanup", self._do_cleanup, older_than, trust_clock=trust_clock)
 
     async def maintain(
@@ -229,7 +229,10 @@ class AsyncStore(Core):
         trust_clock: bool = False,
         on_step: Callable[[int], None] | None = None,
     ) -> MaintenanceReport:
-        """See `Store.maintain`; ``on_step`` is called in a thread. Cancelled, it goes on there."""
+        """See `Store.maintain`; another thread calls ``on_step``.
+
+        If the call is cancelled, the work continues in that thread.
+        """
         return await in_thread(
             "maintain",
             self._do_maintain,
@@ -255,10 +258,10 @@ class AsyncStore(Core):
         return await self._run(body)
 
     async def _run(self, body: Callable[[RoutingRepository], _T], *, to_write: bool = False) -> _T:
-        """Run the body in one transaction, which is committed when it returns."""
+        """Run the body in one transaction, and commit it when the body returns."""
         from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
 
-        assert self._engines  # noqa: S101 - of PostgreSQL, or the host's
+        assert self._engines  # noqa: S101 - PostgreSQL's, or the host's
         await self._be_open()
         engine = await self._engines.engine()
         try:
@@ -268,7 +271,7 @@ class AsyncStore(Core):
                         async with AsyncSession(connection) as session, session.begin():
                             return await session.run_sync(self._answer, body)
                     finally:
-                        if self._closed:  # its pool may be gone by now
+                        if self._closed:  # its pool may be disposed by now
                             await connection.invalidate()
         except StoreUnavailable as error:
             if error.unclear:
@@ -276,7 +279,7 @@ class AsyncStore(Core):
             raise
 
     async def _be_open(self) -> None:
-        """Make sure that the database is open; all that find it closed wait for one thread."""
+        """Open the database if necessary; all tasks that find it closed wait for one thread."""
         self._require_open()
         if self._database.is_open:
             self._background.start()

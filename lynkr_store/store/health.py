@@ -1,4 +1,4 @@
-"""Looks at a database for `health`, from a thread of its own, so that nobody waits for it."""
+"""Probes a database for `health` in a thread of its own, so that callers never wait long."""
 
 import threading
 import time
@@ -28,12 +28,12 @@ from lynkr_store.schemas import Reading
 from lynkr_store.storage.database import Database
 
 _FINISH_S: Final = 0.2
-_LATE_S: Final = 2.0  # a look that takes longer counts as a database away
-_WAIT_S: Final = 0.04  # health() answers within 50 ms, whatever the database does
+_LATE_S: Final = 2.0  # if a probe takes longer, the database counts as unreachable
+_WAIT_S: Final = 0.04  # health() returns within 50 ms, even if the database does not answer
 
 
 class Look(NamedTuple):
-    """What one look at the database showed."""
+    """What one probe of the database found."""
 
     revision: str | None
     database_bytes: int
@@ -43,9 +43,9 @@ class Look(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """The last look: when it ended, on the monotonic clock, and what it showed or why it failed.
+    """The last probe: when it ended, on the monotonic clock, what it found, and why it failed.
 
-    A look that failed keeps what an earlier one showed.
+    A failed probe keeps what an earlier one found.
     """
 
     at: float
@@ -54,21 +54,21 @@ class Looked(NamedTuple):
 
 
 class Probe(Forkable):
-    """Looks at the database from a thread of its own, so that nobody waits for a frozen one."""
+    """Probes the database in a thread of its own, so that no caller waits for a frozen one."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._lock = threading.RLock()  # a signal handler that closes the store may come back
+    def _reset(self) -> None:
+        self._lock = threading.RLock()  # a signal handler that closes the store may take it again
         self._under_way: tuple[threading.Thread, Event] | None = None
         self._began = 0.0
         self.last: Looked | None = None
 
     @property
     def late_s(self) -> float | None:
-        """Seconds for which a look has waited for an answer, where that is too long."""
+        """Seconds for which a probe has waited for an answer, if that is too long; else None."""
         with self._lock:
             waiting = self._under_way is not None and self._under_way[0].is_alive()
             waited = time.monotonic() - self._began
@@ -76,11 +76,11 @@ class Probe(Forkable):
 
     @property
     def reachable(self) -> bool:
-        """Whether the last look ended well, and none since is still waiting for an answer."""
+        """Whether the last probe succeeded, and no later one is waiting for too long."""
         return self.last is not None and self.last.error is None and self.late_s is None
 
     def refresh(self) -> None:
-        """Look now; return when it is done, or after 40 ms with what the last look showed."""
+        """Probe now; return when it is done, or after 40 ms with the last probe's result."""
         if under_way := self._look_now():
             thread, _ = under_way
             thread.join(_WAIT_S)
@@ -92,7 +92,7 @@ class Probe(Forkable):
             await ended.wait(_WAIT_S)
 
     def _look_now(self) -> tuple[threading.Thread, Event] | None:
-        """The thread that looks, and what tells its end; None where the system gives no thread."""
+        """The probing thread and the event of its end; None if no thread could be started."""
         with self._lock:
             if self._under_way is None or not self._under_way[0].is_alive():
                 ended = Event()
@@ -103,15 +103,15 @@ class Probe(Forkable):
             return self._under_way
 
     def finish(self) -> None:
-        """Wait a moment for a look under way, whose connection would outlive its pool."""
+        """Wait up to 0.2 s for a running probe, whose connection would outlive its pool."""
         with self._lock:
             under_way = self._under_way
         if under_way is not None:
             under_way[0].join(_FINISH_S)
 
     def after_fork_in_child(self) -> None:
-        """Start anew."""
-        self._begin()
+        """Forget the parent's probes."""
+        self._reset()
 
     def _run_until(self, ended: Event) -> None:
         try:
@@ -124,7 +124,7 @@ class Probe(Forkable):
         try:
             with translated():
                 look = _look(self.database)
-        except BaseException as fault:  # noqa: BLE001 - whatever it is, it is what there is to say
+        except BaseException as fault:  # noqa: BLE001 - whatever it is, `health` reports it
             error = words_of(fault)
         self.last = Looked(time.monotonic(), look, error)
 
@@ -135,7 +135,7 @@ def _look(database: Database) -> Look:
     if database.backend is Backend.SQLITE and engine.url.database and not database.in_memory:
         path = Path(engine.url.database)
         if identity_of(path) is None and "uri" not in engine.url.query:
-            raise StoreUnavailable(f"{path}: not made yet; it will be on first use")
+            raise StoreUnavailable(f"{path} does not exist; the store creates it on first use")
     with database.connected(engine) as connection:
         revision = revisions.current(connection)
         there = catalogue.tables(connection, (TELEMETRY.name, PROGRESS.name))
@@ -149,10 +149,10 @@ def _look(database: Database) -> Look:
 
 
 def _lag(connection: Connection) -> int | None:
-    """How many rows are not folded; None where odd ids make it a number of more than 64 bits."""
+    """The number of rows that are not folded; None if odd ids make it exceed 64 bits."""
     try:
         lag: object = connection.scalar(state.lag())
-    except DataError:  # on PostgreSQL that is an error, and SQLite makes it a real
+    except DataError:  # PostgreSQL raises an error; SQLite returns a real instead
         return None
     return lag if isinstance(lag, int) else None
 

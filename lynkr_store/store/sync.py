@@ -30,21 +30,24 @@ from lynkr_store.store.base import PAGE_ROWS, Core, provider_key, window_key
 
 
 class Store(Core):
-    """A gateway's routing telemetry: records in, rows and statistics out. Safe to share by threads.
+    """A gateway's routing telemetry: it stores records and reads rows and statistics.
+
+    Threads may share it.
 
     Args:
         url: The database; default ``LYNKR_STORE_URL``, else ``sqlite:///.lynkr/telemetry.db``.
-        engine: The host's own Engine instead, which is used and never disposed. Its PRAGMAs and
-            BEGIN mode are the host's business.
+        engine: The host's own Engine instead, which the store uses and never disposes. The host
+            sets its PRAGMAs and BEGIN mode.
         settings: Every other option; default from the environment (``LYNKR_STORE_*``).
-        clock: The present in epoch milliseconds, for default windows, stamps and ages.
-        read_only: Alter nothing. An SQLite file may be a gateway's own, of any version; columns
+        clock: Returns the present in epoch milliseconds, for default windows, for records without
+            an instant, and for ages.
+        read_only: Change nothing. An SQLite file may be a gateway's own, of any version; columns
             that it lacks are read as None.
 
     Raises:
         UnsupportedDatabase: The URL names no supported database or driver.
         MissingDriver: The driver is not installed.
-        BadArgument: ``url`` and ``engine`` both, or an engine that cannot be shared.
+        BadArgument: Both ``url`` and ``engine``, or an engine that cannot be shared.
     """
 
     def __init__(
@@ -66,17 +69,17 @@ class Store(Core):
 
     @property
     def engine(self) -> Engine:
-        """The engine in use, for a Session of your own with `RoutingRepository`.
+        """The engine in use, for your own Session with `RoutingRepository`.
 
-        For writing take ``lynkr_store.writing(store.engine)``.
+        To write, use ``lynkr_store.writing(store.engine)``.
         """
         return self._database.engine
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until all recorded before this call is written, rejected, dropped or spooled.
+        """Wait until all records from before this call are written, rejected, dropped or spooled.
 
         Returns:
-            False when ``timeout_s`` seconds were not enough.
+            False if ``timeout_s`` seconds were not enough.
 
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.
@@ -84,11 +87,11 @@ class Store(Core):
         return self._do_flush(timeout_s)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Flush within ``timeout_s`` seconds and stop; what is left is spooled, or counted.
+        """Flush within ``timeout_s`` seconds and stop; records that are left go to the spool.
 
-        Without a spool it is dropped. The second half of the time is the spool's, and half a
-        second more where that is not enough. May be called again. `record` then returns False,
-        reads raise `StoreClosed`.
+        Without a spool they are dropped and counted. The second half of the time is for the spool,
+        and another half a second if that is not enough. May be called again. Afterwards `record`
+        returns False, and reads raise `StoreClosed`.
 
         Raises:
             BadArgument: ``timeout_s`` is negative or NaN.
@@ -149,9 +152,9 @@ class Store(Core):
         *,
         page_rows: int = PAGE_ROWS,
     ) -> Iterator[RoutingRow]:
-        """All matching rows, newest first, read page by page; no transaction stays open between.
+        """All matching rows, newest first, read page by page, each page in its own transaction.
 
-        Rows that arrive meanwhile and are newer than the first are not given.
+        Rows that arrive meanwhile and are newer than the first row are not included.
 
         Raises:
             BadArgument: ``page_rows`` is not a positive whole number.
@@ -165,7 +168,7 @@ class Store(Core):
 
     @cached(window_key)
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:
-        """What a person reads first; see `RoutingRepository.get_stats`. Cached by window."""
+        """The main figures; see `RoutingRepository.get_stats`. Cached by window."""
         return self._do_read(lambda r: r.get_stats(window))
 
     @cached(provider_key)
@@ -191,14 +194,14 @@ class Store(Core):
 
         Args:
             older_than: The age.
-            trust_clock: Delete them although the clock is far ahead of the newest row and of the
+            trust_clock: Delete them even if the clock is far ahead of the newest row and of the
                 last retention.
 
         Returns:
-            How many were deleted.
+            The number of deleted rows.
 
         Raises:
-            BadArgument: A negative age.
+            BadArgument: The age is negative.
             ClockAhead: The clock may be wrong, and nothing was deleted.
             StoreUnavailable: The database cannot be reached.
         """
@@ -214,16 +217,17 @@ class Store(Core):
     ) -> MaintenanceReport:
         """Build missing indexes, fold new rows, apply the configured retention, free pages.
 
-        All in short steps, beside writers; interrupted, it is gone on with the next time.
+        It works in short transactions so that writers are not blocked; if it is interrupted, the
+        next call continues.
 
         Args:
-            budget_s: Seconds for retention and pages, and seconds to wait for others who stand in
-                an index's way; what is left is done the next time, and the report says what.
-            rebuild: Make the roll-ups anew from the rows; what is known of a time whose rows are
-                gone stays.
-            trust_clock: Apply the retention although the clock is far ahead of the newest row and
-                of the last retention; else it waits, and the report says so.
-            on_step: Told after each step of folding how many rows were folded so far.
+            budget_s: Seconds for retention and pages, and seconds to wait for sessions that block
+                the build of an index; the next call does what is left, which the report names.
+            rebuild: Recompute the roll-ups from the rows; roll-ups of a time whose rows retention
+                removed are kept.
+            trust_clock: Apply the retention even if the clock is far ahead of the newest row and of
+                the last retention; otherwise it waits, and the report says so.
+            on_step: Called after each step of folding with the number of rows folded so far.
 
         Raises:
             BadArgument: ``budget_s`` is negative or NaN.
@@ -232,24 +236,24 @@ class Store(Core):
         return self._do_maintain(budget_s, on_step, rebuild=rebuild, trust_clock=trust_clock)
 
     def recount(self, window: Window | None = None) -> int:
-        """Make the roll-ups of a window again from its rows, now.
+        """Recompute the roll-ups of a window from its rows, now.
 
-        Maintenance does so by itself where rows were changed or deleted by SQL. It is for those who
-        know what they changed where no trigger sees it: triggers were off, or SQLite's REPLACE.
-        What is known of a time whose rows retention removed stays.
+        If rows were changed or deleted by SQL, maintenance does this by itself. Call it after a
+        change that triggers did not record: they were disabled, or the statement was SQLite's
+        REPLACE. Roll-ups of a time whose rows retention removed are kept.
 
         Args:
-            window: The quarters of an hour that it touches; None for all.
+            window: Every quarter of an hour that it touches is recomputed; None means all.
 
         Returns:
-            How many rows were counted.
+            The number of rows that were counted.
 
         Raises:
-            RollupsRefused: The tables of roll-ups do not keep what is added.
+            RollupsRefused: The roll-ups did not keep what was added.
             StoreUnavailable: The database cannot be reached.
         """
         return self._do_recount(window)
 
     def health(self) -> Health:
-        """The account of every record and the state of the database, within 50 ms. Never raises."""
+        """Where every record is, and the database's state, within 50 ms. Raises no exception."""
         return self._do_health()

@@ -636,7 +636,7 @@ def test_a_relative_path_is_meant_from_where_the_store_was_opened(tmp_path, monk
 
 def test_a_store_not_yet_used_makes_nothing(tmp_path):
     with Store(f"sqlite:///{tmp_path}/new/t.db") as store:
-        assert "not made yet" in looked(store).last_error
+        assert "does not exist" in looked(store).last_error
     assert list(tmp_path.iterdir()) == []
 
 
