@@ -1,8 +1,8 @@
 # ruff: noqa: INP001, T201 - a script
-"""Run the benchmarks, print one table, write one JSON: ``python -m benchmarks``.
+"""Run the benchmarks, print one table and write one JSON file: ``python -m benchmarks``.
 
-Each part is a module of this folder with a function ``results(scale)``, which gives its lines as
-it measures them. A full run takes about half an hour and 10 GB of temporary files.
+Each part is a module of this folder with a function ``results(scale)``, which yields each line when
+it is measured. A full run takes about half an hour and 10 GB of temporary files.
 """
 
 import argparse
@@ -20,13 +20,13 @@ QUICK: Final = 0.02
 
 
 def run(parts: Sequence[str], scale: float) -> list[Result]:
-    """Every line of the parts; what is done is said on standard error."""
+    """Every line of the parts; progress is printed on standard error."""
     found: list[Result] = []
     for part in parts:
         began = time.perf_counter()
         for result in import_module(f"benchmarks.{part}").results(scale):
             found.append(result)
-            took = time.perf_counter() - began  # with what was made ready for it
+            took = time.perf_counter() - began  # includes preparing the databases
             print(f"{took:6.0f} s  {result.name}, {result.backend}", file=sys.stderr, flush=True)
     return found
 
@@ -34,10 +34,13 @@ def run(parts: Sequence[str], scale: float) -> list[Result]:
 def main(arguments: list[str] | None = None) -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts")
-    parser.add_argument("--quick", action="store_true", help="a fiftieth of the rows")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="run these parts")
+    parser.add_argument("--quick", action="store_true", help="use a fiftieth of the rows")
     parser.add_argument(
-        "--json", type=Path, default=Path(__file__).with_name("results.json"), help="where to"
+        "--json",
+        type=Path,
+        default=Path(__file__).with_name("results.json"),
+        help="write the JSON to this file",
     )
     chosen = parser.parse_args(arguments)
     found = run(chosen.only, QUICK if chosen.quick else 1.0)

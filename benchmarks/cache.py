@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What a cached answer costs: a statistic asked again within the time to live."""
+"""Measures a cached answer: a statistic that is asked for again within the cache's time to live."""
 
 import asyncio
 import time
@@ -21,10 +21,10 @@ _SAMPLE: Final = Sample(1_000, timedelta(days=1))
 
 
 def results(scale: float = 1.0) -> Iterator[Result]:
-    """One line for each question, and for each that is awaited.
+    """One line for each question to `Store`, and one for each to `AsyncStore`.
 
     Args:
-        scale: Of the calls' number; the rows, of which the cost knows nothing, stay.
+        scale: Multiplies the number of calls; the number of rows does not matter here.
     """
     calls = int(CALLS * scale)
     with sqlite_files() as files, files.database() as url:
@@ -78,7 +78,7 @@ def _line(name: str, calls: int, seconds: list[float]) -> Result:
         rows=_SAMPLE.count,
         sessions=SESSIONS,
         method=f"{RUNS} times {calls:,} calls",
-        unit="µs a call",
+        unit="µs per call",
         ours=Spread.of(seconds, 1e6),
         at_most=TARGET_US,
     )

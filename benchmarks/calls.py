@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What a call of `record` costs its caller while the writer runs.
+"""Measures what a call of `record` costs the caller while the writer runs.
 
 The baseline is a function that keeps its keywords and does nothing else, called in the same way.
 """
@@ -24,17 +24,17 @@ KEYWORDS: Final = 27
 AT_MOST: Final = 3.5
 
 MANY_ROWS: Final = 1_000_000
-"""A queue's bounds that no sample reaches, so that nothing is dropped."""
+"""Limits of the queue that no sample reaches, so that nothing is dropped."""
 MANY_BYTES: Final = 4 * 2**30
 
 _LONG_S: Final = 600
 
 
 def results(records: list[Record]) -> Iterator[Result]:
-    """The mean of one thread's calls against the baseline; percentiles of several threads."""
+    """The mean of one thread's calls and of the baseline's; percentiles of several threads."""
     ours, baseline = zip(*(pair for _ in range(RUNS) for pair in _means(records)), strict=True)
     ratio = Spread.of([mine / bare for mine, bare in zip(ours, baseline, strict=True)]).median
-    mean = _line("record(), mean", len(records), f"CPU, {BURST:,} a time in turn", ours)
+    mean = _line("record(), mean", len(records), f"CPU, in turn, {BURST:,} calls each", ours)
     yield replace(
         mean,
         baseline=Spread.of(baseline),
@@ -54,15 +54,15 @@ def _line(name: str, count: int, method: str, microseconds: Sequence[float]) -> 
         rows=count,
         sessions=SESSIONS,
         method=method,
-        unit="µs a call",
+        unit="µs per call",
         ours=Spread.of(microseconds),
     )
 
 
 def _means(records: list[Record]) -> Iterator[tuple[float, float]]:
-    """Microseconds of CPU a call on one thread, of each burst, by the store and by the baseline.
+    """Microseconds of CPU per call in one thread, for each burst: the store's and the baseline's.
 
-    The writer has nothing to do when a burst begins.
+    The writer has no work left when a burst begins.
     """
     kept: list[Record] = []
 
@@ -85,7 +85,7 @@ def _mean(call: Callable[..., object], burst: list[Record]) -> float:
 
 
 def _by_threads(records: list[Record]) -> list[float]:
-    """Microseconds of each call, in order of length; the threads call at the same time."""
+    """Microseconds of each call, shortest first; the threads call at the same time."""
     taken: list[float] = []
 
     def caller(part: list[Record]) -> None:
@@ -110,10 +110,10 @@ def _by_threads(records: list[Record]) -> list[float]:
 
 @contextmanager
 def _opened(count: int) -> Iterator[Store]:
-    """A store that has written before and takes so many records.
+    """A store that has written before, and whose queue has room for so many records.
 
     Raises:
-        RuntimeError: It did not store them all, so the times mean nothing.
+        RuntimeError: It did not store all records, so the times mean nothing.
     """
     with sqlite_files() as files, files.database() as url:
         settings = StoreSettings(url=url, queue_max_rows=MANY_ROWS, queue_max_bytes=MANY_BYTES)

@@ -1,9 +1,9 @@
 # ruff: noqa: INP001, S608 - a folder of scripts; names are this project's own
-"""What it costs that changes of rows are noted, and what maintenance pays to find the others.
+"""Measures the triggers that record changes of rows, and the checks that find other changes.
 
-The bare driver inserts, changes and deletes rows of two tables of our schema in turn: one with the
-triggers that note changes, one without. Then maintenance compares the counts of a table whose rows
-are folded, and computes its quarters again (the scrub), each until it is through.
+The bare driver inserts, changes and deletes rows of two tables of the store's schema in turn: one
+with the triggers, one without. Then maintenance compares counts for a table whose rows are folded,
+and recomputes its quarters (the scrub), each until it has checked all rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,16 +26,16 @@ _BATCH: Final = 1_000
 _STATEMENTS: Final = {
     "UPDATE of a cost": "UPDATE routing_telemetry SET cost_usd = 1",
     "UPDATE of a text": "UPDATE routing_telemetry SET request_text = NULL",
-    # all but the last: SQLite empties a table without triggers at one stroke
+    # all rows but the last: SQLite empties a table without triggers in one operation
     "DELETE": f"DELETE FROM routing_telemetry WHERE timestamp < {END_MS}",
 }
 
 
 def results(scale: float = 1.0) -> Iterator[Result]:
-    """Each statement with and without triggers, then what maintenance reads.
+    """Each statement with and without triggers, then the checks of maintenance.
 
     Args:
-        scale: Of the rows' number.
+        scale: Multiplies the number of rows.
     """
     few, many = Sample(int(50_000 * scale), DAY), Sample(int(1_000_000 * scale), 30 * DAY)
     with every_place() as places:
@@ -56,7 +56,7 @@ def _statements(place: Place, sample: Sample) -> Iterator[Result]:
             rows=sample.count,
             sessions=SESSIONS,
             method=f"in turn, {ROUNDS} times",
-            unit="µs a row",
+            unit="µs per row",
             ours=Spread.of(ours),
             baseline=Spread.of(baseline),
             against="the same without triggers",
@@ -65,7 +65,7 @@ def _statements(place: Place, sample: Sample) -> Iterator[Result]:
 
 
 def _times(place: Place, sample: Sample, *, plain: bool = False) -> dict[str, float]:
-    """Microseconds that each statement takes a row, without triggers where it is ``plain``."""
+    """Microseconds that each statement takes per row; ``plain`` means without triggers."""
     with place.database() as url:
         upgrade(url)
         with closing(connect(url)) as connection:
@@ -101,7 +101,7 @@ def _through(store: Store, check: Callable[..., repair.Repaired]) -> None:
     """Run a check from the first quarter to the last.
 
     Raises:
-        RuntimeError: It found something, so the time is not that of looking.
+        RuntimeError: It found a difference, so the time includes a repair.
     """
     database = store._database  # noqa: SLF001 - this project's own
     mended = check(database.write_transaction, read=database.read, stop=lambda: False)

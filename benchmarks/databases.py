@@ -1,5 +1,5 @@
 # ruff: noqa: INP001, S608 - names are this project's own
-"""Databases that are removed when they were measured; rows go in through the bare driver."""
+"""Databases that exist only for one measurement; the bare driver inserts their rows."""
 
 import sqlite3
 import tempfile
@@ -33,13 +33,13 @@ _POSTGRESQL_INDEXES: Final = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where databases are made.
+    """A directory or server where databases are created.
 
     Attributes:
         name: ``sqlite``, or ``postgres`` and the major version.
-        backend: Which of the two it is.
-        make: Makes an empty database of a name and returns its URL.
-        remove: Removes it.
+        backend: The backend of its databases.
+        make: Creates an empty database with a name and returns its URL.
+        remove: Removes the database with a name.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Place:
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """The URL of an empty database, which is gone in the end."""
+        """The URL of an empty database, which is removed at the end."""
         name = f"bench{next(_numbers)}"
         try:
             yield self.make(name)
@@ -62,7 +62,7 @@ _numbers = count()
 
 @contextmanager
 def sqlite_files() -> Iterator[Place]:
-    """A temporary directory."""
+    """A temporary directory for SQLite files."""
     with tempfile.TemporaryDirectory() as folder:
 
         def make(name: str) -> str:
@@ -77,20 +77,20 @@ def sqlite_files() -> Iterator[Place]:
 
 @contextmanager
 def postgresql_server() -> Iterator[Place]:
-    """A server of the newest PostgreSQL that is installed, without fsync."""
+    """A server of the newest installed PostgreSQL, without fsync."""
     with PgServer(available_servers()[-1]) as server:
         yield Place(server.name, Backend.POSTGRESQL, server.create_database, server.drop_database)
 
 
 @contextmanager
 def every_place() -> Iterator[tuple[Place, ...]]:
-    """SQLite's and PostgreSQL's."""
+    """The places of SQLite and of PostgreSQL."""
     with sqlite_files() as files, postgresql_server() as server:
         yield files, server
 
 
 def connect(url: str) -> Driver:
-    """The bare driver, each statement its own transaction, with the PRAGMAs of both sides."""
+    """Connect the bare driver: AUTOCOMMIT, and on SQLite the PRAGMAs of store and original."""
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
         return psycopg.connect(url, autocommit=True)
@@ -106,7 +106,7 @@ def insert(
     batch: int = _BATCH,
     columns: Sequence[str] = COLUMNS,
 ) -> None:
-    """Put rows in by ``executemany`` or COPY, in transactions of ``batch`` rows."""
+    """Insert rows with ``executemany`` or COPY, in transactions of ``batch`` rows."""
     into = f"routing_telemetry ({', '.join(columns)})"
     iterator = iter(rows)
     while several := list(islice(iterator, batch)):
@@ -123,7 +123,7 @@ def insert(
 
 @contextmanager
 def without_indexes(connection: Driver) -> Iterator[None]:
-    """Take the table's indexes away, and build them again in the end: many rows go in quicker."""
+    """Drop the table's indexes, and build them again at the end: inserting is faster without."""
     driver: Any = connection
     sqlite = isinstance(connection, sqlite3.Connection)
     indexes = driver.execute(_SQLITE_INDEXES if sqlite else _POSTGRESQL_INDEXES).fetchall()
@@ -135,7 +135,7 @@ def without_indexes(connection: Driver) -> Iterator[None]:
 
 
 def settle(connection: Driver) -> None:
-    """What time does to a database: SQLite's WAL goes into the file, PostgreSQL vacuums."""
+    """Bring a database to rest: move SQLite's WAL to the file, run PostgreSQL's VACUUM."""
     if isinstance(connection, sqlite3.Connection):
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     else:

@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""A store and the original with the sample's rows in them, ready to be asked."""
+"""Prepares a store and the original with the sample's rows."""
 
 from contextlib import ExitStack, closing
 from itertools import islice
@@ -14,19 +14,20 @@ UNFOLDED: Final = 10_000
 
 
 def unfolded(sample: Sample) -> int:
-    """How many of its rows, the newest, a filled store has not folded."""
+    """The number of the newest rows that a filled store has not folded."""
     return min(UNFOLDED, sample.count // 10)
 
 
 def filled_store(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store, list[int]]:
-    """A store, without a cache, whose rows are folded but for the newest.
+    """A store without a cache, whose rows are folded except the newest.
 
     Returns:
-        The store, and its present in epoch milliseconds, which can be set.
+        The store, and a list with its present in epoch milliseconds, which can be changed.
     """
     url = stack.enter_context(place.database())
     now = [END_MS + 1]
-    settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)  # unasked: none
+    # an interval that no benchmark reaches, so that the store starts no maintenance itself
+    settings = StoreSettings(url=url, cache_ttl_s=0, maintenance_interval_s=86_400)
     rows = sample.rows()
     upgrade(url)
     with closing(connect(url)) as connection:
@@ -41,7 +42,7 @@ def filled_store(stack: ExitStack, place: Place, sample: Sample) -> tuple[Store,
 
 
 def filled_original(stack: ExitStack, place: Place, sample: Sample) -> Original:
-    """The original."""
+    """The original with the sample's rows."""
     original = stack.enter_context(Original(stack.enter_context(place.database())))
     original.create()
     with without_indexes(original.connection):

@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What a benchmark gives, how it is timed, and the one table of a run with its JSON."""
+"""The result of a benchmark, how it is timed, and the table and JSON of a run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from rich.table import Table
 from tests.support.postgres import available_servers
 
 _WIDTH: Final = 220
-_HEADINGS: Final = {  # whether it is a number
+_HEADINGS: Final = {  # whether the column contains numbers
     "what": False,
     "backend": False,
     "rows": True,
@@ -40,26 +40,26 @@ _LIBRARIES: Final = ("sqlalchemy", "psycopg", "pydantic")
 
 @dataclass(frozen=True)
 class Spread:
-    """Of several measurements, the least and the median."""
+    """The least and the median of several measurements."""
 
     least: float
     median: float
 
     @classmethod
     def of(cls, values: Sequence[float], scale: float = 1.0) -> Self:
-        """The values' own, each times the scale."""
+        """The least and the median of the values, multiplied by the scale."""
         return cls(min(values) * scale, statistics.median(values) * scale)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How the store compares, and how it should.
+    """How the store compares with the baseline, and the target.
 
     Attributes:
         value: The median of the pairs' ratios.
-        means: What follows the number: ``× faster``, ``× the size``.
-        at_least: The target where more is better; None where nothing was promised.
-        at_most: The target where less is better.
+        means: The words after the number: ``× faster``, ``× the size``.
+        at_least: The target if more is better; None if there is none.
+        at_most: The target if less is better; None if there is none.
     """
 
     value: float
@@ -69,7 +69,7 @@ class Ratio:
 
     @property
     def target(self) -> str:
-        """The target in words, and whether it was missed."""
+        """The target as text, with a remark if it was missed."""
         return _target(self.value, self.at_least, self.at_most)
 
 
@@ -80,15 +80,15 @@ class Result:
     Attributes:
         name: What was measured.
         backend: ``sqlite``, or ``postgres`` and the major version.
-        rows: Rows of the table that was asked or filled.
-        sessions: How the sample's sessions lie.
+        rows: The number of rows in the table that was queried or filled.
+        sessions: How the sample's rows are distributed over sessions.
         method: How often it was measured, and how.
-        unit: Of ``ours`` and ``baseline``.
+        unit: The unit of ``ours`` and ``baseline``.
         ours: The store's figures.
-        baseline: What it is compared with, measured in the same run, in turn; None: nothing.
+        baseline: The baseline's figures, measured in the same run, in turn; None without one.
         against: What the baseline is.
-        ratio: Of the two.
-        at_most: The target of the store's median, where that has one, and not the ratio.
+        ratio: The ratio of the two.
+        at_most: The target for the store's median, if the target is not a ratio.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Result:
 
     @property
     def target(self) -> str:
-        """The target in words, and whether it was missed."""
+        """The target as text, with a remark if it was missed."""
         if self.ratio and self.at_most is None:
             return self.ratio.target
         return _target(self.ours.median, None, self.at_most)
@@ -113,7 +113,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Times of the store and of its baseline, in milliseconds, and the baseline's over ours."""
+    """Milliseconds of the store and its baseline, and how many times faster the store is."""
 
     ours: Spread
     baseline: Spread
@@ -130,11 +130,11 @@ def timed(call: Callable[[], object]) -> float:
 def paired(
     questions: Iterable[tuple[Callable[[], object], Callable[[], object]]], burst: int = 5
 ) -> Pairs:
-    """Time pairs of calls, the store's and its baseline's, in turn.
+    """Time pairs of calls, the store's and the baseline's, in turn.
 
     Args:
-        questions: The pairs; whoever gives them has called both before.
-        burst: How often the store's call, which is short, is timed for each call of the baseline.
+        questions: The pairs; the caller has called both once before.
+        burst: How often the store's short call is timed for each call of the baseline.
     """
     ours: list[float] = []
     baseline: list[float] = []
@@ -148,7 +148,7 @@ def paired(
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Facts about the machine and the installed versions, on which the figures depend."""
     return {
         "machine": platform.machine(),
         "processors": os.cpu_count(),
@@ -161,7 +161,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(results: Sequence[Result], console: Console | None = None) -> None:
-    """Print the table; its title is the machine."""
+    """Print the table, with the facts about the machine as its title."""
     facts = ", ".join(
         f"{name} {' '.join(value) if isinstance(value, list) else value}"
         for name, value in machine().items()
@@ -208,7 +208,7 @@ def _spread(spread: Spread | None) -> tuple[str, str]:
 
 
 def _figure(value: float) -> str:
-    """Three digits that count."""
+    """The number with three significant digits."""
     if not value:
         return "0"
     for limit, digits in ((100, 0), (10, 1), (1, 2)):

@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""How long importing the library takes, against importing what it is built upon.
+"""Measures importing the library against importing the libraries that it is built on.
 
 Each import is a process of its own, which reads compiled modules, as those of an installed package
 are. Its CPU time is measured: on a busy machine the time that passes measures the others.

@@ -1,9 +1,9 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What recording costs: the way to the disk against the bare drivers, and the call.
+"""Measures recording: from the call to the disk against the bare drivers, and the call alone.
 
-The store's time is that of everything: each `record`, checking, writing, and folding until nothing
-is left to fold. The bare drivers are given tuples that are ready, those that the store makes of
-the same records, in the same batches; they fold nothing. Each has an empty database of its own.
+The store's time includes everything: each `record`, checking, writing, and folding until no row is
+left. The bare drivers get finished tuples, the ones that the store makes of the same records, in
+batches of the same size, and fold nothing. Each has an empty database of its own.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,17 +31,17 @@ Values = list[tuple[Any, ...]]
 
 
 class _Baseline(NamedTuple):
-    """A bare driver's way in: milliseconds that it takes for rows, and what the ratio should be."""
+    """A bare driver's insert: a function for the milliseconds it takes, and the target ratio."""
 
     milliseconds: Callable[[Place, Values], float]
     at_least: float
 
 
 def results(scale: float = 1.0) -> Iterator[Result]:
-    """Rows a second against each baseline, then the call.
+    """Rows per second against each baseline, then the call.
 
     Args:
-        scale: Of the rows' number.
+        scale: Multiplies the number of rows.
     """
     records = list(Sample(int(200_000 * scale), timedelta(days=1)).records())
     values = [_values(record) for record in records]
@@ -77,10 +77,10 @@ def _drained(place: Place, records: list[Record], values: Values) -> Iterator[Re
 
 
 def _by_store(place: Place, records: list[Record]) -> float:
-    """Milliseconds from the first `record` until all is folded.
+    """Milliseconds from the first `record` until all rows are folded.
 
     Raises:
-        RuntimeError: A row was lost, or is not folded, so the time means nothing.
+        RuntimeError: A row was lost or not folded, so the time means nothing.
     """
     with place.database() as url:
         upgrade(url)
@@ -91,13 +91,13 @@ def _by_store(place: Place, records: list[Record]) -> float:
             queue_max_bytes=calls.MANY_BYTES,
         )
         with Store(settings=settings) as store:
-            store.maintain()  # opens
+            store.maintain()  # opens the database
 
             def drain() -> None:
                 for record in records:
                     store.record(record)
                 store.flush(_LONG_S)
-                lags.append(store.maintain(budget_s=0).rollup_lag)  # folds, and checks nothing
+                lags.append(store.maintain(budget_s=0).rollup_lag)  # folds, without checks
 
             lags: list[int] = []
             milliseconds = timed(drain)
@@ -114,14 +114,14 @@ def _by_driver(place: Place, values: Values) -> float:
 
 
 def _into_original(place: Place, values: Values) -> float:
-    rows = [row[: len(COLUMNS)] for row in values]  # ours are the last ones
+    rows = [row[: len(COLUMNS)] for row in values]  # the store's own columns come last
     with place.database() as url, Original(url) as original:
         original.create()
         return timed(lambda: insert(original.connection, rows, BATCH))
 
 
 def _values(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the store makes of a record, ready for a driver."""
+    """The tuple that the store makes of a record, for a driver."""
     row, _ = row_of(record, 0, TextPolicy())
     return tuple(row[name] for name in _COLUMNS)
 

@@ -1,8 +1,8 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What the first page of a list costs: 100 rows, newest first, from the filter to finished rows.
+"""Measures the first page of a list: 100 rows, newest first, from the filter to finished rows.
 
-Against the original's statement through the bare driver, fetched and no more. Both must give the
-same rows.
+The baseline is the original's statement through the bare driver, which only fetches the rows. Both
+must return the same rows.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def results(scale: float = 1.0) -> Iterator[Result]:
     """One line for each filter.
 
     Args:
-        scale: Of the rows' number.
+        scale: Multiplies the number of rows.
     """
     sample = Sample(int(1_000_000 * scale), timedelta(days=30))
     session = next(sample.rows())[COLUMNS.index("session_id")]
@@ -67,7 +67,7 @@ def _line(
         return [row[0] for row in original.query(limit=LIMIT, **asked)]
 
     if ask() != ask_original():
-        raise RuntimeError("the store and the original disagree about the same rows")
+        raise RuntimeError("the store and the original return different rows")
     pairs = paired([(ask, ask_original)] * RUNS)
     return Result(
         name=name,

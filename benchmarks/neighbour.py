@@ -1,5 +1,5 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""Another process that inserts into the same SQLite file, as a gateway does, and is timed."""
+"""Another process that inserts into the same SQLite file, as a gateway does, and times itself."""
 
 import sqlite3
 import time
@@ -15,19 +15,19 @@ from benchmarks.databases import connect, insert
 from benchmarks.sample import Sample
 
 ROWS: Final = 3
-"""Of each transaction."""
+"""Rows of each transaction."""
 
-_BUSY_MS: Final = 3_000  # the gateway's
+_BUSY_MS: Final = 3_000  # as long as the gateway waits
 _PAUSE_S: Final = 0.005
 _SAMPLE: Final = Sample(10_000_000, timedelta(days=1))
 
 
 class Told(NamedTuple):
-    """What the process says in the end.
+    """What the process reports at the end.
 
     Attributes:
-        longest_s: How long the longest transaction took, one that failed included.
-        failures: Transactions that found the file locked for longer than they wait.
+        longest_s: Seconds of the longest transaction, including failed ones.
+        failures: Transactions that failed because the file stayed locked for too long.
     """
 
     longest_s: float
@@ -36,12 +36,12 @@ class Told(NamedTuple):
 
 @contextmanager
 def neighbour(url: str) -> Iterator[list[Told]]:
-    """Run the process beside the body; the list holds what it told when the body is left."""
+    """Run the process during the body; afterwards the list contains its report."""
     spawn = get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_insert_until_told, args=(url, there), daemon=True)
     process.start()
-    there.close()  # so that reading ends when the process does
+    there.close()  # so that reading ends when the process ends
     here.recv()
     told: list[Told] = []
     try:
@@ -56,7 +56,7 @@ def neighbour(url: str) -> Iterator[list[Told]]:
 def _insert_until_told(url: str, parent: Connection) -> None:
     rows, longest_s, failures = _SAMPLE.rows(), 0.0, 0
     with closing(connect(url)) as connection:
-        assert isinstance(connection, sqlite3.Connection)  # noqa: S101 - so it is for its URL
+        assert isinstance(connection, sqlite3.Connection)  # noqa: S101 - by its URL
         connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
         parent.send(None)
         while True:

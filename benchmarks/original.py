@@ -1,11 +1,11 @@
 # ruff: noqa: INP001, S608 - names are this module's own
-"""The original module's schema and SQL, through the bare driver: the store's baseline.
+"""The original module's schema and SQL through the bare driver: the store's baseline.
 
-Its own statements in our words, on its own tables, indexes and PRAGMAs; on PostgreSQL, where it
-never ran, the same in that dialect's types. Assumed, each in the original's favour: its 37 columns
-without the two further tables of its file; six statements for ``getStats``, although it asks for
-the total twice; whole answers fetched and rounded in Python, whose driver runs the same SQLite
-library at the same speed as JavaScript's.
+Its statements are rewritten here, on its own tables, indexes and PRAGMAs; on PostgreSQL, where the
+original never ran, with that dialect's types. Each assumption is in the original's favour: its 37
+columns without the two other tables of its file; six statements for ``getStats``, although it asks
+for the total twice; whole answers fetched and rounded in Python, whose driver runs the same SQLite
+library as fast as JavaScript's.
 """
 
 import math
@@ -69,7 +69,8 @@ _CLEANUP: Final = "DELETE FROM routing_telemetry WHERE timestamp < ?"
 class Original:
     """The original module's functions on a database of its own.
 
-    Ranges include both ends and are epoch milliseconds, as there. Answers have its shape.
+    As in the original, ranges are epoch milliseconds and include both ends, and answers have the
+    same structure.
     """
 
     def __init__(self, url: str) -> None:
@@ -89,7 +90,7 @@ class Original:
         self.connection.close()
 
     def create(self) -> None:
-        """Make its table and its four indexes, in an SQLite file with its page size."""
+        """Create its table and its four indexes; in an SQLite file with its page size."""
         types = _POSTGRESQL
         if isinstance(self.connection, sqlite3.Connection):
             types = _SQLITE
@@ -100,7 +101,7 @@ class Original:
             self.connection.execute(f"CREATE INDEX {name} ON routing_telemetry ({columns})")
 
     def get_stats(self, since: int, until: int) -> dict[str, Any] | None:
-        """Six statements, one after the other."""
+        """Execute six statements, one after the other."""
         span = (since, until)
         total = self._count(_TOTAL, span)
         if not total:
@@ -118,7 +119,7 @@ class Original:
         }
 
     def get_provider_stats(self, provider: str, since: int, until: int) -> dict[str, Any] | None:
-        """One statement."""
+        """Execute one statement."""
         [row] = self._all(_PROVIDER, (provider, since, until))
         total, latency, quality, tokens, errors, fallbacks, speed, cost = row
         if not total:
@@ -135,7 +136,7 @@ class Original:
         }
 
     def get_routing_accuracy(self, since: int, until: int) -> dict[str, Any] | None:
-        """Three statements."""
+        """Execute three statements."""
         span = (since, until)
         total = self._count(_TOTAL, span)
         if not total:
@@ -157,10 +158,10 @@ class Original:
         limit: int = 100,
         **equal: str | Sequence[str],
     ) -> list[Any]:
-        """Rows, newest first: all columns of those whose ``provider`` (and so on) is the value.
+        """Rows with all columns, newest first, whose ``provider`` (and so on) equals the value.
 
-        It has neither ``has_error`` nor several values: these are its statement with that much
-        more in it.
+        The original has neither ``has_error`` nor filters with several values; they are added to
+        its statement here.
         """
         clauses: list[str] = []
         values: list[Any] = []
@@ -178,7 +179,7 @@ class Original:
         return self._all(f"SELECT * FROM routing_telemetry {where}{order}", values)
 
     def cleanup(self, before: int) -> int:
-        """Delete the rows before an instant in one statement; return how many they were."""
+        """Delete the rows before an instant in one statement; return their number."""
         return self._execute(_CLEANUP, (before,)).rowcount  # type: ignore[no-any-return]
 
     def _execute(self, sql: str, values: Sequence[Any]) -> Any:
@@ -195,7 +196,7 @@ class Original:
 
 
 def _rounded(value: float, digits: int = 0) -> float:
-    """JavaScript's rounding: half up."""
+    """Round half up, as JavaScript does."""
     scale = float(10**digits)
     return math.floor(float(value) * scale + 0.5) / scale
 

@@ -1,9 +1,9 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What retention costs a process that inserts beside it while half of the rows go.
+"""Measures how retention of half of the rows delays another process that inserts meanwhile.
 
-The store's `cleanup`, in short steps, against the original's one DELETE on its own file. The other
-process inserts 3 rows in each of its transactions, 5 ms apart, and waits 3 s for a lock. All rows
-are folded before.
+The store's `cleanup`, in short steps, is compared with the original's single DELETE on its own
+file. The other process inserts 3 rows in each transaction, 5 ms apart, and waits 3 s for a lock.
+All rows are folded before.
 """
 
 import ctypes
@@ -34,10 +34,10 @@ class _Cost(NamedTuple):
 
 
 def results(scale: float = 1.0) -> Iterator[Result]:
-    """What the other process felt, and what it took.
+    """The delays of the other process, and the time and memory of the retention.
 
     Args:
-        scale: Of the rows' number.
+        scale: Multiplies the number of rows.
     """
     sample = Sample(int(1_000_000 * scale), SPAN)
     with sqlite_files() as files:
@@ -58,7 +58,7 @@ def results(scale: float = 1.0) -> Iterator[Result]:
             backend="sqlite",
             rows=sample.count,
             sessions=SESSIONS,
-            method="once, beside inserts",
+            method="once, with inserts",
             unit=unit,
             ours=Spread(mine, mine),
             baseline=Spread(its, its),
@@ -70,24 +70,24 @@ def results(scale: float = 1.0) -> Iterator[Result]:
     yield line("longest stall", "ms", ours.stall_ms, theirs.stall_ms, 150, "× shorter")
     yield line("failed inserts", "transactions", ours.failures, theirs.failures, 0)
     yield line("memory growth", "MB", ours.memory_mb, theirs.memory_mb, 64)
-    yield line("whole", "s", ours.seconds, theirs.seconds, None, "× faster")
+    yield line("total time", "s", ours.seconds, theirs.seconds, None, "× faster")
 
 
 def _cost(url: str, remove: Callable[[], int], sample: Sample) -> _Cost:
-    """Remove half of the rows beside the other process.
+    """Remove half of the rows while the other process inserts.
 
     Raises:
-        RuntimeError: Other rows were removed, so the figures compare nothing.
+        RuntimeError: Other rows were removed, so the figures cannot be compared.
     """
     removed: list[int] = []
     with neighbour(url) as told:
-        _LIBC.malloc_trim(0)  # or growth would hide in what the filling left
-        (_PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+        _LIBC.malloc_trim(0)  # otherwise memory freed after filling would hide the growth
+        (_PROCESS / "clear_refs").write_text("5")  # resets the peak
         before = _memory_mb("VmRSS")
         seconds = timed(lambda: removed.append(remove())) / 1_000
         growth = _memory_mb("VmHWM") - before
     if removed != [sample.count // 2]:
-        raise RuntimeError("not the older half of the rows was removed")
+        raise RuntimeError("the removed rows are not the older half")
     return _Cost(seconds, told[0].longest_s * 1_000, told[0].failures, growth)
 
 

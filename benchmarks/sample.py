@@ -1,9 +1,9 @@
 # ruff: noqa: INP001, S311 - a sample, no secret
-"""The rows that the benchmarks store: generated, from one seed, as a gateway with tiers makes them.
+"""The rows that the benchmarks store, generated from one seed like those of a gateway with tiers.
 
-The tier decides provider and model; a fallback takes over in 3 % of the requests. 1.5 % fail, and
-what they did not measure is NULL. A tier, a provider and a model are rare: 50 in 1,000,000 rows.
-One provider was given up after the first third: a fallback of 3,000 rows in 1,000,000.
+The tier decides provider and model; 3 % of the requests go to a fallback. 1.5 % fail, and the
+values that they did not measure are NULL. One tier, provider and model is rare: 50 of 1,000,000
+rows. One provider, a fallback with 3,000 of 1,000,000 rows, is used only in the first third.
 Timestamps are spread evenly over the span.
 """
 
@@ -54,7 +54,7 @@ COLUMNS: Final = (
     "cache_read_tokens",
     "cache_creation_tokens",
 )
-"""What the gateway writes: its 37 columns without the key, in their order."""
+"""The columns that the gateway writes: its 37 columns without the key, in their order."""
 
 SESSIONS: Final = "12 each, 40 at a time"
 END_MS: Final = int(datetime(2026, 3, 2, 9, 7, 30, tzinfo=UTC).timestamp() * 1_000)
@@ -116,18 +116,18 @@ _FORMER: Final = _Model("together", "mixtral-8x7b-instruct", 12, 0.60, 0.60)
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of a span up to `END_MS`, oldest first, the same at every call.
+    """Rows of a time span that ends at `END_MS`, oldest first, the same in every run.
 
     Attributes:
-        count: How many.
-        span: How long the span is.
+        count: The number of rows.
+        span: The length of the span.
     """
 
     count: int
     span: timedelta
 
     def rows(self) -> Iterator[Row]:
-        """The rows, one at a time, as values of `COLUMNS`; none is kept."""
+        """The rows, one at a time, as values of `COLUMNS`; they are not kept in memory."""
         rng = random.Random(11)
         letters = "".join(rng.choices("etaoin shrdlu", k=8_000))
         places = len(letters) - REQUEST_CHARS
@@ -191,7 +191,7 @@ class Sample:
             )
 
     def records(self) -> Iterator[Record]:
-        """The rows as a caller records them: what was measured alone, and attributes of its own."""
+        """The rows as a caller records them: without None, and with attributes."""
         for number, row in enumerate(self.rows()):
             record = {
                 name: value for name, value in zip(COLUMNS, row, strict=True) if value is not None

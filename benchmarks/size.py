@@ -1,8 +1,8 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What a row takes on disk, against the original's file with the same rows.
+"""Measures the size of a row on disk, against the original's file with the same rows.
 
-Rows go in as requests come, in transactions of 1,000, with every index in place; then ours are
-folded, and each file takes in its WAL.
+Rows are inserted in the order of the requests, in transactions of 1,000, with every index in place.
+Then the store's rows are folded, and each WAL is moved to its file.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def results(scale: float = 1.0) -> Iterator[Result]:
     """The one line.
 
     Args:
-        scale: Of the rows' number.
+        scale: Multiplies the number of rows.
     """
     sample = Sample(int(200_000 * scale), timedelta(days=1))
     with sqlite_files() as files:
@@ -47,7 +47,7 @@ def results(scale: float = 1.0) -> Iterator[Result]:
         rows=sample.count,
         sessions=SESSIONS,
         method="in batches of 1,000",
-        unit="bytes a row",
+        unit="bytes per row",
         ours=Spread(ours, ours),
         baseline=Spread(theirs, theirs),
         against="the original's file",

@@ -1,10 +1,10 @@
 # ruff: noqa: INP001 - a folder of scripts
-"""What a statistic costs, against the original's SQL on its own schema and against itself.
+"""Measures statistics against the original's SQL on its own schema, and with more rows.
 
-The same rows lie in both databases. Ours are folded, as the store's maintenance has them;
-`get_stats` is asked before, too, when that has not seen the newest 10,000. The present is 1 ms
-after the newest row, and 3, 6, 9 and 12 minutes later, so that windows begin at different places of
-a quarter-hour. No answer is cached.
+Both databases contain the same rows. The store's are folded, as after maintenance; `get_stats` is
+also measured before that, with the newest 10,000 rows not folded. The present is 1 ms after the
+newest row, and 3, 6, 9 and 12 minutes later, so that windows begin at different places of a
+quarter-hour. No answer is cached.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ _PROVIDER: Final = "openrouter"
 
 
 def results(scale: float = 1.0) -> Iterator[Result]:
-    """Every line, as it is measured.
+    """Yield every line when it is measured.
 
     Args:
-        scale: Of the rows' numbers.
+        scale: Multiplies the numbers of rows.
     """
     with every_place() as places:
         for place in places:
@@ -50,7 +50,7 @@ def results(scale: float = 1.0) -> Iterator[Result]:
 
 
 def against_original(place: Place, count: int, span: timedelta) -> Iterator[Result]:
-    """The statistics over the last day, and over the whole span where it is longer."""
+    """The statistics over the last day, and over the whole span if that is longer."""
     sample = Sample(count, span)
     lengths = sorted({DAY, span})
     with ExitStack() as stack:
@@ -104,7 +104,7 @@ def against_original(place: Place, count: int, span: timedelta) -> Iterator[Resu
 
 
 def growth(place: Place, few: int, many: int) -> Result:
-    """`get_stats` of the last day when table and window have more rows, against fewer."""
+    """`get_stats` of the last day with many rows in table and window, against few rows."""
     with ExitStack() as stack:
         small, then = filled_store(stack, place, Sample(few, DAY))
         large, now = filled_store(stack, place, Sample(many, DAY))
@@ -140,7 +140,7 @@ def compared(
     """Ask both at each instant about the time before it.
 
     Raises:
-        RuntimeError: Their answers differ, so the times compare nothing.
+        RuntimeError: Their answers differ, so the times cannot be compared.
     """
 
     def questions() -> Iterator[tuple[Callable[[], object], Callable[[], object]]]:
@@ -156,7 +156,7 @@ def compared(
 
             answer = ask()
             if answer is None or answer.to_gateway() != ask_original():
-                raise RuntimeError("the store and the original disagree about the same rows")
+                raise RuntimeError("the store and the original give different answers")
             yield ask, ask_original
 
     return paired(questions())

@@ -213,7 +213,7 @@ LINES = {
         "retention: longest stall",
         "retention: failed inserts",
         "retention: memory growth",
-        "retention: whole",
+        "retention: total time",
     ],
     "changes": [
         "changes: INSERT",
