@@ -12,10 +12,11 @@ SHARED := --dist worksteal
 
 .PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
 
-help: ## list what can be made
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Each stamp is an environment with what its name says; pyproject.toml is its only input.
+# Each stamp stands for the environment with the dependencies of its name; it depends on
+# pyproject.toml only.
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
@@ -41,19 +42,19 @@ test-oldest: $(VENV)/dev.stamp ## the tests with the lowest versions that pyproj
 test-postgresql: $(VENV)/dev.stamp ## the tests on PostgreSQL alone
 	$(BIN)/python -m pytest $(SHARED) -n $(WORKERS) -m "not slow" -k postgres
 
-bench: $(VENV)/dev.stamp ## the store against the bare drivers and the original, in one run and one table
+bench: $(VENV)/dev.stamp ## compare the store with the bare drivers and the original, in one table
 	$(BIN)/python -m benchmarks
 
-snapshots: $(VENV)/dev.stamp ## write the committed schema of both backends anew, after a new revision
+snapshots: $(VENV)/dev.stamp ## rewrite the committed schema of both backends, after a new revision
 	$(BIN)/python -m tests.support.snapshot
 
-check: $(VENV)/dev.stamp ## formatting, lint, types, directions of imports
+check: $(VENV)/dev.stamp ## check formatting, lint, types and the order of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-format: $(VENV)/dev.stamp ## format and mend what can be mended
+format: $(VENV)/dev.stamp ## format, and fix the lint errors that can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -62,6 +63,6 @@ build: $(VENV)/dev.stamp ## build the wheel and upgrade an empty database with i
 	$(BIN)/python -m build --quiet
 	$(BIN)/python tests/support/try_wheel.py dist/*.whl
 
-clean: ## remove what was made
+clean: ## remove everything that was built
 	rm -rf $(VENV) dist build .lynkr .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
 # ruff: noqa: INP001, PLR2004, T201 - a script; its numbers are the sample's own
-"""Record a generated sample of requests in an embedded database and show what it says.
+"""Record a generated sample of requests in an embedded database and show its statistics.
 
-Everything is drawn from one seed: the same sample each time, ending now. No real traffic is in it.
+The sample is generated from one seed, so it is the same each time, and ends now. It contains no
+real traffic.
 """
 
 import random
@@ -19,7 +20,7 @@ from lynkr_store import Store
 REQUESTS = 6_000
 FOLDER = Path(".lynkr/demo")
 
-# tier: its share, then (provider, model, ms a token, US dollars per million tokens in and out)
+# tier: its share, then (provider, model, ms per token, US dollars per million tokens in and out)
 TIERS = {
     "SIMPLE": (0.45, ("ollama", "qwen2.5-coder:7b", 14, 0.0, 0.0)),
     "MEDIUM": (0.30, ("openrouter", "gpt-4o-mini", 9, 0.15, 0.60)),
@@ -64,8 +65,8 @@ def sample(count: int, end: datetime) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Record the sample, then let the command show it."""
-    shutil.rmtree(FOLDER, ignore_errors=True)  # its own folder, of its own last run
+    """Record the sample, then show it with the command line."""
+    shutil.rmtree(FOLDER, ignore_errors=True)  # the demo's own folder, from its last run
     url = f"sqlite:///{FOLDER}/telemetry.db"
     began = time.perf_counter()
     with Store(url) as store:
