@@ -505,7 +505,7 @@ def _with_suffix(path: Path, end: str) -> Path:
 
 
 def _entry(file: _File, seq: Any, batch_id: Any, rows: Any, attempted_at: Any, size: Any) -> Entry:
-    """A batch by the file's values; if they are impossible, it counts as one row.
+    """A batch with the file's values; if its number of rows is impossible, it counts as one row.
 
     Each row takes at least one byte of the payload, so a greater number of rows is impossible.
     """
