@@ -1,7 +1,7 @@
-"""Alembic's environment: which database, one transaction, which objects are ours.
+"""Alembic's environment: chooses the database, runs one transaction, compares only our objects.
 
-It leaves logging alone, and takes a connection from ``config.attributes["connection"]`` where the
-library itself runs the upgrade.
+It does not configure logging. If the library itself runs the upgrade, it uses the connection in
+``config.attributes["connection"]``.
 """
 
 import logging
@@ -39,7 +39,7 @@ config = context.config
 schema = config.attributes.get("schema", DatabaseSettings().schema_name)
 modules: list[Any] = [script.module for script in context.script.walk_revisions()]
 revisions = [(module, module.upgrade, module.downgrade) for module in modules]
-"""As they are written; a migration that finds a lock in its way is tried again."""
+"""The unwrapped functions: a migration that a lock blocks is tried again, and wraps them again."""
 
 
 def _url() -> str:
@@ -50,7 +50,7 @@ def _url() -> str:
 def _url_of_ini_file() -> str:
     try:
         return config.get_main_option("sqlalchemy.url", "")
-    except InterpolationError:  # whose words repeat what follows, which may be a password
+    except InterpolationError:  # its message repeats what follows, which may be a password
         raise BadArgument("sqlalchemy.url: in an ini file write %% for each %") from None
 
 
@@ -65,13 +65,13 @@ def _write_script() -> None:
 
 
 def _command() -> object:
-    """Alembic's command, where the command line or the library named it; None where a host did."""
+    """Alembic's command, if the command line or the library started it; None for a host."""
     asked = getattr(config.cmd_opts, "cmd", None)
     return asked[0] if asked else config.attributes.get("command")
 
 
 def _moves() -> bool:
-    """Whether the command applies revisions or takes them back."""
+    """Whether the command applies revisions or undoes them."""
     try:
         context.get_revision_argument()
     except KeyError:
@@ -85,21 +85,21 @@ def _wants_head() -> bool:
 
 
 def _say_left(stands: Standing) -> None:
-    """Say that the schema of a newer release stays as it is."""
+    """Say that the schema of a newer release is not changed."""
     _say(
-        f"the schema's revision {stands.revision} is a newer release's, with which this one "
-        f"(head {head()}) can work: it is left as it is"
+        f"the schema's revision {stands.revision} belongs to a newer release; this release "
+        f"(head {head()}) can work with it and does not change it"
     )
 
 
 def _say_missing_indexes(connection: Connection) -> None:
-    """Name the indexes that are left to ``maintain()``, where the schema is at the head."""
+    """Name the indexes that ``maintain()`` has to build, if the schema is at the head."""
     if current(connection) == head() and (missing := comparison.missing_indexes(connection)):
         _say(comparison.left_to_maintain(missing))
 
 
 def _say(said: str) -> None:
-    """Print a line where Alembic's command runs; in a program log it."""
+    """Print a line if Alembic's command line runs; in another program, log it."""
     if getattr(config.cmd_opts, "cmd", None):
         config.print_stdout(printable(said))
     else:
@@ -110,20 +110,20 @@ def _migrate(connection: Connection) -> None:
     require_utf8(connection)
     stands = standing(connection)
     if stands.ahead and _command() is not command.downgrade:
-        # in a rolling deploy the older replica finds a newer one's work, and goes on
+        # in a rolling deploy an older replica finds a newer replica's schema, and can work with it
         _say_left(stands)
         if _moves() or _command() is command.current:
             return
     if _command() is command.downgrade:
         if stands.revision is None:
-            return  # nothing of ours is there, and nothing is left behind
+            return  # there is none of our tables, so there is nothing to undo
         refuse_to_downgrade(stands)
         to = context.get_revision_argument()
         undone = context.script.iterate_revisions(stands.revision, to, select_for_downgrade=True)
         operations.refuse_early(connection, {script.revision for script in undone})
-    if not _moves():  # it looks, or compares, as a developer does
+    if not _moves():  # the command only shows or compares the schema
         context.configure(connection=connection, **comparison.options())
-        if stands.ahead:  # a name that Alembic could not look up here
+        if stands.ahead:  # Alembic does not know the newer revision's name
             context.get_context().get_current_heads = lambda: (head(),)  # type: ignore[method-assign]
         with comparison.comparing(), context.begin_transaction():
             context.run_migrations()
@@ -131,7 +131,7 @@ def _migrate(connection: Connection) -> None:
     is_at_head = _wants_head() and stands.revision == head()
     lost = missing_tables(connection) if is_at_head else []
     with catalogue.sealed(connection, VERSION_TABLE) as (version_table_schema, in_path):
-        # Alembic's own statements need no path, and the revisions do
+        # Alembic's own statements need no search path, but the revisions do
         for module, up, down in revisions:
             module.upgrade, module.downgrade = in_path(up), in_path(down)
         options = comparison.options() | {"on_version_apply": in_path(note_applied)}
@@ -148,7 +148,7 @@ def _migrate(connection: Connection) -> None:
 if context.is_offline_mode():
     _write_script()
 elif (connection := config.attributes.get("connection")) is not None:
-    # one that is in no transaction is given one, which is committed
+    # without a transaction, begin one here and commit it
     with nullcontext() if connection.in_transaction() else connection.begin():
         ensure_begun(connection)
         with within(connection, schema if schema_of(connection) is None else None):

@@ -1,9 +1,9 @@
 """Add request_text and response_text to routing_telemetry.
 
-Why: what was asked and answered, for judging routes afterwards.  Backfill: none; NULL means not
-captured.  Locks: SQLite, one short write; PostgreSQL, ACCESS EXCLUSIVE for a catalogue change.
+Why: to keep question and answer, so that routes can be judged later.  Backfill: none; NULL means
+not captured.  Locks: SQLite, one short write; PostgreSQL, ACCESS EXCLUSIVE for a catalogue change.
 Older code: keeps working, it names its columns.  Undo: downgrade drops both columns and their
-values, unless the gateway had made them.
+values, unless the gateway created them.
 """
 
 import sqlalchemy as sa

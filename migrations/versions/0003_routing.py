@@ -1,7 +1,7 @@
 """Add the routing decision's columns and the prompt cache's to routing_telemetry.
 
-Why: why a tier was left, what else was considered, what the cache saved.  Backfill: none; NULL
-means not measured, and ``pinned`` reads 0 on older rows, as in the gateway's own files.
+Why: to record why the tier was changed, which models were considered, and what the cache saved.
+Backfill: none; NULL means not measured, and ``pinned`` is 0 on older rows, as in gateway files.
 Locks: SQLite, one short write; PostgreSQL, ACCESS EXCLUSIVE for a catalogue change (a constant
 default is no rewrite).  Older code: keeps working, it names its columns.  Undo: downgrade drops
 the columns and their values, unless the gateway had made any of them.

@@ -1,7 +1,7 @@
 """Create savings_events and its index, or keep the gateway's own.
 
-Why: the tokens that compression and caches saved.  Locks: none that matters, the table is new; an
-existing one was compared with the gateway's shape when the database was adopted.
+Why: to record the tokens that compression and caches saved.  Locks: none that matters, the table is
+new; an existing one was compared with the gateway's schema when the database was adopted.
 Older code: does not know it.  Undo: downgrade drops the table when it is empty (or
 ``-x drop-data=yes``), and never one that was adopted.
 """

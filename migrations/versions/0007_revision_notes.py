@@ -1,8 +1,8 @@
-"""Create lynkr_store_revisions, where each revision from now on says whether older code can go on.
+"""Create lynkr_store_revisions, where each later revision says whether older code can still work.
 
-Why: in a rolling deploy releases of two ages work on one schema.  The older one cannot know the
-newer revision; what it needs to know stands here: ``rolling``, and the release to install if not.
-Backfill: none; older revisions are known to every release that reads this.  Locks: none, the table
+Why: in a rolling deploy an older and a newer release use one schema.  The older one does not know
+the newer revision, and reads here: ``rolling``, or else the release that must be installed.
+Backfill: none; every release that reads this knows the older revisions.  Locks: none, the table
 is new and small.  Older code: does not know it and refuses the schema as ahead, as it did before.
 Undo: downgrade drops the table, which holds nothing of the user's.
 """

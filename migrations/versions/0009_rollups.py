@@ -1,15 +1,14 @@
 """Create the roll-ups, so that a statistic's cost does not grow with the rows.
 
-routing_rollups holds counts and sums by quarter of an hour, hour and day, routing_dimensions the
-combinations of provider, model, tier and request type that they are kept by, and
-lynkr_store_progress how far the rows were added to them.
+routing_rollups holds counts and sums by quarter of an hour, hour and day; routing_dimensions the
+combinations of provider, model, tier and request type for which they are kept; and
+lynkr_store_progress the watermark up to which rows were added to them.
 
 Why: a statistic over a window had to read every row in it.
-Backfill: none here; ``maintain()`` and running stores fold the rows that are there, in short steps,
-and until then an answer reads what is not folded from the rows.  Locks: none that matters, the
-tables are new and small.  Older code: does not know them and goes on reading the rows; what it
-writes is folded by newer code.  Undo: downgrade drops the tables; where retention has removed rows,
-their history goes with them.
+Backfill: none here; ``maintain()`` and running stores fold the existing rows in short steps, and
+until then answers read the rows that are not folded.  Locks: none that matters, the tables are new
+and small.  Older code: does not know them and still reads the rows; newer code folds what it
+writes.  Undo: downgrade drops the tables; the history of rows that retention removed is lost.
 """
 
 import sqlalchemy as sa

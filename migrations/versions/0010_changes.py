@@ -1,13 +1,13 @@
 """Create routing_changes, which notes the rows that an UPDATE or DELETE touched, by triggers.
 
-Why: roll-ups hold counts and sums of rows that were folded.  Where somebody changed or deleted such
-rows by SQL, nothing told so, and statistics went on saying what had been there.  Each entry names a
-quarter of an hour; maintenance makes its roll-ups again.  An INSERT has no trigger.
-Backfill: none; what was changed before is found by maintenance, which compares old quarters with
-their rows.  Locks: SQLite, one short write; PostgreSQL, SHARE ROW EXCLUSIVE on routing_telemetry
-for a change of the catalogue: it waits for those who write, and they for it, as with ADD COLUMN.
-Citus takes no triggers on a distributed table; there the revision makes the table alone.
-Older code: neither reads nor removes entries; what it writes, changes and deletes is noted.
+Why: roll-ups hold counts and sums of folded rows.  If a program changed or deleted these rows by
+SQL, the store did not notice, and statistics still counted the old values.  Each entry names a
+quarter of an hour; maintenance recomputes its roll-ups.  INSERT has no trigger.
+Backfill: none; maintenance finds earlier changes by comparing old quarters with their rows.
+Locks: SQLite, one short write; PostgreSQL, SHARE ROW EXCLUSIVE on routing_telemetry for a change of
+the catalogue: it waits for writers, and they wait for it, as with ADD COLUMN.
+Citus supports no triggers on a distributed table; there the revision only creates the table.
+Older code: neither reads nor removes entries; the triggers record what it changes and deletes.
 Undo: downgrade drops the triggers, their function and the table.
 """
 

@@ -644,8 +644,8 @@ def test_an_upgrade_by_the_older_release_changes_nothing(url, engine, newer, mon
 
 
 LEFT_ALONE = (
-    f"the schema's revision {ADDITIVE} is a newer release's, with which this one (head {HEAD}) can "
-    "work: it is left as it is"
+    f"the schema's revision {ADDITIVE} belongs to a newer release; this release (head {HEAD}) can "
+    "work with it and does not change it"
 )
 ALEMBIC = [
     ["upgrade", "heads"],
