@@ -215,7 +215,7 @@ def foreign_owners(connection: Connection, names: Collection[str]) -> list[str]:
         owned[owner].append(f"the {kind} {name}")
     return [
         f"the role {owner!r}, of which this user is not a member, owns {', '.join(what)}: it can "
-        "read and change what is stored. Is it the one that upgrades the schema?"
+        "read and change what is stored. Ignore this if that role upgrades the schema"
         for owner, what in owned.items()
     ]
 

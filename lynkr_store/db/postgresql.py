@@ -90,9 +90,9 @@ def require_schema(connection: Connection, schema: str | None) -> None:
         user = cast(func.current_user(), Text())
         role = connection.scalar(select(func.pg_catalog.quote_ident(user)))
         raise SchemaError(
-            "nothing was changed, for this user may use no schema of its path: have the schema's "
-            f"owner run GRANT USAGE, CREATE ON SCHEMA public TO {role}, or name another schema "
-            "(LYNKR_STORE_SCHEMA)"
+            "nothing was changed: this user may use no schema of its search path. Have the "
+            f"schema's owner run GRANT USAGE, CREATE ON SCHEMA public TO {role}, or name another "
+            "schema (LYNKR_STORE_SCHEMA)"
         )
     if schema and found != schema:
         raise SchemaError(
