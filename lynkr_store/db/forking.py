@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy import Engine, event
@@ -298,7 +299,10 @@ class _SqliteGuard(_Guard):
             known.update(self._known_now())
             for record in known:
                 if self._user(record) is None:
-                    record.close()
+                    # SQLAlchemy asserts that no other thread closes it meanwhile; where one did,
+                    # the next round finds it closed
+                    with suppress(AssertionError):
+                        record.close()
             with self._changed:  # connections returned meanwhile are closed in the next round
                 return all(self._user(one) in self._forking for one in self._open())
 

@@ -297,9 +297,9 @@ def test_a_database_out_of_reach_is_3(tmp_path):
     folder.mkdir()
     (tmp_path / "text.db").write_text("this is no database at all, and long enough to tell\n" * 99)
     for url, named in (
-        (f"sqlite:///{tmp_path}/missing.db", "no such file"),
+        (f"sqlite:///{tmp_path}/missing.db", "does not exist"),
         (f"sqlite:///{folder}", "is a directory; give"),
-        (f"sqlite:///{tmp_path}/text.db", "no database"),
+        (f"sqlite:///{tmp_path}/text.db", "not a database"),
         (f"postgresql://nobody@/none?host={tmp_path}", "failed"),
     ):
         for command in ("stats", "check", "query", "health"):
@@ -318,4 +318,4 @@ def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         commands.main()
     assert stopped.value.code == commands.Exit.UNREACHABLE
-    assert "no such file" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err

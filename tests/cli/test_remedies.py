@@ -152,7 +152,7 @@ def test_a_file_or_directory_without_rights_is_said(open_folder):
         for name in ("shut/a.db", "open/secret.db", "open/a.db", "open/new/b.db", "open/b.db")
     }
     cases = [
-        (["stats", "--url", at["shut/a.db"]], UNREACHABLE, "this user may not look for it"),
+        (["stats", "--url", at["shut/a.db"]], UNREACHABLE, "this user may not read its directory"),
         (["upgrade", "--url", at["shut/a.db"]], UNREACHABLE, give),
         (["stats", "--url", at["open/secret.db"]], UNREACHABLE, give),
         (["maintain", "--url", at["open/secret.db"]], UNREACHABLE, give),
