@@ -41,7 +41,7 @@ from lynkr_store.storage.write_lock import MANY_WAL_PAGES, WriteLock
 _NEEDED: Final = frozenset((TELEMETRY.name, LEDGER.name))
 """Tables without which no record can be stored; without others a store goes on storing them."""
 _OTHER_FILE: Final = "the file was removed, or another one was put in its place"
-_UPGRADE_WAIT_S: Final = 5.0  # who opens a store waits for an answer; the writer tries again
+_UPGRADE_WAIT_S: Final = 5.0  # the caller that opens a store waits; the writer tries again
 
 
 class Database(Forkable):
@@ -162,7 +162,7 @@ class Database(Forkable):
         """Name the remedy, where a statement failed because the schema was changed meanwhile.
 
         Raises:
-            SchemaBehind: It was taken back, or lacks tables.
+            SchemaBehind: It was downgraded, or lacks tables.
             SchemaAhead: A newer release changed it so that this one cannot work with it.
         """
         self.forget_schema()
@@ -178,7 +178,7 @@ class Database(Forkable):
         """Have an error name the remedy where it comes of a schema that was changed meanwhile.
 
         Raises:
-            SchemaBehind: It was taken back, or lacks tables.
+            SchemaBehind: It was downgraded, or lacks tables.
             SchemaAhead: A newer release changed it so that this one cannot work with it.
         """
         try:
@@ -206,7 +206,7 @@ class Database(Forkable):
                         raise revisions.lacks_tables(lost)
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
-                raise  # what was taken back while it was in use, somebody took back
+                raise  # it was downgraded on purpose while this store was in use
             bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
             if is_no_database(error):

@@ -1,4 +1,4 @@
-"""What both stores are made of: settings, one database, one writer, one cache, one counters."""
+"""The parts of both stores: settings, database, writer, cache, maintenance thread, probe."""
 
 import atexit
 import threading
@@ -372,7 +372,7 @@ def _spool_maker(settings: StoreSettings, url: URL) -> Callable[[], Spool]:
     database = file_of(url)
     if database and clashes(path, database):
         raise BadArgument(
-            f"spool_path: {path} is the database's file, or one that SQLite keeps beside it; give "
+            f"spool_path: {path} is the database's file, or one that SQLite keeps next to it; give "
             "a path of its own"
         )
     return lambda: Spool(path, settings.spool_max_bytes)
