@@ -57,7 +57,8 @@ def maintain(
         StoreUnavailable: The database cannot be reached; what was done before stays done.
     """
     forward = set_sequences_forward(database)
-    built = build_missing_indexes(database.engine, budget_s)
+    with database.closed_if_disposed():
+        built = build_missing_indexes(database.engine, budget_s)
     folded = fold(database, on_step=on_step)
     rows = folded.rows
     if rebuild:

@@ -207,7 +207,8 @@ class Database(Forkable):
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # it was downgraded on purpose while this store was in use
-            bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
+            with self.closed_if_disposed():
+                bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
             if is_no_database(error):
                 raise StoreUnavailable(
