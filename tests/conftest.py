@@ -104,7 +104,8 @@ def server_of() -> Iterator[Callable[[str], Server]]:
                     next(i for i in available_servers() if i.name == name)
                 ).start()
             url = running[name].create_database("template_head")
-            engine = create_store_engine(url)
+            # Named, for the test that asks first may have named another one in the environment.
+            engine = create_store_engine(url, schema="public")
             upgrade(engine)
             engine.dispose()
         return running[name]

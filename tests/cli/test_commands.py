@@ -251,7 +251,7 @@ def test_the_gateways_real_file_is_read_as_it_is(tmp_path):
     before = path.read_bytes()
     looked = run("stats", "--last", "10y", "--url", f"sqlite:///{path}")
     assert looked.returncode == 0, looked.stderr
-    assert "without altering it" in looked.stderr
+    assert "the file is not changed" in looked.stderr
     for words in ("28,185", "3.1 %", "1,675 ms", "5,680 ms", "$67.8597", "668", "1,107", "66.1"):
         assert words in looked.stdout, words
     assert path.read_bytes() == before
