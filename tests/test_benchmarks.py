@@ -157,7 +157,7 @@ def test_pairs_are_timed_in_turn() -> None:
     assert pairs.times_faster > 0
 
 
-def test_the_neighbour_tells_how_long_it_waited_and_what_failed(new_url: Any) -> None:
+def test_the_neighbour_reports_how_long_it_waited_and_what_failed(new_url: Any) -> None:
     url = new_url("sqlite-file", at_head=True)
     with closing(databases.connect(url)) as connection:
         with neighbour(url) as told:

@@ -303,7 +303,7 @@ def test_a_failure_that_nobody_waits_for_is_silent():
     asyncio.run(main(), debug=True)
 
 
-def test_a_computation_cut_off_with_its_loop_is_computed_anew_in_the_next():
+def test_a_computation_that_ends_with_its_loop_is_repeated_in_the_next():
     cache = TTLCache(5)
 
     async def never():

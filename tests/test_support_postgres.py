@@ -121,7 +121,7 @@ def test_a_stopped_process_and_a_killed_one_are_cleared_away(installation):
         assert not folder.exists(), fault
 
 
-def test_it_listens_when_asked_and_starts_anew(installation):
+def test_it_listens_when_asked_and_starts_again(installation):
     server = PgServer(installation, listen=True)
     for _ in range(2):
         with server:

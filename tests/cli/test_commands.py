@@ -88,7 +88,7 @@ def test_stats_of_one_provider(url):
     assert "bedrock" not in said
 
 
-def test_json_has_the_gateways_shape(url):
+def test_json_has_the_gateways_structure(url):
     stats = json.loads(done("stats", "--url", url, "--json", *WHOLE))
     assert stats["totalRequests"] == 6
     assert stats["errorRate"] == 16.7
@@ -210,7 +210,7 @@ def test_a_schema_that_is_behind_is_refused_with_the_command(postgres_url):
         assert "lynkr-store upgrade" in refused.stderr
 
 
-def test_a_file_that_is_behind_is_changed_by_nobody_unasked(tmp_path):
+def test_a_file_that_is_behind_is_not_upgraded_unasked(tmp_path):
     path = gateway_file(tmp_path / "telemetry.db", rows=[RecordFactory(timestamp=NOW)])
     before = path.read_bytes()
     for command in (["cleanup", "--older-than", "1d"], ["maintain"]):
@@ -313,7 +313,7 @@ def test_a_database_out_of_reach_is_3(tmp_path):
     assert "Traceback" not in upgraded.stderr
 
 
-def test_main_turns_errors_into_exit_codes(monkeypatch, capsys, tmp_path):
+def test_main_maps_errors_to_exit_codes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["lynkr-store", "stats", "--url", f"sqlite:///{tmp_path}/x"])
     with pytest.raises(SystemExit) as stopped:
         commands.main()

@@ -137,7 +137,7 @@ def open_folder():
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without rights")
-def test_a_file_or_directory_without_rights_is_said(open_folder):
+def test_a_file_or_directory_without_rights_is_reported(open_folder):
     folder = open_folder
     for name in ("shut", "open"):
         (folder / name).mkdir()
@@ -171,7 +171,7 @@ def test_a_file_or_directory_without_rights_is_said(open_folder):
         assert (answer[0], words in answer[1]) == (code, True), (arguments, answer)
 
 
-def test_a_read_only_file_system_is_said(tmp_path):
+def test_a_read_only_file_system_is_reported(tmp_path):
     with small_disk(tmp_path / "disk") as disk:
         url = f"sqlite:///{disk}/a.db"
         upgrade(url)
@@ -186,7 +186,7 @@ def test_a_read_only_file_system_is_said(tmp_path):
         assert "cannot be created" in made.stderr
 
 
-def test_what_is_no_database_is_said(tmp_path):
+def test_a_file_that_is_no_database_is_reported(tmp_path):
     path = tmp_path / "a.db"
     path.write_bytes(b"a page of text, and long enough to be told from an empty file\n" * 200)
     for name in ("stats", "check", "upgrade", "maintain", "health"):

@@ -221,7 +221,7 @@ def test_a_pipe_that_is_closed_ends_the_command_quietly(url):
 
 
 @pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
-def test_a_full_disk_under_standard_output_is_said(url):
+def test_a_full_disk_under_standard_output_is_reported(url):
     for arguments in (["query", "--json"], ["stats", *WHOLE]):
         with (
             open("/dev/full", "wb") as full,  # noqa: PTH123

@@ -280,7 +280,7 @@ def test_close_ends_the_flushes_that_wait(url):
     asyncio.run(main())
 
 
-def test_what_takes_long_keeps_nothing_else_waiting(make):
+def test_a_long_computation_delays_no_other(make):
     async def main():
         store = make()
         store.record(provider="p")
@@ -602,7 +602,7 @@ def test_where_the_system_gives_no_threads_reads_are_answered(any_url, monkeypat
     asyncio.run(main())
 
 
-def test_a_flush_that_was_forgotten_is_not_told(url):
+def test_a_flush_whose_caller_gave_up_is_not_answered(url):
     store = new_store(url, flush_interval_s=3600)
     told = []
     writer = store._writer

@@ -294,7 +294,7 @@ def test_record_never_raises(open_store, argument):
     assert (health.submitted, health.rejected, health.written) == (1, 1, 0)
 
 
-def test_what_a_database_cannot_hold_is_mended_alike(open_store):
+def test_values_that_a_database_cannot_store_are_sanitized_alike(open_store):
     store = filled(
         open_store,
         {
@@ -352,13 +352,13 @@ def test_cleanup_deletes_what_is_older_and_no_more(open_store):
     assert store.cleanup(timedelta(0)) == 2
 
 
-def test_cleanup_goes_on_through_its_batches(open_store):
+def test_cleanup_continues_through_its_batches(open_store):
     store = open_store(clock=lambda: NOW, cache_ttl_s=0)
     store.add_many([{"provider": "p", "timestamp": NOW - 10}] * 2_500)
     assert store.cleanup(timedelta(0)) == 2_500
 
 
-def test_maintain_retains_only_when_told_to(open_store):
+def test_maintain_deletes_only_when_configured(open_store):
     old = RecordFactory(timestamp=NOW - 10 * 86_400_000)
     store = filled(open_store, old)
     assert store.maintain().rows_deleted == 0

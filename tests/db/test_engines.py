@@ -208,7 +208,7 @@ def busy_timeout(connection):
     return connection.exec_driver_sql("PRAGMA busy_timeout").scalar()
 
 
-def test_who_takes_the_lock_at_once_does_not_wait_and_the_next_one_does(tmp_path):
+def test_writing_at_once_does_not_wait_and_the_next_transaction_does(tmp_path):
     engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
     upgrade(engine)
     with closing(sqlite3.connect(tmp_path / "t.db")) as other:
@@ -229,7 +229,7 @@ def test_who_takes_the_lock_at_once_does_not_wait_and_the_next_one_does(tmp_path
     engine.dispose()
 
 
-def test_without_a_wal_a_commit_waits_for_those_who_read(tmp_path):
+def test_without_a_wal_a_commit_waits_for_readers(tmp_path):
     with closing(sqlite3.connect(tmp_path / "t.db")) as other:
         other.execute("CREATE TABLE somebody_elses (x)")
         engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")
@@ -393,7 +393,7 @@ def test_postgres_is_not_upgraded_unasked(postgres_url):
         assert store.health().written == 1
 
 
-def test_the_servers_options_are_kept_beside_ours(postgres_url):
+def test_the_servers_options_are_kept_with_ours(postgres_url):
     separator = "&" if "?" in postgres_url else "?"
     engine = create_store_engine(
         f"{postgres_url}{separator}options=-c%20work_mem%3D5MB", statement_timeout_s=7
@@ -730,7 +730,7 @@ def test_a_newer_releases_schema_is_not_upgraded_and_unknown_revisions_are_named
             go(empty_engine, "0001")
 
 
-def test_a_read_only_look_at_postgres_cannot_write(postgres_url):
+def test_a_read_only_store_of_postgres_cannot_write(postgres_url):
     engine = create_store_engine(postgres_url)
     upgrade(engine)
     engine.dispose()
@@ -740,7 +740,7 @@ def test_a_read_only_look_at_postgres_cannot_write(postgres_url):
             connection.execute(text("DELETE FROM routing_telemetry"))
 
 
-def test_an_invalid_index_that_a_build_left_is_built_anew(postgres_url):
+def test_an_invalid_index_that_a_build_left_is_built_again(postgres_url):
     engine = create_store_engine(postgres_url)
     upgrade(engine)
     with engine.begin() as connection:

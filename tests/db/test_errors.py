@@ -196,7 +196,7 @@ def test_a_value_that_cannot_be_sent_is_the_rows_fault(postgres, value):
     assert fault_of(caught.value) is ROW
 
 
-def test_a_lone_surrogate_is_unclear_and_a_plain_row_tells(postgres):
+def test_an_error_of_a_lone_surrogate_is_unclear_until_a_plain_row_is_tried(postgres):
     row = {"request_id": "\ud800", "timestamp": 1_750_000_000_000, "provider": "p"}
     with postgres.connect() as connection, pytest.raises(UnicodeEncodeError) as caught:
         connection.execute(insert(TELEMETRY), row)

@@ -325,7 +325,7 @@ LOST = [remove, replace]
 
 
 @pytest.mark.parametrize("lose", LOST)
-def test_every_way_in_looks_which_file_it_is(open_file_store, lose):
+def test_every_way_in_checks_which_file_it_is(open_file_store, lose):
     """Rows that are added, reads and maintenance go to the file that is there now."""
     store, path = open_file_store
     store.add_many([{"provider": "p", "request_id": "before"}])

@@ -110,7 +110,7 @@ PASSWORDS = ["p:a", "p/a", "p?a", "p#a", "p%zz", "p a", "[p]", "p&a=b", "p\\a", 
 
 
 @pytest.mark.parametrize("password", PASSWORDS)
-def test_a_password_that_can_be_told_is_taken_as_it_is_and_never_shows(tmp_path, password):
+def test_a_password_that_can_be_recognised_is_taken_as_it_is_and_never_shows(tmp_path, password):
     secret = f"S3cr3t{password}S3cr3t"
     url = f"postgresql://u:{secret}@/db?host={tmp_path}"
     with Store(url) as store:

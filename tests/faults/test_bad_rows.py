@@ -371,7 +371,7 @@ MENDED = [
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mended_values_are_equal_on_every_backend(open_on, backend):
+def test_sanitized_values_are_equal_on_every_backend(open_on, backend):
     store = open_on(backend, text_max_chars=40)
     counted = Counter()
     for name, value, _, causes in MENDED:

@@ -227,7 +227,7 @@ def test_a_record_that_cannot_be_checked_costs_itself(kind, monkeypatch, tmp_pat
     assert account.written == 5
 
 
-def test_what_ends_the_thread_again_and_again_is_dropped_and_it_goes_on(
+def test_records_that_end_the_thread_repeatedly_are_dropped_and_it_continues(
     monkeypatch, tmp_path, logger
 ):
     from lynkr_store.ingest import preparer as module  # noqa: PLC0415 - what is patched
@@ -264,7 +264,7 @@ def test_what_ends_the_thread_again_and_again_is_dropped_and_it_goes_on(
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
-def test_background_maintenance_goes_on_whatever_its_work_raises(kind):
+def test_background_maintenance_continues_whatever_its_work_raises(kind):
     noted, done = [], threading.Event()
     faults = iter([kind("a secret"), kind("a secret")])
 
@@ -310,7 +310,7 @@ def test_health_says_that_a_thread_was_restarted(url, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [ValueError, SystemExit])
-def test_a_probe_that_fails_says_no_words_of_others(url, kind, monkeypatch):
+def test_a_probe_that_fails_repeats_no_words_of_others(url, kind, monkeypatch):
     from lynkr_store.store import health  # noqa: PLC0415 - what is patched
 
     def look(_):

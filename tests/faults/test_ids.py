@@ -378,7 +378,7 @@ def test_a_role_that_may_not_set_the_sequence_waits_for_one_that_may(url, engine
 
 
 @pytest.mark.skipif(bool(EXTERNAL), reason="needs a role of its own")
-def test_a_role_that_may_not_use_the_sequence_is_told_the_grant(url, engine):
+def test_the_grant_for_the_sequence_is_named_to_a_role_that_lacks_it(url, engine):
     execute(
         engine,
         *OWN,
@@ -400,7 +400,7 @@ def test_a_role_that_may_not_use_the_sequence_is_told_the_grant(url, engine):
         execute(engine, "DROP OWNED BY mere", "DROP ROLE mere")
 
 
-def test_writers_beside_lose_and_repeat_nothing_while_the_sequence_is_set(url, engine):
+def test_other_writers_lose_and_repeat_nothing_while_the_sequence_is_set(url, engine):
     """Four stores write on while it is set back again and again."""
     execute(engine, f"SELECT setval('{SEQUENCE}', 1)")
     stores = [Store(settings=StoreSettings(url=url, batch_max_rows=20)) for _ in range(4)]
@@ -541,7 +541,7 @@ def test_a_trigger_that_gives_the_ids_is_left_to_it(url, engine):
 
 
 @pytest.mark.skipif(bool(EXTERNAL), reason="needs a role of its own")
-def test_a_role_that_may_read_little_is_told_of_nothing(url, engine):
+def test_a_role_that_may_read_little_gets_no_warning(url, engine):
     """Of what it may not look at nothing is said, and nothing fails."""
     execute(engine, "CREATE ROLE mere LOGIN", f"SELECT setval('{SEQUENCE}', 1)")
     try:
@@ -564,7 +564,7 @@ def file_url(new_url):
     return url
 
 
-def test_sqlite_looks_at_the_ids_itself(file_url):
+def test_sqlite_checks_the_ids_itself(file_url):
     engine = create_store_engine(file_url)
     execute(engine, "UPDATE sqlite_sequence SET seq = 1")
     assert kinds(engine) == []

@@ -156,7 +156,7 @@ def test_a_batch_that_is_refused_whole_and_whose_commit_goes_unanswered(open_sto
     assert stored(url) == []
 
 
-def test_a_process_that_finds_such_a_batch_in_the_spool_counts_what_was_refused(
+def test_a_process_that_replays_a_partly_refused_batch_counts_the_refused_rows(
     open_store, proxy, url, tmp_path
 ):
     execute(url, *REFUSE_SOME)
@@ -241,7 +241,7 @@ def test_a_second_try_waits_for_a_first_that_is_still_in_its_commit(open_store, 
     assert stored(url) == [str(number) for number in range(10)]
 
 
-def test_a_second_try_that_waits_longer_than_a_statement_may_goes_on_trying(open_store, proxy, url):
+def test_a_retry_that_waits_longer_than_the_statement_timeout_is_retried(open_store, proxy, url):
     execute(url, *HELD_COMMITS)
     # of the tries alone: the first is to stay in its commit
     store = open_store(statement_timeout_s=1)

@@ -325,7 +325,7 @@ def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgr
 
 
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)
-def test_a_foreign_owner_is_said_when_a_store_is_opened_and_by_check(roles, caplog):
+def test_a_foreign_owner_is_reported_when_a_store_is_opened_and_by_check(roles, caplog):
     """A role that may create in the schema was there first; by the release before nobody knew."""
     roles.execute("GRANT CREATE ON SCHEMA public TO {other}")
     upgrade(roles.urls["other"])
@@ -370,7 +370,7 @@ def test_an_owner_that_has_to_be_trusted_is_not_said(roles, whose):
 
 
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)
-def test_the_owner_of_the_schema_is_looked_at_too(roles):
+def test_the_owner_of_the_schema_is_checked_too(roles):
     roles.execute(
         "CREATE SCHEMA {schema} AUTHORIZATION {other}",
         "CREATE TABLE {schema}.routing_telemetry (id bigint)",

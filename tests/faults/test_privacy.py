@@ -785,7 +785,7 @@ def test_where_redaction_fails_the_row_is_stored_without_its_free_texts(
     assert column(engine, "provider") == [f"{MARK} provider", "p", "p"]
 
 
-def test_what_redaction_returns_is_mended_like_any_text(engine, open_):
+def test_what_redaction_returns_is_sanitized_like_any_text(engine, open_):
     store = open_(redact=lambda said: said + "\0\ud800")
     assert store.record(provider="p", request_text="t", attributes={})
     assert store.flush(30)
@@ -838,7 +838,7 @@ def test_texts_are_cut_between_characters_and_counted(engine, open_, character):
     assert adds_up(store.health())
 
 
-def test_what_is_left_in_memory_at_the_end_is_not_told(engine, url, overheard):
+def test_records_left_in_memory_at_the_end_are_shown_nowhere(engine, url, overheard):
     rename(engine, "routing_telemetry", "elsewhere")
     store = Store(url)
     fill(store)

@@ -140,7 +140,7 @@ def test_texts_of_rows_that_stay_are_whole(open_, path):
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def test_while_somebody_reads_they_stand_in_the_wal_until_the_next_time(open_, path):
+def test_texts_stay_in_the_wal_until_readers_end(open_, path):
     with closing(sqlite3.connect(path)) as other:
         other.isolation_level = None
         assert other.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
@@ -186,7 +186,7 @@ def test_a_hosts_connection_is_left_as_it_was(path, mode, number):
     engine.dispose()
 
 
-def test_a_fault_in_a_removal_is_the_one_that_is_told(path):
+def test_a_fault_in_a_removal_is_the_one_that_is_reported(path):
     engine = create_engine(f"sqlite:///{path}")
     with (
         engine.connect() as connection,

@@ -237,21 +237,21 @@ def run_beside_a_gateway(path, processes, rows, text_chars, refused_every=0, *, 
     check_stored(path, reports, processes, rows, answer["rows"], refused_every)
 
 
-def test_a_gateway_goes_on_writing_while_4_processes_do_at_full_speed(made):
+def test_a_gateway_keeps_writing_while_4_processes_write_at_full_speed(made):
     run_beside_a_gateway(made, 4, 15_000, 200)
 
 
 @pytest.mark.parametrize("processes", [1, 4])
-def test_a_gateway_goes_on_writing_beside_batches_of_huge_texts(made, processes):
+def test_a_gateway_keeps_writing_while_batches_of_huge_texts_are_stored(made, processes):
     run_beside_a_gateway(made, processes, 500 if processes == 1 else 125, 65_536)
 
 
-def test_who_comes_and_goes_gets_the_lock_of_a_store_that_is_alone_meanwhile(made):
+def test_a_process_that_opens_the_file_for_a_moment_gets_the_lock(made):
     run_beside_a_gateway(made, 1, 60_000, 200, visits=True)
 
 
 @pytest.mark.parametrize("refused_every", [2, 10])
-def test_a_gateway_goes_on_writing_beside_batches_of_which_many_rows_are_refused(
+def test_a_gateway_keeps_writing_while_batches_with_many_refused_rows_are_stored(
     made, refused_every
 ):
     with contextlib.closing(sqlite3.connect(made)) as connection:

@@ -464,7 +464,7 @@ def test_without_room_nothing_is_dropped_while_the_queue_has_some(open_store, da
     assert database.rows() == ids("r", 500)
 
 
-def test_a_place_where_no_spool_can_be_is_reported_once_and_writing_goes_on(
+def test_a_place_where_no_spool_can_be_is_reported_once_and_writing_continues(
     open_store, database, tmp_path, caplog
 ):
     (tmp_path / "file").write_text("no directory")
@@ -508,7 +508,7 @@ READ_ONLY = """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
-def test_a_read_only_directory_is_reported_once_and_writing_goes_on():
+def test_a_read_only_directory_is_reported_once_and_writing_continues():
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         for path, mode in ((folder, 0o755), (folder / "spools", 0o555), (folder / "data", 0o777)):

@@ -539,7 +539,7 @@ def test_a_spool_in_the_databases_own_file_is_refused(tmp_path, number, kind):
     engine.dispose()
 
 
-def test_a_spool_beside_the_database_is_fine(tmp_path):
+def test_a_spool_in_the_databases_directory_is_fine(tmp_path):
     url = f"sqlite:///{tmp_path / 'telemetry.db'}"
     for name in ("telemetry.db.2", "telemetry.spool", "telemetry.db-spool"):
         with Store(settings=StoreSettings(url=url, spool_path=tmp_path / name)) as store:

@@ -82,7 +82,7 @@ def mixed(count):
 
 
 @pytest.mark.parametrize("count", [1, 3, 99, 250])
-def test_rows_that_a_trigger_skips_are_counted_as_such(open_store, count):
+def test_rows_that_a_trigger_skips_are_counted_as_skipped(open_store, count):
     store = open_store()
     assert store.get_stats() is None  # also where the database is made on first use
     engine = store._database.engine
@@ -315,7 +315,7 @@ def test_rows_that_a_policy_forbids_block_no_others(tenant, seen):
         assert store.add_many([{"provider": "mine"}]) == 1
 
 
-def test_without_the_right_rows_wait_and_the_grant_is_told(tenant):
+def test_without_the_right_rows_wait_and_the_grant_is_named(tenant):
     url, engine = tenant
     forbid(engine, "provider = 'mine'")
     execute(engine, "REVOKE INSERT ON routing_telemetry FROM tenant")
@@ -340,7 +340,7 @@ def test_without_the_right_rows_wait_and_the_grant_is_told(tenant):
 
 
 @pytest.mark.parametrize("right", ["INSERT", "SELECT", "UPDATE"])
-def test_a_right_on_the_ledger_that_is_missing_is_told_too(tenant, right):
+def test_a_missing_right_on_the_ledger_is_reported_too(tenant, right):
     url, engine = tenant
     execute(
         engine,
@@ -379,7 +379,7 @@ def test_a_trigger_that_lacks_a_right_is_the_databases_fault(tenant):
     assert names(engine) == ["0", "1", "2"]
 
 
-def test_a_table_that_comes_back_while_its_fault_is_looked_for_costs_no_row(postgres):
+def test_a_table_that_returns_during_the_diagnosis_costs_no_row(postgres):
     """The insert fails, the table comes back, and a row that is tried is taken."""
     url, engine = postgres
     with Store(url) as store:

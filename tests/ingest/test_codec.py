@@ -142,7 +142,7 @@ def _records(draw):
 @settings(max_examples=100)
 @given(_records())
 @example(RecordFactory(attributes={"region": "eu", "tags": ["a", 0.1, None, {"é": True}]}))
-def test_a_record_that_needs_no_mending_is_the_same_row_both_ways(record):
+def test_a_record_that_needs_no_sanitizing_is_the_same_row_both_ways(record):
     check_both_ways(record)
 
 

@@ -184,7 +184,7 @@ def test_refusals_cost_no_memory_and_are_counted_exactly():
     assert intake.refused() == {"queue_full": 10_000, "closed": 10}
 
 
-def test_refusals_are_counted_exactly_with_eight_threads_and_somebody_who_asks():
+def test_refusals_are_counted_exactly_with_eight_threads_and_a_reader():
     intake = intake_of(rows=1)
     intake.submit({"provider": "p"})
     stop, seen = threading.Event(), []
@@ -513,7 +513,7 @@ def test_places_given_back_twice_are_free_once():
     assert sum(intake.submit({"provider": "p"}) for _ in range(20)) == 10
 
 
-def test_what_waits_can_be_dropped_and_is_counted():
+def test_waiting_records_can_be_dropped_and_are_counted():
     intake = intake_of()
     for n in range(5):
         intake.submit({"provider": str(n)})

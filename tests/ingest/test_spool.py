@@ -369,7 +369,7 @@ def test_many_processes_share_a_path(make, path):
         assert (holder.path, holder.found_rows) == (path.with_name("spool.db.2"), 0)
 
 
-def test_a_file_that_another_process_holds_is_not_looked_into(make, path):
+def test_a_file_that_another_process_holds_is_not_read(make, path):
     with Holder(path, "a"), Holder(path, "b"):
         spool = make()
         assert (spool.found_rows, spool.first()) == (0, None)

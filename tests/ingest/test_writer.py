@@ -95,7 +95,7 @@ def test_records_arrive_in_order_and_in_batches(make, sink):
     assert writer.counters().written == 95
 
 
-def test_while_the_sink_hangs_some_batches_are_made_ready_and_what_is_wrong_is_told(make, sink):
+def test_while_the_sink_hangs_some_batches_are_prepared_and_the_fault_is_reported(make, sink):
     sink.open.clear()
     writer = make(batch_rows=10, max_rows=200)
     writer.submit({"provider": "first"})

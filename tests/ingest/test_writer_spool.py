@@ -224,7 +224,7 @@ def test_a_batch_whose_answer_was_lost_long_ago_is_not_tried_again(make, ledger)
     assert ledger.providers == []
 
 
-def test_a_child_sets_out_anew_with_a_file_of_its_own(make, ledger, tmp_path):
+def test_a_child_starts_with_a_file_of_its_own(make, ledger, tmp_path):
     ledger.away = True
     writer = make()
     submit(writer, range(10))

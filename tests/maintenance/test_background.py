@@ -52,7 +52,7 @@ def test_it_works_when_enough_was_written_and_not_before(background_maintenance)
     assert len(times) == 1
 
 
-def test_what_it_does_is_told_to_stop(background_maintenance):
+def test_its_work_is_asked_to_stop(background_maintenance):
     at_work, stopped = threading.Event(), threading.Event()
 
     def work(stop):
@@ -77,7 +77,7 @@ def test_one_that_was_ended_does_not_start(background_maintenance):
     assert background._thread is None
 
 
-def test_a_fault_is_told_once_without_what_others_say_of_it(background_maintenance, caplog):
+def test_a_fault_is_logged_once_without_words_of_others(background_maintenance, caplog):
     caplog.set_level(logging.WARNING, "lynkr_store")
     faults = iter([ValueError("a secret"), ValueError("a secret"), StoreUnavailable("no server")])
     done = threading.Event()

@@ -187,7 +187,7 @@ def test_rows_that_the_wrong_clock_stamped_do_not_speak_for_it(open_store):
     assert len(store.query()) == 5
 
 
-def test_a_machine_that_was_off_for_a_year_goes_on_after_a_day_of_work(open_store):
+def test_retention_resumes_a_day_after_a_machine_was_off_for_a_year(open_store):
     clock = Clock()
     store = open_store(clock=clock, retention_days=30)
     store.add_many([record(0)])

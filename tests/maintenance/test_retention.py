@@ -289,7 +289,7 @@ def test_texts_go_and_the_rest_stays(open_store, small_steps):
     assert store.maintain().texts_removed == 2
 
 
-def test_rows_whose_texts_are_gone_are_not_looked_at_again(open_sync, small_steps):
+def test_rows_whose_texts_are_gone_are_not_read_again(open_sync, small_steps):
     store = open_sync(text_retention_days=1)
     store.add_many([record(2 * DAY) for _ in range(30)])
     with transactions(store) as first:
@@ -319,7 +319,7 @@ def test_many_rows_of_one_moment_are_no_obstacle(open_sync, small_steps):
     assert store.maintain().texts_removed == 20
 
 
-def test_texts_go_on_where_the_budget_ended_them(open_sync, small_steps, stop_after):
+def test_text_retention_resumes_where_the_budget_ended_it(open_sync, small_steps, stop_after):
     store = open_sync(text_retention_days=1)
     store.add_many([record((20 - n) * DAY) for n in range(10)])
     removed = []
@@ -502,7 +502,7 @@ print(json.dumps({"written": len(taken) - failed, "failed": failed, "longest_s":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["retention_days", "text_retention_days"])
-def test_a_plain_writer_goes_on_beside_it(tmp_path, what):
+def test_a_plain_writer_keeps_writing_meanwhile(tmp_path, what):
     path = tmp_path / "telemetry.db"
     settings = StoreSettings(url=f"sqlite:///{path}", **{what: 1})
     with Store(settings=settings, clock=lambda: NOW) as store:

@@ -78,7 +78,7 @@ def check_adopted(path, floor):
     ("version", "columns", "floor"),
     [("9c8fe01", 26, "0001"), ("4779c17", 28, "0002"), ("f0bd703", 37, "0004")],
 )
-def test_every_version_of_the_gateway_is_adopted_and_goes_on_writing(path, version, columns, floor):
+def test_every_version_of_the_gateway_is_adopted_and_keeps_writing(path, version, columns, floor):
     shutil.copy(DATA / "gateway-versions" / f"{version}.db", path)
     path.chmod(0o644)
     names, rows = contents(path)
@@ -385,7 +385,7 @@ def test_undecodable_text_is_replaced_for_async_readers_too(path):
     assert asyncio.run(names()) == ["\ufffdA"]
 
 
-def test_a_read_only_look_at_an_odd_file_answers_too(path):
+def test_a_read_only_store_of_an_odd_file_answers_too(path):
     odd_file(path)
     before = path.read_bytes()
     with Store(f"sqlite:///{path}", read_only=True) as store:

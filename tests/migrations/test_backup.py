@@ -434,7 +434,7 @@ def test_where_no_file_may_be_made_nothing_was_changed(old):
         folder.chmod(0o755)
 
 
-def test_a_name_that_gets_too_long_is_told_and_nothing_was_changed(tmp_path):
+def test_a_name_that_gets_too_long_is_reported_and_nothing_was_changed(tmp_path):
     path = tmp_path / ("t" * 240 + ".db")
     made_by("gateway's", path)
     before = state_of(tmp_path)
@@ -444,7 +444,7 @@ def test_a_name_that_gets_too_long_is_told_and_nothing_was_changed(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["backup", "fsync", "rename"])
-def test_whichever_step_fails_nothing_is_left_and_nothing_was_changed(old, monkeypatch, step):
+def test_a_failure_in_any_step_leaves_no_copy_and_changes_nothing(old, monkeypatch, step):
     class Failing(sqlite3.Connection):
         def backup(self, target, **options):
             super().backup(target, **options)
@@ -529,7 +529,7 @@ class Writer(threading.Thread):
 
 
 @pytest.mark.parametrize("kind", ["gateway's", "ours"])
-def test_a_writer_goes_on_meanwhile_and_is_never_kept_waiting_for_long(path, kind):
+def test_a_writer_keeps_writing_meanwhile_and_never_waits_long(path, kind):
     made_by(kind, path)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = wal")  # as the gateway has it
@@ -556,7 +556,7 @@ def test_a_writer_goes_on_meanwhile_and_is_never_kept_waiting_for_long(path, kin
     assert not is_at_head(copy)
 
 
-def test_who_holds_the_write_lock_is_not_in_the_copys_way(path):
+def test_a_copy_does_not_wait_for_the_write_lock(path):
     made_by("gateway's", path)
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as writer:
         writer.execute("PRAGMA journal_mode = wal")

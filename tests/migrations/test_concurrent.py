@@ -217,7 +217,7 @@ def test_ten_commands_at_once_apply_each_revision_once(begun, backend, start):
     "moment",
     ["CREATE TABLE savings_events", pytest.param("COMMIT", marks=pytest.mark.slow)],
 )
-def test_killing_the_one_at_work_frees_those_who_wait(new_url, backend, moment):
+def test_killing_the_migrating_process_frees_the_waiting_ones(new_url, backend, moment):
     url = at_0003(new_url(backend))
     before = rows(url)
     with launch("upgrader", url=url, way="code", pause_at=moment) as at_work:
@@ -235,7 +235,7 @@ def test_killing_the_one_at_work_frees_those_who_wait(new_url, backend, moment):
 
 
 @pytest.mark.slow
-def test_killing_one_that_waits_for_a_table_frees_those_who_wait_for_it(postgres_url):
+def test_killing_one_that_waits_for_a_table_frees_the_others(postgres_url):
     at_0003(postgres_url)
     with connected(postgres_url) as looking, reading(postgres_url) as reader:
         with launch("upgrader", url=postgres_url, way="code") as at_work:
@@ -288,7 +288,7 @@ def test_an_upgrade_meets_the_commit_of_one_that_was_killed_in_it(postgres_url):
 
 
 @pytest.mark.slow
-def test_an_upgrade_whose_turn_was_ended_and_the_next_one_both_succeed(postgres_url):
+def test_an_upgrade_whose_session_was_terminated_and_the_next_one_both_succeed(postgres_url):
     """An administrator ends idle sessions, or a network forgets them."""
     at_0003(postgres_url)
     with (
@@ -414,7 +414,7 @@ def test_the_holder_that_is_named_is_one_of_this_database(new_url, server_of):
             migrate.upgrade(engine, wait_s=0)
 
 
-def test_writers_are_hardly_held_up_while_an_upgrade_is_tried_again_and_again(postgres_url):
+def test_writers_are_hardly_delayed_while_an_upgrade_is_retried(postgres_url):
     at_0003(postgres_url)
     held_up, over = [], threading.Event()
 
@@ -578,7 +578,7 @@ def test_threads_that_share_an_engine_upgrade_its_database_at_once(new_url, back
 # -- beside maintenance ---------------------------------------------------------------------------
 
 
-def test_indexes_are_built_while_upgraders_wait_for_their_turn(postgres_url):
+def test_indexes_are_built_while_upgraders_wait_for_the_lock(postgres_url):
     """CREATE INDEX CONCURRENTLY waits for every snapshot, so they must wait without one."""
     without_indexes(postgres_url)
     with ExitStack() as stack:

@@ -109,7 +109,7 @@ def test_what_the_gateway_seems_to_write_is_not_taken_back(
     assert revision_of(adopted) == below
 
 
-def test_only_the_latest_rows_tell_what_the_gateway_writes(path, adopted):
+def test_the_latest_rows_decide_what_the_gateway_writes(path, adopted):
     write(path, "UPDATE routing_telemetry SET base_tier = 'SIMPLE'")
     insert = "INSERT INTO routing_telemetry (request_id, timestamp, provider) VALUES ('r', 1, 'p')"
     with closing(connect(path)) as gateway:
@@ -131,7 +131,7 @@ def test_a_refused_downgrade_has_changed_nothing_on_the_way(empty_engine, change
     assert [statement for statement in done if not statement.startswith("ROLLBACK")] == []
 
 
-def test_a_downgrade_may_be_told_in_steps(empty_engine):
+def test_a_downgrade_may_be_given_as_a_number_of_steps(empty_engine):
     upgrade(empty_engine)
     downgrade(empty_engine, "-1")
     assert revision_of(empty_engine) == "0009"

@@ -139,9 +139,7 @@ def test_an_upgrade_killed_at_any_statement_is_whole_or_was_not(
 
 @pytest.mark.parametrize("backend", ON_DISK)
 @some_and_all
-def test_a_build_of_indexes_killed_at_any_statement_goes_on_where_it_was(
-    start, backend, step, capsys
-):
+def test_a_build_of_indexes_killed_at_any_statement_is_resumed(start, backend, step, capsys):
     options = start(backend, "without indexes")
     if step == CHEAP:  # on PostgreSQL few statements; on SQLite pauses for other writers
         step = 4 * CHEAP + 1 if backend == "sqlite-file" else 3
@@ -239,7 +237,7 @@ def check_indexes(url):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", [writing, reading])
-def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, other):
+def test_an_index_that_a_killed_build_left_invalid_is_built_again(unindexed, other):
     """Killed again and again, in the making and in the removal of what the last one left."""
     with psycopg.connect(unindexed, autocommit=True) as looking, closing(other(unindexed)):
         for statement in ("CREATE INDEX", "DROP INDEX", "DROP INDEX"):
@@ -258,7 +256,7 @@ def test_an_index_that_a_killed_build_left_invalid_is_built_anew(unindexed, othe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", [writing, reading])
-def test_a_build_waits_for_the_one_that_goes_on_without_its_process(unindexed, other):
+def test_a_build_waits_for_one_that_the_server_continues_without_its_process(unindexed, other):
     with (
         psycopg.connect(unindexed, autocommit=True) as looking,
         closing(other(unindexed)) as holder,

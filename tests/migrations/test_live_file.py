@@ -190,7 +190,7 @@ def check_stored(path, rows, tries):
 
 
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-def test_a_gateway_goes_on_while_its_file_of_a_million_rows_is_adopted(path, engine, cold):
+def test_a_gateway_keeps_writing_while_its_file_of_a_million_rows_is_adopted(path, engine, cold):
     fill(path, ROWS)
     columns = columns_of(path)
     before = digest(path, columns, ROWS)
@@ -232,7 +232,7 @@ def test_a_gateway_goes_on_while_its_file_of_a_million_rows_is_adopted(path, eng
         assert missing_indexes(connection) == []
 
 
-def test_a_gateway_goes_on_while_old_rows_are_deleted(path, engine):
+def test_a_gateway_keeps_writing_while_old_rows_are_deleted(path, engine):
     rows = ROWS // 5
     fill(path, rows)
     upgrade(engine)
@@ -255,7 +255,9 @@ def test_a_gateway_goes_on_while_old_rows_are_deleted(path, engine):
 
 
 @pytest.mark.parametrize("below", ["0001", "base"])
-def test_a_gateway_goes_on_while_a_downgrade_below_its_shape_is_refused(path, engine, below):
+def test_a_gateway_keeps_writing_while_a_downgrade_below_its_columns_is_refused(
+    path, engine, below
+):
     rows = ROWS // 5
     fill(path, rows)
     columns = columns_of(path)

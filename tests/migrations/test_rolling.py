@@ -483,7 +483,7 @@ class Gateway:
         assert health.last_error is None
 
 
-def test_stores_go_on_while_a_newer_release_adds_to_the_schema(url, engine, newer):
+def test_stores_keep_working_while_a_newer_release_adds_to_the_schema(url, engine, newer):
     with asyncio.Runner() as runner, ExitStack() as stack:
         gateways = [Gateway(kind, opened_store(kind, url, runner)) for kind in ("sync", "async")]
         for gateway in gateways:
@@ -720,7 +720,7 @@ def test_the_older_release_takes_nothing_back_of_a_newer_schema(
     assert everything_of(engine) == before
 
 
-def test_an_older_replica_that_starts_while_a_newer_one_upgrades_waits_and_goes_on(
+def test_an_older_replica_that_starts_while_a_newer_one_upgrades_waits_and_then_works(
     empty_url, empty_engine, newer
 ):
     upgrade(empty_engine, BEFORE_HEAD)
@@ -900,7 +900,7 @@ def test_records_wait_in_the_spool_and_the_next_process_writes_them(
 
 
 @pytest.mark.parametrize(("open_store", "to"), PAIRS, indirect=["open_store"])
-def test_a_store_that_is_opened_anew_names_the_release_to_install(open_store, url, newer, to):
+def test_a_store_that_is_opened_again_names_the_release_to_install(open_store, url, newer, to):
     newer.upgrade(url, to)
     for options in ({}, {"upgrade_on_open": True}):
         store = open_store(**options)
@@ -1071,7 +1071,7 @@ def test_an_upgrade_from_nothing_notes_every_revision_since_there_are_notes(empt
     assert notes_of(empty_engine) == {r: list(note) for r, note in NOTED.items()}
 
 
-def test_no_note_is_left_below_the_revision_that_made_their_table(empty_engine):
+def test_no_note_is_left_below_the_revision_that_creates_their_table(empty_engine):
     for to in ("0006", "0001", "base"):
         upgrade(empty_engine)
         downgrade(empty_engine, to)
@@ -1126,7 +1126,7 @@ def test_a_script_writes_the_notes(empty_url, empty_engine):
         assert store.query() == []
 
 
-def test_a_newer_release_s_script_tells_the_older_one_as_much_as_its_upgrade(url, engine, newer):
+def test_a_newer_releases_script_leaves_the_same_notes_as_its_upgrade(url, engine, newer):
     with Store(url) as store:
         expected = record(store, "before")
         assert store.flush(30)

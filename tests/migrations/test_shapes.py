@@ -368,7 +368,7 @@ def test_any_subset_of_columns_indexes_and_tables_is_adopted(path, seed):
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_a_gateway_that_has_the_file_open_goes_on_with_the_statements_it_prepared(path, name):
+def test_a_gateway_that_has_the_file_open_can_still_use_its_prepared_statements(path, name):
     release = RELEASES[name]
     with closing(open_as(release, path)) as gateway:
         insert = release.insert()
@@ -454,7 +454,7 @@ def test_alembic_finds_no_drift_and_writes_nothing(path, make):
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("command", ["check", "current"])
-def test_alembic_looks_at_a_gateways_file_without_a_trace(path, command):
+def test_alembic_reads_a_gateways_file_without_a_trace(path, command):
     open_as(RELEASES["9.4.6"], path).close()
     furnish(path)
     with closing(connect(path)) as observer:

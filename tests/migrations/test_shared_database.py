@@ -464,7 +464,9 @@ def poor(request, postgres_url):
         connection.execute(sql.SQL("DROP ROLE {}").format(name))
 
 
-def test_who_may_not_create_the_schema_is_told_what_the_owner_has_to_run(postgres_url, poor):
+def test_the_command_for_the_owner_is_named_to_a_role_that_may_not_create_the_schema(
+    postgres_url, poor
+):
     url = poor
     before = theirs(postgres_url)
     with engine_on(url, 'The "schema"') as engine:

@@ -29,7 +29,7 @@ def modules():
     return [script.module for script in scripts.script_directory().walk_revisions()]
 
 
-def test_every_revision_says_whether_older_code_can_go_on_and_why():
+def test_every_revision_says_whether_older_code_can_continue_and_why():
     assert len(modules()) == 10
     for module in modules():
         words = inspect.getdoc(module)

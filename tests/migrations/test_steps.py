@@ -97,7 +97,7 @@ def test_drift_is_seen(empty_engine):
     assert "trace_id" in difference
 
 
-def test_what_is_somebody_elses_is_no_drift_and_stays(empty_engine):
+def test_other_programs_objects_are_no_drift_and_stay(empty_engine):
     upgrade(empty_engine)
     foreign = [
         "CREATE TABLE foreign_table (id INTEGER PRIMARY KEY, note TEXT)",
@@ -121,7 +121,7 @@ def test_what_is_somebody_elses_is_no_drift_and_stays(empty_engine):
         assert inspect(connection).has_table(VERSION_TABLE)
 
 
-def test_downgrade_to_base_keeps_rows_unless_told(empty_engine):
+def test_downgrade_to_base_keeps_rows_unless_asked_to_drop_them(empty_engine):
     upgrade(empty_engine)
     insert(empty_engine, "kept")
     with pytest.raises(DowngradeRefused, match="drop-data"):

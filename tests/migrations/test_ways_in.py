@@ -448,7 +448,7 @@ def test_a_schemas_name_is_a_name_in_a_script_whatever_it_says(
         assert found.fetchall() == [(name,)]
 
 
-def test_the_script_runs_for_a_user_to_whom_the_owner_gave_the_schema(postgres_url, monkeypatch):
+def test_the_script_runs_for_a_user_with_rights_on_the_schema(postgres_url, monkeypatch):
     monkeypatch.setenv("LYNKR_STORE_SCHEMA", SCHEMA)
     role = f"poor_{secrets.token_hex(4)}"
     name = sql.Identifier(role)
@@ -649,7 +649,7 @@ def settings_of(engine):
     ["-c work_mem=5MB -c search_path=elsewhere", ("-c work_mem=5MB", "--search_path=elsewhere")],
     ids=["once", "twice"],
 )
-def test_options_of_the_url_are_kept_beside_ours(postgres_url, options, schema):
+def test_options_of_the_url_are_kept_with_ours(postgres_url, options, schema):
     query = {"options": options, "application_name": "a gateway's"}
     url = make_url(postgres_url).update_query_dict(query)
     with psycopg.connect(postgres_url) as connection:

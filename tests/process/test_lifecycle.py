@@ -84,7 +84,7 @@ def said(code):
     return run(textwrap.dedent(FORKS) + textwrap.dedent(code))
 
 
-def test_each_part_is_told_once_on_each_side_of_a_fork():
+def test_each_hook_runs_once_on_each_side_of_a_fork():
     words = said("""
         part = Part("a")
         on_fork(part)
@@ -96,7 +96,7 @@ def test_each_part_is_told_once_on_each_side_of_a_fork():
     assert words.index("before:a") == 0
 
 
-def test_a_part_that_is_gone_is_told_nothing():
+def test_the_hooks_of_a_collected_part_are_not_called():
     words = said("""
         part, other = Part("a"), Part("b")
         on_fork(part)
@@ -108,7 +108,7 @@ def test_a_part_that_is_gone_is_told_nothing():
     assert {word.partition(":")[2] for word in words} == {"b", ""}
 
 
-def test_all_parts_are_ready_before_the_fork_and_told_in_reverse_in_the_parent():
+def test_hooks_run_in_order_before_a_fork_and_in_reverse_after_it():
     words = said("""
         parts = [Part(name) for name in "abc"]
         for part in parts:
@@ -192,7 +192,7 @@ def test_a_thread_that_forks_while_it_forks_waits_for_nobody():
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("when", ["before_fork", "after_fork_in_parent", "after_fork_in_child"])
 @pytest.mark.parametrize("kind", ["ValueError", "KeyboardInterrupt", "SystemExit"])
-def test_a_part_that_fails_keeps_no_other_from_being_told(when, kind):
+def test_a_part_whose_hook_fails_does_not_stop_the_others_hooks(when, kind):
     words = said(f"""
         import logging
         logging.disable()
@@ -456,7 +456,7 @@ def test_removed_in_another_thread_it_only_chains(sigterm):
     assert order[-1] == "host"
 
 
-def test_another_thread_is_told_the_remedy(sigterm):
+def test_another_thread_gets_an_error_with_the_remedy(sigterm):
     before, told = signal.getsignal(signal.SIGTERM), []
 
     def make():
@@ -514,7 +514,7 @@ def test_process_1_ends_with_143_where_nothing_was_to_run(how, count):
 
 @can_be_process_1
 @pytest.mark.parametrize("before", ["signal.SIG_IGN", "lambda *_: os.write(1, b'host ')"])
-def test_process_1_goes_on_where_its_own_handler_lets_it(before):
+def test_process_1_continues_where_its_own_handler_lets_it(before):
     status, words = run_as_process_1(f"""
         import os, signal
         from lynkr_store.process.lifecycle import SigtermHandler

@@ -60,7 +60,7 @@ def test_an_event_that_is_not_set_in_time_says_so():
     assert event._futures == {}
 
 
-def test_an_event_that_is_set_lets_the_loop_go_on():
+def test_an_event_that_is_set_lets_the_loop_continue():
     event, turns = Event(), []
     event.set()
 
@@ -248,7 +248,7 @@ def test_one_call_after_the_other_takes_a_thread_that_is_there():
     workers.finish()
 
 
-def test_a_thread_that_waits_long_enough_in_vain_ends(monkeypatch):
+def test_a_thread_that_waits_too_long_ends(monkeypatch):
     monkeypatch.setattr("lynkr_store.process.waiting._LINGER_S", 0.05)
     workers = Workers(2, "brief")
     for _ in range(3):

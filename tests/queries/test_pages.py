@@ -186,7 +186,7 @@ def test_a_page_is_read_from_its_index(filled, asked):
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("asked", FILTERS)
-def test_a_page_has_the_rows_that_a_look_at_every_row_finds(filled, asked):
+def test_a_page_has_the_rows_that_a_full_scan_finds(filled, asked):
     criteria, _ = FILTERS[asked]
     for name, place in PLACES.items():
         found = [row.id for row in page(filled, criteria, *place)]

@@ -26,7 +26,7 @@ FROM generate_series(1, {ROWS}) AS numbers (n)
 
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("hours", [0, 1, 24, 24 * 40])
-def test_only_what_tells_two_windows_apart_is_sent_beside_the_text(engine, question, hours):
+def test_parameters_are_only_what_differs_between_windows(engine, question, hours):
     since = NOW - hours * HOUR_MS - 1
     parts = split_window(since, NOW, NOW)
     given = answer_sql.parameters(parts, since, NOW, NOTHING_FOLDED)

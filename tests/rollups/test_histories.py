@@ -377,7 +377,7 @@ class Others:
     ("seed", "checks"),
     [(1, QUICK), *(pytest.param(seed, LONG, marks=pytest.mark.slow) for seed in range(2, 6))],
 )
-def test_beside_writers_changes_and_retention_an_answer_that_says_rows_is_exact(url, seed, checks):
+def test_during_writes_changes_and_retention_an_answer_that_says_rows_is_exact(url, seed, checks):
     """Each check in one snapshot, while others write, change, delete, fold and clean up."""
     chance, exact = random.Random(seed), 0
     engine = create_store_engine(url)

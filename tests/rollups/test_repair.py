@@ -223,7 +223,7 @@ def test_odd_values_make_no_trigger_fail(engine):
 
 
 @pytest.mark.parametrize("way", ["OR IGNORE", "OR REPLACE", "OR FAIL", "OR ABORT", "OR ROLLBACK"])
-def test_however_sqlite_is_told_to_resolve_conflicts_the_trigger_fails_no_statement(new_url, way):
+def test_with_every_conflict_clause_of_sqlite_the_trigger_fails_no_statement(new_url, way):
     engine = create_store_engine(new_url("sqlite-file", at_head=True))
     begin = opener(engine)
     with begin() as connection:
@@ -375,7 +375,7 @@ def test_ids_that_start_again_after_older_history_keep_it_as_history(store):
     assert said(store) == (300, 150.0, "buckets")
 
 
-def test_an_empty_table_whose_ids_go_on_is_retention(store):
+def test_an_empty_table_whose_ids_continue_is_retention(store):
     store.add_many(minutes(200))
     store.maintain()
     by_sql(store, "DELETE FROM routing_telemetry")
@@ -521,7 +521,7 @@ def test_rows_deleted_without_triggers_are_found_by_their_number(store):
     assert said(store) == (197, 98.5, "rows")
 
 
-def test_both_go_on_where_they_were_stopped(store, monkeypatch):
+def test_both_resume_where_they_were_stopped(store, monkeypatch):
     monkeypatch.setattr(repair, "_COUNTED_ROWS", 20)
     monkeypatch.setattr(repair, "_SCRUBBED_ROWS", 20)
     monkeypatch.setattr(repair, "PAUSE_S", 0)
@@ -544,7 +544,7 @@ def test_both_go_on_where_they_were_stopped(store, monkeypatch):
     assert said(store) == (200, 200.0, "rows")
 
 
-def test_recount_is_for_those_who_know_what_they_changed(store):
+def test_recount_repairs_the_window_that_was_changed(store):
     store.add_many(minutes(200))
     store.maintain()
     with without_triggers(store) as connection:

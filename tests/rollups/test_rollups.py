@@ -178,7 +178,7 @@ def test_a_row_whose_id_is_lower_and_comes_later_is_not_lost(name, new_url, monk
 
 
 @pytest.mark.parametrize("name", POSTGRES)
-def test_a_fold_waits_for_those_who_write_and_holds_none_up(name, new_url):
+def test_a_fold_waits_for_open_transactions_and_delays_none(name, new_url):
     with Store(settings=StoreSettings(url=new_url(name, at_head=True), cache_ttl_s=0)) as store:
         begin = opener(store.engine)
         asked, looks = threading.Event(), []
@@ -211,7 +211,7 @@ def test_a_fold_waits_for_those_who_write_and_holds_none_up(name, new_url):
 
 @pytest.mark.parametrize("most", [1, 20_000], ids="{} between".format)
 @pytest.mark.parametrize("kept", [0, 1], ids="{} kept".format)
-def test_rows_that_go_between_the_look_and_the_write_are_not_counted(
+def test_rows_deleted_between_the_read_and_the_write_are_not_counted(
     engine, begin, kept, most, monkeypatch
 ):
     monkeypatch.setattr(folding, "_MOST_BETWEEN", most)
@@ -268,7 +268,7 @@ def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
     assert answered(engine, 0, NOW)[0] == from_rows(engine, 0, NOW)
 
 
-def test_without_roll_ups_no_row_is_looked_at(engine, begin):
+def test_without_roll_ups_no_row_is_read(engine, begin):
     with begin() as connection:
         put(connection, {}, {})
         assert read_state(connection).oldest_row is None
@@ -291,7 +291,7 @@ def test_a_session_may_have_an_engine_for_each_table(engine, begin):
         assert len(repository.query()) == 2
 
 
-def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
+def test_the_lag_is_reported_before_the_first_fold_and_after(engine, begin):
     def lag():
         with begin() as connection:
             return connection.scalar(state.lag())
@@ -312,7 +312,7 @@ def test_the_lag_is_told_before_the_first_fold_and_after(engine, begin):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("work", [folding.fold, folding.rebuild])
-def test_after_kill_9_behind_any_statement_it_is_gone_on_with(url, engine, work, step, monkeypatch):
+def test_after_kill_9_behind_any_statement_it_is_resumed(url, engine, work, step, monkeypatch):
     monkeypatch.setattr(folding, "STEP_ROWS", 3)
     monkeypatch.setattr(folding, "PAUSE_S", 0)
     begin = opener(engine)
@@ -414,7 +414,7 @@ def test_roll_ups_go_when_they_are_old_and_their_rows_are_gone(engine, begin):
     folding.trim(begin, today, stop=lambda: True)
 
 
-def test_where_no_roll_up_is_old_enough_nobody_is_kept_from_writing(begin):
+def test_without_old_roll_ups_no_write_lock_is_taken(begin):
     def refuse():
         pytest.fail("a transaction that may write was begun")
 

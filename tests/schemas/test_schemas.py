@@ -118,7 +118,7 @@ def test_json_fields_are_text_and_take_values():
     assert event.cache_decision == '{"n\\u0000ul":"\ufffd"}'
 
 
-def test_mending_names_each_cause():
+def test_sanitizing_names_each_cause():
     event = RoutingEvent(
         provider="a\0", tier="\udfff", latency_ms=math.inf, cost_usd=math.nan, model="m" * 513
     )

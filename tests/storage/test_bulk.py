@@ -165,7 +165,7 @@ def test_a_trigger_of_sqlites_deals_with_conflicts_in_its_own_way(new_url):
     engine.dispose()
 
 
-def test_the_error_of_many_rows_is_told_with_a_short_statement(engine):
+def test_the_error_of_many_rows_shows_a_short_statement(engine):
     execute(engine, "CREATE UNIQUE INDEX once ON routing_telemetry (request_id)")
     with pytest.raises(IntegrityError) as caught, writing(engine).begin() as connection:
         insert_all(connection, [row(request_id="same") for _ in range(128)])

@@ -102,7 +102,7 @@ def test_a_batch_is_stored_in_order_and_entered_in_the_ledger(engine):
     assert entered == [("b", 50, NOW)]
 
 
-def test_a_second_call_with_the_same_id_stores_nothing_and_tells_the_count(engine):
+def test_a_second_call_with_the_same_id_stores_nothing_and_returns_the_count(engine):
     for _ in range(3):
         with transaction(engine) as connection:
             assert insert_once(connection, "b", rows_named("1", "2"), NOW) == (2, {})
@@ -166,7 +166,7 @@ def test_without_the_ledger_nothing_is_stored(engine):
     assert stored(engine) == []
 
 
-def test_whichever_rows_are_poison_the_others_are_stored_in_order(engine):
+def test_the_rows_around_any_bad_ones_are_stored_in_order(engine):
     """Every subset of six rows, refused by a trigger whose error is unclear."""
     let_a_trigger_choke(engine)
     subsets = list(itertools.product([False, True], repeat=6))

@@ -107,7 +107,7 @@ def check_that_every_call_says(url, kind, words):
 @pytest.mark.parametrize(
     "notes", [[("9001", "9001")], [("9001", "9002"), ("9002", "9001")], [("9001", "nowhere")]]
 )
-def test_notes_that_go_round_in_a_circle_end(url, engine, notes):
+def test_notes_that_form_a_cycle_end(url, engine, notes):
     execute(engine, f"UPDATE {VERSION} SET version_num = '9001'")
     for revision, after in notes:
         values = f"('{revision}', 1, '{after}', '9.9')"
