@@ -3,7 +3,8 @@ SHELL := /bin/sh
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# One more than the processors of a small machine: tests wait for other processes and for time.
+WORKERS ?= 3
 # The slow tests wait more than they compute: for outages, locks and killed processes.
 SLOW_WORKERS ?= 3
 # A worker that has nothing left takes from another one; until then each keeps whole files, and so

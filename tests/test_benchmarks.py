@@ -235,7 +235,7 @@ LINES = {
 }
 
 
-LONG = {"ingest", "lists", "retention"}
+LONG = {"changes", "importing", "ingest", "lists", "retention", "stats"}
 
 
 @pytest.mark.parametrize(

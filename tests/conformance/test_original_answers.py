@@ -115,6 +115,7 @@ def problems(store: Store, case: dict[str, Any], now: list[int]) -> list[tuple[i
     return found
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["name"])
 def test_sqlite_agrees_with_every_recorded_call(case: dict[str, Any], tmp_path: Path) -> None:
     now = [case["now"]]
@@ -127,6 +128,7 @@ def test_sqlite_agrees_with_every_recorded_call(case: dict[str, Any], tmp_path: 
         assert problems(store, case, now) == []
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", POSTGRES)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["name"])
 def test_postgres_agrees_but_for_the_calls_named(

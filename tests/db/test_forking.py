@@ -240,6 +240,7 @@ def test_a_connection_that_cannot_be_made_holds_up_no_fork(tmp_path, monkeypatch
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_threads_that_read_all_the_time_and_forks_all_the_time(file, monkeypatch):
     monkeypatch.setattr("lynkr_store.db.forking.FORK_WAIT_S", WAIT_S)  # readers may be slow
     engine, over, failures = create_store_engine(file), threading.Event(), []

@@ -139,7 +139,7 @@ def work(store, number):
     return written
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 def test_eight_stores_share_four_connections(pooled_at_head):
     url, pooled = pooled_at_head
 

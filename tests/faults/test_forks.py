@@ -260,7 +260,7 @@ PROGRAM = """
 WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_async", "read_host"]
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("busy", ["rests", "busy"])
 @pytest.mark.parametrize("work", WORKS)
 def test_a_fork_at_a_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):

@@ -240,8 +240,9 @@ def test_an_interrupted_close_is_finished_at_the_end_of_the_interpreter(tmp_path
     assert moment > 40
 
 
-def test_a_close_without_time_that_is_interrupted_counts_each_record_once():
-    for moment in moments():
+@pytest.mark.parametrize("stride", EVERY)
+def test_a_close_without_time_that_is_interrupted_counts_each_record_once(stride):
+    for moment in moments(stride):
         sink = Sink()
         writer = running(sink, batch_rows=3, interval_s=0.001)
         sink.open.clear()
@@ -259,7 +260,7 @@ def test_a_close_without_time_that_is_interrupted_counts_each_record_once():
         sink.open.set()
         if not came:
             break
-    print(f"close without time: interrupted at {moment} moments")
+    print(f"close without time: interrupted at {moment} moments, every {stride}")
     assert moment > 20
 
 

@@ -481,7 +481,7 @@ def check_damaged(tmp_path, whole, page, damage):
     return raised
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("page", [0, 1, 3])
 def test_every_method_on_a_damaged_page_raises_an_error_of_ours(tmp_path, whole, page, damage):

@@ -347,7 +347,8 @@ def _free_port() -> int:
 def _create(url: str, name: str, template: str | None) -> None:
     statement = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
     if template:
-        statement += sql.SQL(" TEMPLATE {}").format(sql.Identifier(template))
+        # A copy of its files takes half the time of writing them through the log, the default.
+        statement += sql.SQL(" TEMPLATE {} STRATEGY file_copy").format(sql.Identifier(template))
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(statement)
 
