@@ -10,6 +10,8 @@ SLOW_WORKERS ?= 3
 # A worker that has nothing left takes from another one; until then each keeps whole files, and so
 # makes what a file's tests share once.
 SHARED := --dist worksteal
+# Where it is set, as in images of containers, each of the tests' children compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
 

@@ -102,6 +102,7 @@ def test_an_external_server_keeps_runs_apart(server):
     second.drop_database("same")
 
 
+@pytest.mark.slow
 def test_stop_leaves_no_process_and_no_folder(installation):
     with PgServer(installation) as server:
         pid, folder = server.pid, _folder(server)
@@ -113,6 +114,7 @@ def test_stop_leaves_no_process_and_no_folder(installation):
         server.url("postgres")
 
 
+@pytest.mark.slow
 def test_a_stopped_process_and_a_killed_one_are_cleared_away(installation):
     for fault in (signal.SIGSTOP, signal.SIGKILL):
         with PgServer(installation) as server:
@@ -121,6 +123,7 @@ def test_a_stopped_process_and_a_killed_one_are_cleared_away(installation):
         assert not folder.exists(), fault
 
 
+@pytest.mark.slow
 def test_it_listens_when_asked_and_starts_again(installation):
     server = PgServer(installation, listen=True)
     for _ in range(2):
@@ -151,6 +154,7 @@ def test_a_forked_child_does_not_stop_its_parents_server(server):
     psycopg.connect(server.url("postgres")).close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does this on Linux only")
 def test_the_server_ends_with_a_killed_test_run(installation):
     script = (
@@ -173,6 +177,7 @@ def test_the_server_ends_with_a_killed_test_run(installation):
     subprocess.run(["/bin/rm", "-rf", folder], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")
 def test_programs_below_a_private_folder_are_copied(installation, tmp_path):
     private = tmp_path / "home"

@@ -84,7 +84,7 @@ def ended(encoding, *arguments, columns=100):
     return int(ended.value.code or 0), *(stream.buffer.getvalue() for stream in streams)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_command_ends_with_the_answer_s_exit_code_in_every_encoding(url, encoding):
     for arguments, code in commands_of(url):

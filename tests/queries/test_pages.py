@@ -220,39 +220,33 @@ def test_more_values_than_are_put_together_are_found_all_the_same(filled):
     assert [r.id for r in page(filled, criteria)] == expected(filled, criteria, None, None)
 
 
-def test_statistics_of_the_table_change_no_way_to_the_rows(new_url):
+def test_statistics_of_the_table_change_no_way_to_the_rows(engine):
     """Values of which the table has most, and the newest rows none."""
-    for backend in ON_DISK:
-        engine = create_store_engine(new_url(backend, at_head=True))
-        with engine.begin() as connection:
-            connection.execute(text(FILL))
-            connection.execute(text("ANALYZE"))
-        for asked in ("old tier", "old model", "old provider", "tier", "errors", "session"):
-            criteria, index = FILTERS[asked]
-            lines, used = plan(engine, criteria)
-            assert index in used, lines
-            assert TIME not in used, lines
-        engine.dispose()
+    with engine.begin() as connection:
+        connection.execute(text(FILL))
+        connection.execute(text("ANALYZE"))
+    for asked in ("old tier", "old model", "old provider", "tier", "errors", "session"):
+        criteria, index = FILTERS[asked]
+        lines, used = plan(engine, criteria)
+        assert index in used, lines
+        assert TIME not in used, lines
 
 
-def test_without_the_stores_indexes_lists_are_the_same(new_url):
+def test_without_the_stores_indexes_lists_are_the_same(engine):
     """A database that was adopted and has not been maintained."""
-    for backend in ON_DISK:
-        engine = create_store_engine(new_url(backend, at_head=True))
-        with engine.begin() as connection:
-            for index in OWN:
-                connection.execute(DropIndex(index))
-            connection.execute(text(FILL))
-        asked = [
-            (criteria, window, before)
-            for criteria, _ in FILTERS.values()
-            for window, before in [PLACES["both"]]
-        ]
-        without = [[row.id for row in page(engine, *one)] for one in asked]
-        assert set(indexes.build_missing_indexes(engine).names) == {index.name for index in OWN}
-        assert [[row.id for row in page(engine, *one)] for one in asked] == without
-        assert without == [expected(engine, *one) for one in asked]
-        engine.dispose()
+    with engine.begin() as connection:
+        for index in OWN:
+            connection.execute(DropIndex(index))
+        connection.execute(text(FILL))
+    asked = [
+        (criteria, window, before)
+        for criteria, _ in FILTERS.values()
+        for window, before in [PLACES["both"]]
+    ]
+    without = [[row.id for row in page(engine, *one)] for one in asked]
+    assert set(indexes.build_missing_indexes(engine).names) == {index.name for index in OWN}
+    assert [[row.id for row in page(engine, *one)] for one in asked] == without
+    assert without == [expected(engine, *one) for one in asked]
 
 
 def test_an_odd_value_is_found_among_the_errors(new_url):
