@@ -281,16 +281,19 @@ class Database(Forkable):
 
     @contextmanager
     def closed_if_disposed(self) -> Iterator[None]:
-        """Connections taken inside are closed at the end, where `dispose` came meanwhile.
+        """Close connections taken inside at the end, if the engine was disposed meanwhile.
 
-        It closes those that are idle; one in use goes back to a pool that is the engine's no more.
+        Disposing an engine, by `dispose` or by the host whose engine it is, closes idle
+        connections; one in use goes back to a pool that the engine no longer has.
         """
         pool = self.engine.pool
         try:
             yield
         finally:
-            if self._disposed:
+            if self.engine.pool is not pool:
                 pool.dispose()
+            if self._disposed:
+                self.engine.pool.dispose()  # of a connection that was made afterwards
 
     def _lose_file(self) -> None:
         """Start with the file that the path names by now: the opened one is gone from there."""

@@ -264,6 +264,7 @@ class AsyncStore(Core):
         assert self._engines  # noqa: S101 - PostgreSQL's, or the host's
         await self._be_open()
         engine = await self._engines.engine()
+        pool = engine.pool
         try:
             with translated():
                 async with (writing(engine) if to_write else engine).connect() as connection:
@@ -271,7 +272,7 @@ class AsyncStore(Core):
                         async with AsyncSession(connection) as session, session.begin():
                             return await session.run_sync(self._answer, body)
                     finally:
-                        if self._closed:  # its pool may be disposed by now
+                        if self._closed or engine.pool is not pool:  # see `closed_if_disposed`
                             await connection.invalidate()
         except StoreUnavailable as error:
             if error.unclear:

@@ -16,6 +16,7 @@ from sqlalchemy import NullPool, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from lynkr_store import AsyncStore, BadArgument, LynkrStoreError, StoreSettings, Window
+from lynkr_store.db.dialect import driver_of
 from lynkr_store.db.engines import create_store_async_engine
 from tests.conftest import BACKENDS, POSTGRES
 from tests.support.proxy import Proxy
@@ -598,6 +599,26 @@ def test_where_the_system_gives_no_threads_reads_are_answered(any_url, monkeypat
             assert len(await store.query()) == 1
             assert (await store.health()).written == 1
             await store.close()
+
+    asyncio.run(main())
+
+
+def test_a_connection_in_use_when_its_host_disposes_the_engine_is_closed(url):
+    async def main():
+        host = create_async_engine(create_store_async_engine(url).url)
+        closed, used = [], []
+        event.listen(host.sync_engine, "close", lambda connection, _: closed.append(connection))
+
+        def body(repository):
+            used.append(driver_of(repository._session.connection()))
+            host.sync_engine.dispose()
+            return repository.query()
+
+        store = AsyncStore(engine=host)
+        assert await store._run(body) == []
+        assert [connection.driver_connection for connection in closed] == used
+        assert await store.query() == []
+        await close(store)
 
     asyncio.run(main())
 
