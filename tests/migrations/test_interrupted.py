@@ -28,7 +28,7 @@ ROWS = [
     for n in range(100)
 ]
 ODD_ROW = {"request_id": "odd", "timestamp": 1, "provider": "p", "latency_ms": 12.5}
-CHEAP = 23  # moments that lie between two, in the ordinary run
+CHEAP = 11  # moments that lie between two, in the ordinary run
 
 some_and_all = pytest.mark.parametrize(
     "step", [CHEAP, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"]
@@ -142,7 +142,7 @@ def test_an_upgrade_killed_at_any_statement_is_whole_or_was_not(
 def test_a_build_of_indexes_killed_at_any_statement_is_resumed(start, backend, step, capsys):
     options = start(backend, "without indexes")
     if step == CHEAP:  # on PostgreSQL few statements; on SQLite pauses for other writers
-        step = 2 * CHEAP if backend == "sqlite-file" else 7
+        step = 4 * CHEAP + 1 if backend == "sqlite-file" else 3
     first, *deaths = run("killed", options | {"body": "indexes", "step": step}, 900)
     assert len([line for line in first["new"] if line not in first["old"]]) == len(INDEXES)
     built = set()
