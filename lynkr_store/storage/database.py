@@ -1,6 +1,7 @@
 """One database: its engine, opened on first use, and its transactions."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -286,11 +287,12 @@ class Database(Forkable):
         Disposing an engine, by `dispose` or by the host whose engine it is, closes idle
         connections; one in use goes back to a pool that the engine no longer has.
         """
-        pool = self.engine.pool
+        pool, process = self.engine.pool, os.getpid()
         try:
             yield
         finally:
-            if self.engine.pool is not pool:
+            # In a child of a fork, what the old pool has is the parent's, and stays open.
+            if self.engine.pool is not pool and os.getpid() == process:
                 pool.dispose()
             if self._disposed:
                 self.engine.pool.dispose()  # of a connection that was made afterwards

@@ -1,5 +1,7 @@
 """An open database: its connections when the engine is disposed in the middle of a transaction."""
 
+import os
+
 import pytest
 from sqlalchemy import event, text
 
@@ -50,3 +52,16 @@ def test_what_is_not_disposed_keeps_its_connections(engine, closed):
                 pass
         assert closed == []
     assert closed == []
+
+
+def test_in_a_child_the_parents_connections_stay_open(engine, closed):
+    with Store(engine=engine) as store:
+        with store._database.closed_if_disposed():
+            with engine.connect() as connection:
+                connection.scalar(text("SELECT 1"))
+            pid = os.fork()
+            before = len(closed)  # SQLite's are closed before a fork, in the parent
+        if not pid:
+            os._exit(len(closed) - before)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert store.query() == []
