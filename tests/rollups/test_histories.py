@@ -180,8 +180,9 @@ class World:
     def _numbers_forward(self, connection):
         if self.backend is Backend.POSTGRESQL:
             connection.exec_driver_sql(
-                "SELECT setval(pg_get_serial_sequence('routing_telemetry', 'id'), "
-                "greatest((SELECT max(id) FROM routing_telemetry), 1))"
+                "SELECT setval(ids, greatest(max(id), pg_sequence_last_value(ids::regclass), 1)) "
+                "FROM pg_get_serial_sequence('routing_telemetry', 'id') AS ids "
+                "LEFT JOIN routing_telemetry ON true GROUP BY ids"
             )
 
     def put(self, records):
