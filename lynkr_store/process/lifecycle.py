@@ -160,14 +160,16 @@ class SigtermHandler:
     def __init__(self, end: Callable[[], None]) -> None:
         self._end = end
         self._handling = False
-        if signal.getsignal(signal.SIGTERM) is None:
+        # before the installation: the signal may come at once
+        self._previous: Any = signal.getsignal(signal.SIGTERM)
+        if self._previous is None:
             raise BadArgument(
                 "handle_sigterm: the program that embeds Python handles SIGTERM itself, and Python "
                 "cannot call its handler; leave handle_sigterm off, and close the store when that "
                 "program shuts down"
             )
         try:
-            self._previous: Any = signal.signal(signal.SIGTERM, self._handle)
+            signal.signal(signal.SIGTERM, self._handle)
         except ValueError:
             raise BadArgument(
                 "handle_sigterm: open the store in the main thread, where signals are handled"

@@ -104,7 +104,6 @@ class Core:
         self._closed = False
         if read_only:
             self._writer.close(0)
-        self._sigterm = SigtermHandler(_closing(self)) if settings.handle_sigterm else None
         # also when the store is forgotten, and when the interpreter exits
         parts = (self._writer, self._background, self._probe)
         self._at_exit = partial(_close, *parts, CLOSE_S)
@@ -122,6 +121,9 @@ class Core:
             self._cache,
         ):
             on_fork(part)
+        self._sigterm: SigtermHandler | None = None
+        if settings.handle_sigterm:  # last: the signal may come at once, and needs all of the above
+            self._sigterm = SigtermHandler(_closing(self))
         if settings.spool_path:
             self._writer.start()  # what an earlier process left is written without being asked
 
