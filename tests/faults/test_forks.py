@@ -9,6 +9,7 @@ it: SQLite believes that it holds locks which the system did not give to the chi
 import pytest
 
 PROGRAM = """
+    import shutil
     import sqlite3
     import traceback
     from collections import Counter
@@ -203,9 +204,10 @@ PROGRAM = """
         connection.close()
         os._exit(0)
 
-    def told(work, fatal, busy, folder):
+    def told(work, fatal, busy, template, folder):
         path, stop = f"{folder}/telemetry.db", f"{folder}/stop"
         os.mkdir(folder)
+        shutil.copyfile(template, path)
         report, to_report = os.pipe()
         go, to_go = os.pipe()
         count, to_count = os.pipe()
@@ -247,15 +249,31 @@ PROGRAM = """
         return None
 
     if __name__ == "__main__":
-        work, busy, folder, step = sys.argv[1], sys.argv[2] == "busy", sys.argv[3], int(sys.argv[4])
+        work, busy, template, folder = sys.argv[1], sys.argv[2] == "busy", *sys.argv[3:5]
+        step = int(sys.argv[5])
         fatal = 1
         cases = 0
-        while (seen := told(globals()[work], fatal, busy, f"{folder}/{fatal}")) is None:
+        while (seen := told(globals()[work], fatal, busy, template, f"{folder}/{fatal}")) is None:
             fatal += step
             cases += 1
         assert cases
         say(cases, seen)
 """
+
+
+@pytest.fixture
+def forked(program, new_url, tmp_path):
+    """Run the program; how many forks at how many statements."""
+
+    def run(work, busy, step):
+        template = new_url("sqlite-file", at_head=True).removeprefix("sqlite:///")
+        folder = tmp_path / "forks"
+        folder.mkdir()
+        [line] = program(PROGRAM, work, busy, template, folder, step, noise=".*", timeout=1800)
+        return tuple(map(int, line.split()))
+
+    return run
+
 
 WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_async", "read_host"]
 
@@ -263,17 +281,16 @@ WORKS = ["maintain", "checkpoint", "probe", "read", "add_many", "batch", "read_a
 @pytest.mark.sample(16)
 @pytest.mark.parametrize("busy", ["rests", "busy"])
 @pytest.mark.parametrize("work", WORKS)
-def test_a_fork_at_a_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):
+def test_a_fork_at_a_statement_loses_nothing_that_was_confirmed(forked, work, busy):
     step = {"maintain": 50, "read": 11, "probe": 9}.get(work, 5)
-    [line] = program(PROGRAM, work, busy, tmp_path, step, noise=".*")
-    print(f"{line} forks and statements")
+    cases, statements = forked(work, busy, step)
+    print(f"{cases} forks at {statements} statements")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("busy", ["rests", "busy"])
 @pytest.mark.parametrize("work", WORKS)
-def test_a_fork_at_every_statement_loses_nothing_that_was_confirmed(program, work, busy, tmp_path):
-    [line] = program(PROGRAM, work, busy, tmp_path, 1, noise=".*", timeout=1800)
-    cases, statements = map(int, line.split())
+def test_a_fork_at_every_statement_loses_nothing_that_was_confirmed(forked, work, busy):
+    cases, statements = forked(work, busy, 1)
     assert cases >= statements - 1
     print(f"{cases} forks at {statements} statements")

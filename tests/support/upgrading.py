@@ -23,6 +23,8 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import alembic.autogenerate
+import alembic.command  # noqa: F401 - here, and not in each process that is killed
 import psycopg
 from psycopg import sql
 from sqlalchemy import Engine, Pool, event, make_url
