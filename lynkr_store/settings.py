@@ -119,6 +119,9 @@ class StoreSettings(TextSettings, DatabaseSettings):
     """Seconds without the database after which batches enter the spool."""
     handle_sigterm: bool = False
     """Close the store on SIGTERM, then run the handler that was installed before."""
+    strict: bool = False
+    """For a host's own tests: ``record()`` raises `BadArgument` for a record that would be
+    rejected."""
     retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None
     """``maintain()`` and the store's own thread delete older rows; None keeps all rows."""
     text_retention_days: Annotated[float, Field(gt=0, le=36_525)] | None = None

@@ -72,7 +72,9 @@ def unpacked(packed: bytes) -> dict[str, Any]:
     """
     if _names_of(packed) > len(_NAMES):
         fields = msgspec.structs.asdict(_decode_known(packed))
-        return {k: v for k, v in fields.items() if v is not msgspec.UNSET} | {_UNKNOWN: None}
+        stamp = fields.pop("stamp")
+        known = {STAMP: stamp} | fields | {_UNKNOWN: None}
+        return {name: value for name, value in known.items() if value is not msgspec.UNSET}
     record: dict[str, Any] = ormsgpack.unpackb(packed, ext_hook=_instant)
     return record
 

@@ -9,22 +9,27 @@ from pydantic import ValidationError
 from lynkr_store.ingest.batch import BatchBuilder, Columns, Row
 from lynkr_store.ingest.codec import plain_columns
 from lynkr_store.ingest.queue import Queued, as_packed, as_submitted
-from lynkr_store.ingest.validation import TextPolicy, cause_of, checked, complete
-from lynkr_store.schemas import RoutingEvent
+from lynkr_store.ingest.validation import TextPolicy, checked, complete, rejection_of
+from lynkr_store.schemas import Rejection, RoutingEvent
 
 FAILED: Final = "failed"
 """The cause for a record that could not be checked, for example because memory ran out."""
+
+
+_WITHOUT_FIELD: Final = {
+    cause: Rejection(cause=cause, field=None, value_type=None) for cause in (FAILED, "wrong_type")
+}
 
 
 class Prepared(NamedTuple):
     """The outcome for several records.
 
     Attributes:
-        rejected: The number of rejected records by cause.
+        rejected: Why records were rejected, and how many for each reason.
         mended: The number of changed values by cause.
     """
 
-    rejected: Counter[str]
+    rejected: Counter[Rejection]
     mended: Counter[str]
 
 
@@ -50,7 +55,7 @@ def prepare(
             try:
                 rejected, mended = _added([one], batch, policy, new_id)
             except BaseException:  # noqa: BLE001
-                all_of_them.rejected[FAILED] += 1
+                all_of_them.rejected[_WITHOUT_FIELD[FAILED]] += 1
             else:
                 all_of_them.rejected.update(rejected)
                 all_of_them.mended.update(mended)
@@ -69,7 +74,7 @@ def columns_of(
     queued: Sequence[Queued],
     policy: TextPolicy,
     new_id: Callable[[], str],
-    rejected: Counter[str],
+    rejected: Counter[Rejection],
     mended: Counter[str],
 ) -> Columns:
     """The columns of the valid records, in order.
@@ -78,7 +83,7 @@ def columns_of(
         queued: One or more; one that must be sanitized takes the time of ten others.
         policy: Decides what is kept of the texts.
         new_id: Returns an id for a record without ``request_id``.
-        rejected: The number of rejected records by cause; this function adds to it.
+        rejected: Why records were rejected; this function adds to it.
         mended: The number of changed values by cause; this function adds to it.
     """
     columns, others = plain_columns([as_packed(one) for one in queued])
@@ -99,17 +104,19 @@ def columns_of(
     return columns
 
 
-def _checked(queued: Queued, rejected: Counter[str], mended: Counter[str]) -> Row | None:
+def _checked(queued: Queued, rejected: Counter[Rejection], mended: Counter[str]) -> Row | None:
+    record = None
     try:
-        row, causes = checked(*as_submitted(queued))
+        record, stamp_ms = as_submitted(queued)
+        row, causes = checked(record, stamp_ms)
     except ValidationError as error:
-        rejected[cause_of(error)] += 1
+        rejected[rejection_of(error, record)] += 1
     except MemoryError:
-        rejected[FAILED] += 1
+        rejected[_WITHOUT_FIELD[FAILED]] += 1
     except Exception:  # noqa: BLE001 - a value's own methods failed; only this row is lost
-        rejected["wrong_type"] += 1
+        rejected[_WITHOUT_FIELD["wrong_type"]] += 1
     except BaseException:  # noqa: BLE001 - a value's method raised SystemExit, for example
-        rejected[FAILED] += 1
+        rejected[_WITHOUT_FIELD[FAILED]] += 1
     else:
         mended.update(causes)
         return row

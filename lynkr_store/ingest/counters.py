@@ -1,11 +1,16 @@
 """Counts where every record is, and logs lost records."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
+from lynkr_store.schemas import Rejection
+
 _LOG_EVERY_S: Final = 60.0  # one line a burst
+_KEPT: Final = 5  # rejections of each cause
+_LOGGED: Final = 100  # different rejections in the life of a store
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Counters:
     in_hand: int = 0
     """Taken from the queue, but neither settled nor spooled yet."""
     rejected_by: Counter[str] = field(default_factory=Counter)
+    rejections: tuple[Rejection, ...] = ()
     dropped_by: Counter[str] = field(default_factory=Counter)
     mended_by: Counter[str] = field(default_factory=Counter)
     faults_by: Counter[str] = field(default_factory=Counter)
@@ -66,4 +72,34 @@ class LossLog:
         fresh = lost - self._said
         if fresh:
             self._said, self._said_at = lost, time.monotonic()
+        return fresh
+
+
+class RejectionLog:
+    """Keeps the last different rejections of each cause, and those that are to be logged."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, deque[Rejection]] = {}
+        self._seen: set[Rejection] = set()
+        self._news: deque[Rejection] = deque()
+
+    def add(self, rejections: Iterable[Rejection]) -> None:
+        """Note rejections; each is logged once, and only the first hundred."""
+        for rejection in rejections:
+            kept = self._kept.setdefault(rejection.cause, deque(maxlen=_KEPT))
+            if rejection in kept:
+                kept.remove(rejection)
+            kept.append(rejection)
+            if rejection not in self._seen and len(self._seen) < _LOGGED:
+                self._seen.add(rejection)
+                self._news.append(rejection)
+
+    def kept(self) -> tuple[Rejection, ...]:
+        """The last different ones of each cause, the newest of a cause last."""
+        return tuple(rejection for kept in self._kept.values() for rejection in kept)
+
+    def news(self) -> list[Rejection]:
+        """The rejections to log now; from then on they count as logged."""
+        fresh = list(self._news)
+        self._news.clear()
         return fresh

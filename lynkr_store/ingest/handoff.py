@@ -16,11 +16,12 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from lynkr_store.ingest.batch import Row
-from lynkr_store.ingest.counters import Counters, LossLog
+from lynkr_store.ingest.counters import Counters, LossLog, RejectionLog
 from lynkr_store.ingest.gil import GilHandoff
 from lynkr_store.ingest.queue import Queued, RecordQueue
 from lynkr_store.ingest.spool import Entry, Spool
 from lynkr_store.process.log import say, words_of
+from lynkr_store.schemas import Rejection
 
 RESTARTED: Final = "thread_restarted"
 """The cause under which `health` counts how often one of the store's threads was ended and started
@@ -63,7 +64,7 @@ class Preparation:
     upto: int
     next: int = 0
     """The first record that was not looked at."""
-    rejected: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[Rejection] = field(default_factory=Counter)
     mended: Counter[str] = field(default_factory=Counter)
     tries: int = 0
 
@@ -116,6 +117,7 @@ class Handoff:
         self.flushes: dict[Callable[[], None], int] = {}
         self._bell: SimpleQueue[None] = SimpleQueue()  # may be rung from a signal handler
         self._losses = LossLog()
+        self._rejections = RejectionLog()
         self._faults_said: set[str] = set()
 
     def ring(self) -> None:
@@ -138,6 +140,7 @@ class Handoff:
         """One consistent copy of the counters."""
         with self.lock:
             counters = self.counters.copy()
+            counters.rejections = self._rejections.kept()
             if self.spool:  # what it found of other processes', and lost
                 found, lost = self.spool.found_rows, self.spool.lost_rows
                 counters.recovered += found
@@ -150,12 +153,20 @@ class Handoff:
             return counters
 
     def report_losses(self, *, now: bool = False) -> None:
-        """Log what was lost since the last line, at most one line a minute or now."""
+        """Log each new rejection, and what was lost since the last line: once a minute, or now."""
+        with self.lock:
+            rejections = self._rejections.news()
+        for rejection in rejections:  # without the lock: a host's handler may ask for `health`
+            say(
+                logging.WARNING,
+                "a record was rejected: %s (RoutingEvent(**fields) raises the exact error)",
+                rejection,
+            )
         if not now and not self._losses.is_due():
             return
         with self.lock:
             fresh = self._losses.news(self.snapshot().lost())
-        if fresh:  # without the lock: a host's handler may ask for `health`
+        if fresh:  # without the lock, too
             say(logging.WARNING, "records lost, by cause: %s", dict(fresh))
 
     def note_fault(self, error: BaseException) -> None:
@@ -209,7 +220,10 @@ class Handoff:
         with self.lock:
             work, counters = self.preparation, self.counters
             assert work  # noqa: S101 - the batch was made of it
-            rejected_by = counters.rejected_by + work.rejected
+            rejected_by = Counter(counters.rejected_by)
+            for rejection, count in work.rejected.items():
+                rejected_by[rejection.cause] += count
+            self._rejections.add(work.rejected)
             mended_by = counters.mended_by + work.mended
             if not self.over:
                 self.ready.append(batch)

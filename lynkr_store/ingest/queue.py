@@ -17,6 +17,7 @@ from contextlib import suppress
 from datetime import date, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
 from itertools import repeat
 from mmap import mmap
 from operator import call, length_hint
@@ -30,7 +31,7 @@ import msgspec
 from ormsgpack import packb
 
 from lynkr_store.ingest.codec import AS_IT_IS, STAMP, Packed, packable, unpacked
-from lynkr_store.schemas import RoutingEvent, datetime_of, plain
+from lynkr_store.schemas import RoutingEvent, datetime_of, plain, type_name
 
 _RECORD_BYTES: Final = 256  # the approximate memory of a queued record in addition to its fields
 _UNIT_BYTES: Final = 2_048  # bytes are counted in units
@@ -67,11 +68,10 @@ class _Unpacked(NamedTuple):
     stamp_ms: int
 
 
-class _Never:
-    """Replaces a value that no field accepts, for example a container of another type."""
-
-
-_NEVER_VALID: Final = _Never()
+@lru_cache(64)  # a record may have a million such keys
+def _never_valid(class_name: str) -> object:
+    """Replaces a value that no field accepts: of an empty class with the same name."""
+    return type(class_name, (), {})()
 
 
 class _TooLargeError(Exception):
@@ -323,7 +323,7 @@ class _Copy:
         if not isinstance(value, Mapping | list | tuple):
             return self._single(value)
         if depth > _MAX_DEPTH:
-            return _NEVER_VALID
+            return _never_valid(type_name(value))
         if isinstance(value, Mapping):
             copy: Any = {
                 self.of(key, _MAX_DEPTH + 1): self.of(item, depth + 1)
@@ -363,7 +363,7 @@ class _Copy:
                 return value
         found = plain(value)  # a value that can change, such as an array of one number, or is large
         if type(found) not in _PLAIN:
-            return _NEVER_VALID
+            return _never_valid(type_name(value))
         self.add(getsizeof(found))
         return found
 

@@ -8,15 +8,19 @@ from itertools import chain, islice
 from typing import Any, Final
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import BatchBuilder, Columns, Row, RowBatch, by_column
 from lynkr_store.schemas import (
     FLAG_FIELDS,
     LONG_FIELDS,
     TEXT_FIELDS,
+    Rejection,
     RoutingEvent,
     flag_number,
     sanitize_text,
+    type_name,
 )
 from lynkr_store.settings import TextSettings
 
@@ -31,6 +35,7 @@ _CAUSES: Final = {
 }
 
 
+_NAME_CHARS: Final = 64
 _FIELDS: Final = RoutingEvent.model_fields
 
 
@@ -216,7 +221,54 @@ def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
 def cause_of(error: ValidationError) -> str:
     """The cause of a rejection, in one word, for the counters."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return _CAUSES.get(first["type"], "wrong_type")
+    return _cause(first)
+
+
+def _cause(error: ErrorDetails) -> str:
+    return _CAUSES.get(error["type"], "wrong_type")
+
+
+def rejection_of(error: ValidationError, record: object) -> Rejection:
+    """Why a record is rejected: the first error, with the type of the value as it was given."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = first["loc"][0] if first["loc"] else None
+    value: Any = record
+    if name is not None:
+        fields = vars(record) if isinstance(record, RoutingEvent) else record
+        value = fields[name] if isinstance(fields, Mapping) and name in fields else _NO_VALUE
+    kind = None if value is _NO_VALUE else _fit(type_name(value))
+    return Rejection(cause=_cause(first), field=_fit(name), value_type=kind)
+
+
+_NO_VALUE: Final = object()
+
+
+def _fit(name: object) -> str | None:
+    """The name, if it cannot be a text that somebody wrote to a model."""
+    fits = type(name) is str and len(name) <= _NAME_CHARS and name.isidentifier()
+    return name if fits and isinstance(name, str) else None
+
+
+def refuse_invalid(record: Mapping[str, Any] | RoutingEvent) -> None:
+    """Raise an error for a record that would be rejected.
+
+    Raises:
+        BadArgument: The record is not valid; the message names each field and what it needs.
+    """
+    try:
+        checked(record, 0)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        first, words = rejection_of(error, record), [_words(each) for each in found]
+    except Exception as error:  # noqa: BLE001 - a value's own methods
+        raise BadArgument(f"record: a value raised {type(error).__name__}") from None
+    else:
+        return
+    raise BadArgument(f"record: {'; '.join(words)} ({first})")
+
+
+def _words(error: ErrorDetails) -> str:
+    return ": ".join([*(str(part) for part in error["loc"][:1]), error["msg"]])
 
 
 def policy_of(settings: TextSettings) -> TextPolicy:

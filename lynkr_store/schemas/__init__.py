@@ -17,10 +17,11 @@ from lynkr_store.schemas.events import (
     instant_in_domain,
     sanitize_text,
 )
-from lynkr_store.schemas.health import Health, MaintenanceReport
+from lynkr_store.schemas.fields import RoutingFields
+from lynkr_store.schemas.health import Health, MaintenanceReport, Rejection
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.statistics import ProviderStats, RoutingAccuracy, RoutingStats
-from lynkr_store.schemas.values import datetime_of, epoch_ms, plain
+from lynkr_store.schemas.values import datetime_of, epoch_ms, plain, type_name
 
 __all__ = [
     "FLAG_FIELDS",
@@ -33,8 +34,10 @@ __all__ = [
     "MaintenanceReport",
     "ProviderStats",
     "Reading",
+    "Rejection",
     "RoutingAccuracy",
     "RoutingEvent",
+    "RoutingFields",
     "RoutingRow",
     "RoutingRowBrief",
     "RoutingStats",
@@ -45,5 +48,6 @@ __all__ = [
     "instant_in_domain",
     "plain",
     "sanitize_text",
+    "type_name",
     "utc",
 ]

@@ -1,12 +1,37 @@
 """What operators read: the state of the store, and what maintenance did."""
 
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Annotated
 
 from pydantic import Field
 
 from lynkr_store.backend import Backend
 from lynkr_store.schemas.base import FrozenMap, FrozenOutput
+from lynkr_store.schemas.events import RoutingEvent
+
+
+class Rejection(FrozenOutput):
+    """Why a record was rejected: names and types, never a value."""
+
+    cause: str
+    """As in `Health.rejected_by`."""
+    field: str | None
+    """The field's name; an unknown name only if it is an identifier of up to 64 characters. None if
+    no one field is the cause."""
+    value_type: str | None
+    """The name of the value's Python type; None if there is no value."""
+
+    def __str__(self) -> str:
+        """In words; for an unknown name with the field whose name is similar."""
+        where = f": {self.field}" if self.field else ""
+        given = f" ({self.value_type})" if self.value_type else ""
+        similar = []
+        if self.field and self.field not in RoutingEvent.model_fields:
+            similar = get_close_matches(self.field, RoutingEvent.model_fields, n=1)
+        return f"{self.cause}{where}{given}" + "".join(
+            f"; did you mean {name}?" for name in similar
+        )
 
 
 class Health(FrozenOutput):
@@ -31,6 +56,9 @@ class Health(FrozenOutput):
     pending: int
     """Records in the queue or in the current batch."""
     rejected_by: FrozenMap[int]
+    """Cause to the number of records; `rejections` says more."""
+    rejections: tuple[Rejection, ...] = ()
+    """The last five different ones of each cause, without those that the database refused."""
     dropped_by: FrozenMap[int]
     mended_by: FrozenMap[int]
     """Cause to the number of values that were sanitized on the way in, or unreadable on the way

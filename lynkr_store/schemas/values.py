@@ -34,6 +34,7 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 
 _PLAIN: Final = frozenset({str, int, float, bool, NoneType, list, dict})
 _TO_DATETIME: Final = ("to_stdlib", "py_datetime", "datetime")  # whenever, older ones, arrow
+_NAME_OF_CLASS: Final = type.__dict__["__name__"]
 _DIGITS: Final = re.compile(r"[0-9]{1,19}")
 
 _T = TypeVar("_T")
@@ -286,6 +287,12 @@ def _parsed(given: str) -> datetime:
         date.fromisoformat(given)
         raise TypeError
     return datetime.fromisoformat(given.upper())
+
+
+def type_name(value: object) -> str:
+    """The name that the definition of the value's class gave it; a metaclass may tell another."""
+    name: str = _NAME_OF_CLASS.__get__(type(value))
+    return name
 
 
 def in_64_bits(number: int, what: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, Unpack
 
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
@@ -19,7 +19,7 @@ from lynkr_store.db.postgresql import plan_for_any
 from lynkr_store.db.urls import file_of, shown
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes
-from lynkr_store.ingest.validation import policy_of
+from lynkr_store.ingest.validation import policy_of, refuse_invalid
 from lynkr_store.ingest.writer import CLOSE_S, Writer
 from lynkr_store.maintenance import run
 from lynkr_store.maintenance.background import BackgroundMaintenance
@@ -30,6 +30,7 @@ from lynkr_store.schemas import (
     Health,
     MaintenanceReport,
     RoutingEvent,
+    RoutingFields,
 )
 from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import (
@@ -71,6 +72,7 @@ class Core:
         self._settings = settings
         self._clock = clock or epoch_ms_now
         self._policy = policy_of(settings)
+        self._strict = settings.strict
         self._database = Database(settings, engine, read_only=read_only)
         self._sink = DatabaseSink(self._database, self._clock)
         make_spool = None
@@ -144,9 +146,13 @@ class Core:
         self,
         event: RoutingEvent | Mapping[str, Any] | None = None,
         /,
-        **fields: Any,
+        **fields: Unpack[RoutingFields],
     ) -> bool:
         """Queue one record. Never raises, never waits for I/O; mistakes are counted in `health`.
+
+        A record that is not valid is rejected later: ``health().rejections`` says why, and
+        ``RoutingEvent(**fields)`` raises the exact error. With the setting ``strict`` this method
+        raises it.
 
         Args:
             event: The record, or a mapping of its fields, which is copied.
@@ -156,12 +162,17 @@ class Core:
         Returns:
             True when it was queued; False when it was dropped: the queue is full or the store
             closed.
+
+        Raises:
+            BadArgument: Only with ``strict``: the record is not valid.
         """
-        if event is None:
+        if event is None and not self._strict:
             return self._writer.submit(fields)
         record: Any
         try:
-            if type(event) is dict:  # pydantic's isinstance() takes a tenth of the call
+            if event is None:
+                record = fields
+            elif type(event) is dict:  # pydantic's isinstance() takes a tenth of the call
                 record = event | fields
             elif isinstance(event, RoutingEvent) and not fields:
                 record = event
@@ -170,6 +181,8 @@ class Core:
                 record.update(fields)
         except Exception:  # noqa: BLE001 - whatever was passed; it is rejected as unreadable
             record = None
+        if self._strict:
+            refuse_invalid(record)
         return self._writer.submit(record)
 
     def _do_flush(self, timeout_s: float) -> bool:
@@ -284,6 +297,7 @@ class Core:
             spooled=counters.spooled,
             pending=counters.pending,
             rejected_by=counters.rejected_by,
+            rejections=counters.rejections,
             dropped_by=counters.dropped_by,
             mended_by=counters.mended_by,
             faults_by=counters.faults_by,

@@ -16,7 +16,7 @@ from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.codec import AS_IT_IS, STAMP, packable, plain_columns
 from lynkr_store.ingest.conversion import columns_of
 from lynkr_store.ingest.queue import RecordQueue
-from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
+from lynkr_store.ingest.validation import TextPolicy, rejection_of, row_of
 from lynkr_store.schemas import FLAG_FIELDS, TEXT_FIELDS
 from tests.factories import EventFactory, RecordFactory
 
@@ -185,7 +185,7 @@ def test_records_together_are_the_rows_that_each_makes_alone(records, capture, r
         try:
             row, causes = row_of(record, NOW, policy)
         except ValidationError as error:
-            rejected[cause_of(error)] += 1
+            rejected[rejection_of(error, record)] += 1
         else:
             wanted.append({name: value for name, value in row.items() if value is not None})
             mended.update(causes)

@@ -313,9 +313,10 @@ def test_losses_are_logged_once_a_burst_without_values(make, sink, caplog):
         for _ in range(50):
             writer.submit({"provider": 5, "request_text": "secret"})
             writer.flush(5)
-    [line] = caplog.messages
-    assert "wrong_type" in line
-    assert "secret" not in line
+    why, lost = caplog.messages
+    assert "wrong_type: provider (int)" in why
+    assert "{'wrong_type': 1}" in lost
+    assert "secret" not in caplog.text
 
 
 def test_a_thread_that_cannot_be_started_is_tried_again(make, sink, monkeypatch):

@@ -50,7 +50,7 @@ def written(record):
     assert intake.submit(dict(record))
     batch = BatchBuilder()
     rejected, _ = prepare(intake.take(10, 10**9).records, batch, TextPolicy(), iter("i").__next__)
-    return next(iter(rejected)) if rejected else batch.take()[0]
+    return next(iter(rejected)).cause if rejected else batch.take()[0]
 
 
 def refusal_of(make):

@@ -2,7 +2,9 @@
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import assert_type
+from decimal import Decimal
+from typing import Any, assert_type
+from uuid import uuid4
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -38,6 +40,11 @@ def inputs() -> None:
 def sync(store: Store, session: Session) -> None:
     assert_type(store.record(provider="p"), bool)
     assert_type(store.record({"provider": "p"}, tier="SIMPLE"), bool)
+    store.record(provider=uuid4(), cost_usd=Decimal("0.1"), status_code="200", timestamp=5)
+    store.record(provider="p", modle="m")  # type: ignore[call-arg]
+    store.record(provider="p", latency_ms="fast")  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"provider": "p"}
+    store.record(**fields)
     assert_type(store.flush(1.0), bool)
     assert_type(store.query(), list[RoutingRow])
     assert_type(store.query(include_text=False), list[RoutingRowBrief])
