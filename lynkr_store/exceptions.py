@@ -3,7 +3,7 @@
 No message contains row values, a URL's password, or control characters.
 """
 
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 
 
 def printable(text: str) -> str:
@@ -17,7 +17,13 @@ def printable(text: str) -> str:
 
 
 class LynkrStoreError(Exception):
-    """The base class of this library's errors."""
+    """The base class of this library's errors; they can be pickled.
+
+    Attributes:
+        unclear: A statement failed, possibly because the schema was changed.
+    """
+
+    unclear = False
 
     def __str__(self) -> str:
         """The message, printable, because it may contain names from other people."""
@@ -37,13 +43,7 @@ class MissingDriver(LynkrStoreError, ImportError):
 
 
 class StoreUnavailable(LynkrStoreError):
-    """The database cannot be reached or does not work; try again later.
-
-    Attributes:
-        unclear: A statement failed, possibly because the schema was changed.
-    """
-
-    unclear = False
+    """The database cannot be reached or does not work; try again later."""
 
 
 class RollupsRefused(StoreUnavailable):
@@ -117,6 +117,10 @@ class AdoptionRefused(SchemaError):
             f"not adopted, and nothing was changed: {difference}. Use another database, or bring "
             "this one to the gateway's own shape first (see 'Adopting' in the README)"
         )
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str], dict[str, Any]]:
+        """Pickle the difference, from which the message is made."""
+        return type(self), (self.difference,), vars(self)
 
 
 class DowngradeRefused(SchemaError):

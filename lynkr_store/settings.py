@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from lynkr_store.exceptions import BadArgument
@@ -42,9 +42,12 @@ def checked_schema(name: str | None) -> str | None:
     return name
 
 
+_PREFIX: Final = "LYNKR_STORE_"
+
+
 class _Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="LYNKR_STORE_",
+        env_prefix=_PREFIX,
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
@@ -52,12 +55,37 @@ class _Settings(BaseSettings):
         validate_by_name=True,
     )
 
+    if not TYPE_CHECKING:  # a type checker takes the arguments from the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                refused = BadArgument("; ".join(_words(error, values)))
+            else:
+                return
+            raise refused
+
+
+def _words(error: ValidationError, given: dict[str, Any]) -> list[str]:
+    """Each error, with the argument or the environment variable that has the value."""
+    words = []
+    for found in error.errors(include_url=False, include_context=False, include_input=False):
+        name = str(found["loc"][0])
+        if name not in given and not name.startswith(_PREFIX):
+            name = f"{_PREFIX}{name.upper()}"
+        words.append(
+            f"{name}: {found['msg'].removeprefix('Value error, ').removeprefix('schema_name: ')}"
+        )
+    return words
+
 
 class DatabaseSettings(_Settings):
     """The options of the database: the part of `StoreSettings` that a migration needs.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it needs.
+        BadArgument: The message names the option, or its environment variable, and the value that
+            it needs.
     """
 
     url: Annotated[str, Field(repr=False)] = DEFAULT_URL
@@ -75,7 +103,8 @@ class TextSettings(_Settings):
     """What is kept of free texts: the part of `StoreSettings` that is needed without a store.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it needs.
+        BadArgument: The message names the option, or its environment variable, and the value that
+            it needs.
     """
 
     capture_text: bool = True
@@ -93,7 +122,8 @@ class StoreSettings(TextSettings, DatabaseSettings):
     """The options of a `Store`, read from ``LYNKR_STORE_*`` when an instance is created.
 
     Raises:
-        ValidationError: A ``ValueError`` that names the option and the value it needs.
+        BadArgument: The message names the option, or its environment variable, and the value that
+            it needs.
     """
 
     upgrade_on_open: bool | None = None

@@ -29,7 +29,7 @@ _SYNC_DRIVER: Final = {
 }
 
 
-def parse_url(url: str | URL) -> URL:
+def parse_url(url: str | Path | URL) -> URL:
     """The URL of a supported database, with its driver and the file's absolute path.
 
     The path is absolute because the engine opens the file many times, and the process may change

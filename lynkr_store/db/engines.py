@@ -1,5 +1,6 @@
 """Engine factories: which driver, which pool, which options, for each backend."""
 
+from pathlib import Path
 from typing import Any, Final, assert_never
 
 from sqlalchemy import URL, Engine, QueuePool, StaticPool, create_engine, event
@@ -39,7 +40,7 @@ _ASYNC_DRIVER: Final = {
 
 
 def create_store_engine(
-    url: str | URL,
+    url: str | Path | URL,
     *,
     connect_timeout_s: int = 5,
     statement_timeout_s: float = 30.0,
@@ -49,7 +50,7 @@ def create_store_engine(
     """An Engine with the store's options; it opens nothing before its first connection.
 
     Args:
-        url: A supported database.
+        url: A supported database; a `Path` is the file of an SQLite database.
         connect_timeout_s: PostgreSQL: seconds to wait for a new connection.
         statement_timeout_s: PostgreSQL: seconds after which the server cancels a statement.
         schema: PostgreSQL: the schema of the store's tables; None or ``""``: the server's default,
@@ -69,14 +70,14 @@ def create_store_engine(
             options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
             options["connect_args"] = {"check_same_thread": False}
         engine = create_engine(without_secrets(target), echo=echo, hide_parameters=True, **options)
-    except ModuleNotFoundError as missing:
+    except ImportError as missing:
         raise _missing_driver(missing, "postgres") from missing
     _listen(engine)
     return engine
 
 
 def create_store_async_engine(
-    url: str | URL,
+    url: str | Path | URL,
     *,
     connect_timeout_s: int = 5,
     statement_timeout_s: float = 30.0,
@@ -117,7 +118,9 @@ def create_store_async_engine(
 
 
 def _missing_driver(missing: ImportError, extra: str) -> MissingDriver:
-    return MissingDriver(f"{missing.name} is not installed: pip install 'lynkr-store[{extra}]'")
+    # greenlet's absence, and that of psycopg's C library, are told in words alone
+    what = f"{missing.name} is not installed" if missing.name else str(missing).partition("\n")[0]
+    return MissingDriver(f"{what}: pip install 'lynkr-store[{extra}]'")
 
 
 def _engine_options(

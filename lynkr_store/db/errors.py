@@ -22,7 +22,9 @@ from sqlalchemy.exc import (
     TimeoutError,  # noqa: A004 - SQLAlchemy's, of a pool
 )
 
-from lynkr_store.exceptions import StoreUnavailable, raise_alone
+from lynkr_store.backend import VERSION_TABLE
+from lynkr_store.db.models import Base
+from lynkr_store.exceptions import SchemaError, StoreUnavailable, raise_alone
 
 
 class Fault(Enum):
@@ -75,6 +77,13 @@ _CHECK_URL: Final = "check the URL's host, port, user, password and database"
 
 # A name of the schema follows, or text of a row, if a full-text search in a trigger fails.
 _SCHEMA_WORDS: Final = ("no such table: ", "no such column: ")
+_TABLES: Final = frozenset((*Base.metadata.tables, VERSION_TABLE))
+_MISSING_STATES: Final = ("42P01", "42703", "3F000")  # a table, a column, a schema
+_MISSING: Final = (
+    "a table or column of the store is not there: run lynkr-store upgrade; if the tables are in a "
+    "schema of their own, make the engine with it (create_store_engine(url, schema=…)) or set the "
+    "role's search_path"
+)
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
 
@@ -162,6 +171,7 @@ def translated(*, of_rows: bool = True) -> Iterator[None]:
             statements about the schema alone, as in an upgrade.
 
     Raises:
+        SchemaError: A table or column of the statement does not exist.
         StoreUnavailable: With the first line of the driver's message if that cannot repeat a row,
             else with the error's name and code. The driver's error is its cause only if it cannot
             contain a row's values.
@@ -170,6 +180,10 @@ def translated(*, of_rows: bool = True) -> Iterator[None]:
         yield
     except DBAPIError as error:
         error.hide_parameters = True  # a host's engine may show them
+        if _is_missing(error):
+            absent = SchemaError(_MISSING)
+            absent.unclear = True
+            raise_alone(absent)
         line, safe = _words(error, of_rows=of_rows)
         unavailable = StoreUnavailable(f"the database failed: {line}")
         unavailable.unclear = fault_of(error) is Fault.UNCLEAR
@@ -183,6 +197,15 @@ def translated(*, of_rows: bool = True) -> Iterator[None]:
     except sqlite3.Error as error:  # raised by the driver's connection itself, without SQLAlchemy
         line, _ = _words_of_code(error, of_rows=of_rows)
         raise_alone(StoreUnavailable(f"the database failed: {line}"))
+
+
+def _is_missing(error: DBAPIError) -> bool:
+    """Whether the statement itself, not a trigger's, names a table or column that is not there."""
+    driver: Any = error.driver_exception
+    if state := sqlstate_of(error):
+        return state in _MISSING_STATES and not driver.diag.context
+    named = str(driver).removeprefix("no such table: ").partition(".")
+    return _code_of(error) == sqlite3.SQLITE_ERROR and (named[2] or named[0]) in _TABLES
 
 
 def _words(error: DBAPIError, *, of_rows: bool) -> tuple[str, bool]:

@@ -28,37 +28,66 @@ PREPARE_THRESHOLD: Final = "prepare_threshold"
 """A parameter for psycopg that a URL may have: the number of executions after which it prepares a
 statement on the server, or ``none``."""
 
+_PYTHON_PARAMETERS: Final = frozenset(  # of sqlite3.connect(), as SQLAlchemy takes them
+    {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements"}
+)
+_MOST_PORT: Final = 65_535
 _SECRETS: Final = ("sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key")
 _REPEATABLE: Final = ("host", "port", "options")
 
 
-def read_url(url: str | URL) -> URL:
+def read_url(url: str | Path | URL) -> URL:
     """Parse a URL; a password in its query becomes the URL's password, which is never shown.
+
+    A `Path` is the file of an SQLite database.
 
     Raises:
         UnsupportedDatabase: It is not the URL of a supported database, or a password in it is not
             percent-encoded.
         BadArgument: A parameter is not supported, given twice, or has a wrong value.
     """
-    try:
-        parsed = make_url(url)
-        parsed.get_dialect()
-    except (ArgumentError, NoSuchModuleError):
-        raise UnsupportedDatabase(f"url: not a supported database's URL; {REMEDY}") from None
-    except ValueError:  # the port is not a number
-        raise UnsupportedDatabase(f"url: the port is not a number: {_ENCODE}") from None
+    parsed = _parsed(url)
     if "plugin" in parsed.query:
         raise BadArgument("url: plugins of SQLAlchemy are not supported; leave the parameter out")
     if parsed.get_backend_name() == "postgresql":
         if "@" in (parsed.host or "") or (isinstance(url, str) and _has_stray_at(url, parsed)):
             raise UnsupportedDatabase(f"url: it has one @ too many: {_ENCODE}")
         return _with_password_in_its_place(parsed)
+    _check_sqlite(parsed)
+    return parsed
+
+
+def _check_sqlite(url: URL) -> None:
+    if "uri" not in url.query and not _PYTHON_PARAMETERS.issuperset(url.query):
+        raise BadArgument(
+            "url: SQLite's own parameters need uri=true, as in "
+            "sqlite:///file:path/to/file.db?mode=ro&uri=true"
+        )
     try:
-        parsed.get_dialect()().create_connect_args(parsed)
+        url.get_dialect()().create_connect_args(url)
+    except ArgumentError:  # it has a host, user, password or port
+        raise UnsupportedDatabase(
+            "url: a file's path comes after three slashes, sqlite:///path/to/file.db, or after "
+            "four if it is absolute"
+        ) from None
     except ValueError:
         raise BadArgument(
             "url: the value of a parameter has the wrong type; write it as in timeout=5"
         ) from None
+
+
+def _parsed(url: str | Path | URL) -> URL:
+    try:
+        parsed = URL.create("sqlite", database=str(url)) if isinstance(url, Path) else make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError):
+        if isinstance(url, str) and url.startswith("postgres:"):
+            raise UnsupportedDatabase("url: write postgresql:// instead of postgres://") from None
+        raise UnsupportedDatabase(f"url: not a supported database's URL; {REMEDY}") from None
+    except ValueError:
+        raise UnsupportedDatabase(f"url: the port is not a number: {_ENCODE}") from None
+    if parsed.port is not None and not 0 < parsed.port <= _MOST_PORT:
+        raise UnsupportedDatabase(f"url: the port must be 1 to {_MOST_PORT}: {_ENCODE}")
     return parsed
 
 
@@ -83,6 +112,13 @@ def _with_password_in_its_place(url: URL) -> URL:
     password, user = _single(url, "password"), _single(url, "user")
     moved = url.difference_update_query(["password", "user"])
     return moved.set(username=user or url.username or "", password=password)
+
+
+def url_text(url: str | Path) -> str:
+    """The URL as text; a `Path` is the file of an SQLite database."""
+    if not isinstance(url, Path):
+        return url
+    return URL.create("sqlite", database=str(url)).render_as_string()
 
 
 def shown(url: URL) -> str:

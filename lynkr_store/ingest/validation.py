@@ -87,7 +87,7 @@ def row_of(
     Raises:
         ValidationError: The record is not valid; the error names the field, and no value.
     """
-    columns, mended = rows_of([record], stamp_ms, policy)
+    columns, mended = _completed([checked(record, stamp_ms)], policy)
     return {name: column[0] for name, column in columns.items()}, tuple(mended)
 
 
@@ -97,11 +97,26 @@ def rows_of(
     """As `row_of`, for several records; returns the columns of their rows.
 
     Raises:
-        ValidationError: A record is not valid.
+        BadArgument: A record is not valid; the message names its place, its fields, and what they
+            need. Or ``records`` is no iterable of records.
     """
-    each = [checked(record, stamp_ms) for record in records]
-    if not each:
-        return {}, []
+    if isinstance(records, Mapping) or not isinstance(records, Iterable):
+        raise BadArgument("records: give several records, as in a list")
+    each = []
+    for place, record in enumerate(records):
+        try:
+            each.append(checked(record, stamp_ms))
+        except ValidationError as error:
+            refused = _refused(f"record {place}", error, record)
+        else:
+            continue
+        raise refused
+    return _completed(each, policy) if each else ({}, [])
+
+
+def _completed(
+    each: list[tuple[Row, tuple[str, ...]]], policy: TextPolicy
+) -> tuple[Columns, list[str]]:
     columns = by_column([row for row, _ in each])
     mended = [cause for _, causes in each for cause in causes]
     return columns, mended + complete(columns, policy, new_ids().__next__)
@@ -258,13 +273,17 @@ def refuse_invalid(record: Mapping[str, Any] | RoutingEvent) -> None:
     try:
         checked(record, 0)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
-        first, words = rejection_of(error, record), [_words(each) for each in found]
+        refused = _refused("record", error, record)
     except Exception as error:  # noqa: BLE001 - a value's own methods
         raise BadArgument(f"record: a value raised {type(error).__name__}") from None
     else:
         return
-    raise BadArgument(f"record: {'; '.join(words)} ({first})")
+    raise refused
+
+
+def _refused(which: str, error: ValidationError, record: object) -> BadArgument:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return BadArgument(f"{which}: {'; '.join(map(_words, found))} ({rejection_of(error, record)})")
 
 
 def _words(error: ErrorDetails) -> str:

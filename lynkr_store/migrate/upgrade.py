@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError
@@ -32,7 +32,7 @@ _turns: Final[dict[int, threading.Lock]] = {}
 
 
 def upgrade(
-    target: "Engine | AsyncEngine | URL | str",
+    target: "Engine | AsyncEngine | URL | Path | str",
     revision: str = "head",
     *,
     wait_s: float = WAIT_S,
@@ -111,15 +111,18 @@ def permitted(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def _engine_of(target: "Engine | AsyncEngine | URL | str") -> Iterator[Engine]:
+def _engine_of(target: "Engine | AsyncEngine | URL | Path | str") -> Iterator[Engine]:
     """Give an engine that works in the schema which the target or the environment names."""
-    own = getattr(target, "sync_engine", target)
+    own: Any = getattr(target, "sync_engine", target)
     schema = schema_of(own) if isinstance(own, Engine) else None
     schema = schema or DatabaseSettings().schema_name
     if isinstance(target, Engine):
         yield target if schema_of(target) else in_schema(target, schema)
         return
-    url = parse_url(target if isinstance(target, str | URL) else target.url)
+    given: object = target if own is target else own.url
+    if not isinstance(given, str | Path | URL):
+        raise BadArgument("target: give a URL, or an engine")
+    url = parse_url(given)
     if is_memory(url) and own is not target:
         raise BadArgument(
             "target: a database in memory has only one connection, so only its store can upgrade it"

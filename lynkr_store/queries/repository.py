@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal, overload
 
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
@@ -62,17 +62,25 @@ class RoutingRepository:
             the Session is bound to (of several stores, the last one created); without a store, the
             settings ``LYNKR_STORE_CAPTURE_TEXT`` and ``LYNKR_STORE_TEXT_MAX_CHARS``.
         before_statistic: Called with the Session before the statement of a statistic.
+
+    Raises:
+        BadArgument: ``session`` is no Session.
     """
 
     def __init__(
         self,
-        session: Session,
+        session: Session | scoped_session[Session],
         *,
         clock: Callable[[], int] = epoch_ms_now,
         policy: TextPolicy | None = None,
         before_statistic: Callable[[Session], None] = lambda _: None,
     ) -> None:
-        self._session = session
+        if not isinstance(session, Session | scoped_session):
+            raise BadArgument(
+                "session: give a Session, as in Session(engine); with an AsyncSession call "
+                "await session.run_sync(lambda session: RoutingRepository(session).query())"
+            )
+        self._session = session() if isinstance(session, scoped_session) else session
         self._clock = clock
         self._given_policy = policy
         self._before_statistic = before_statistic
@@ -209,8 +217,9 @@ class RoutingRepository:
             skips some.
 
         Raises:
-            ValidationError: A record is invalid, or no policy was given and the environment's is
-                invalid (a ``ValueError``); nothing is added.
+            BadArgument: A record is invalid; nothing is added. The message names its place among
+                the records, its fields, and what they need. Or no policy was given, and the
+                environment's is invalid.
             RowRejected: The database refuses a row; nothing is added.
             UnsupportedDatabase: The connection's client encoding is not UTF-8.
             StoreUnavailable: The database cannot be reached, or refuses every record.

@@ -13,6 +13,7 @@ from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import epoch_ms, values
 from lynkr_store.schemas.base import FrozenInput
 from lynkr_store.schemas.events import NAME_MAX_CHARS, sanitize_text
+from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
 _MAX_VALUES: Final = (
     1_000  # well below the number of parameters that a statement may have on either backend
@@ -214,6 +215,22 @@ def checked_age(older_than: object) -> timedelta:
     if age < timedelta():
         raise BadArgument(f"older_than: {words}")
     return age
+
+
+def checked_clock(clock: Callable[[], int]) -> Callable[[], int]:
+    """A clock that tells epoch milliseconds.
+
+    Raises:
+        BadArgument: It raises an exception, or returns something else, such as seconds.
+    """
+    words = "give a function that returns epoch milliseconds, as in time.time_ns() // 1_000_000"
+    try:
+        now: object = clock()
+    except Exception as error:
+        raise BadArgument(f"clock: {words}; this one raised {type(error).__name__}") from error
+    if type(now) is not int or not INSTANT_MIN_MS <= now < INSTANT_MAX_MS:
+        raise BadArgument(f"clock: {words}, of the years 2000 to 2099")
+    return clock
 
 
 def checked_seconds(seconds: object, name: str) -> float:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BeforeValidator, Field
 
+from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import values
 from lynkr_store.schemas.base import FrozenInput, FrozenOutput, construct_all, utc
 
@@ -70,14 +71,14 @@ class Cursor(FrozenInput):
         """Parse the text form, ``<epoch ms>:<id>``.
 
         Raises:
-            ValueError: The text has another form.
+            BadArgument: The text has another form.
         """
         with suppress(ValueError):
             if found := _CURSOR_TEXT.fullmatch(text):
                 instant, *parts, row_id = found.groups()
                 timestamp = float(instant) if any(parts) else int(instant)
                 return cls(timestamp=timestamp, id=int(row_id))
-        raise ValueError(
+        raise BadArgument(
             "a cursor is <epoch ms>:<id>: give the cursor of the previous page's last row"
         )
 

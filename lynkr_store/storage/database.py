@@ -22,6 +22,7 @@ from lynkr_store.db.sqlite import WAL_PAGES, ensure_begun
 from lynkr_store.db.urls import file_of, is_memory
 from lynkr_store.exceptions import (
     BadArgument,
+    LynkrStoreError,
     OutcomeUnknown,
     SchemaBehind,
     StoreUnavailable,
@@ -184,7 +185,7 @@ class Database(Forkable):
         """
         try:
             yield
-        except StoreUnavailable as error:
+        except LynkrStoreError as error:
             if error.unclear:
                 self.check_again()
             raise

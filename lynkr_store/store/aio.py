@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from lynkr_store.backend import Backend
@@ -12,7 +13,7 @@ from lynkr_store.db.engines import check_host_engine, create_store_async_engine,
 from lynkr_store.db.errors import translated
 from lynkr_store.db.event_loops import EnginePerLoop, Engines, HostsEngine
 from lynkr_store.db.forking import keep_out_of_children
-from lynkr_store.exceptions import BadArgument, StoreUnavailable
+from lynkr_store.exceptions import BadArgument, LynkrStoreError
 from lynkr_store.ingest.validation import policy_of
 from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
 from lynkr_store.maintenance.run import BUDGET_S
@@ -73,7 +74,7 @@ class AsyncStore(Core):
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | Path | None = None,
         *,
         engine: "AsyncEngine | None" = None,
         settings: StoreSettings | None = None,
@@ -105,6 +106,7 @@ class AsyncStore(Core):
         return engine
 
     async def __aenter__(self) -> Self:
+        self._require_open()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -274,7 +276,7 @@ class AsyncStore(Core):
                     finally:
                         if self._closed or engine.pool is not pool:  # see `closed_if_disposed`
                             await connection.invalidate()
-        except StoreUnavailable as error:
+        except LynkrStoreError as error:
             if error.unclear:
                 await in_thread("open", self._database.check_again)
             raise

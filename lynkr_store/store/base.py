@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar, Unpack
 
 from sqlalchemy import URL, Engine
@@ -16,7 +17,7 @@ from sqlalchemy.orm import Session
 from lynkr_store.cache import TTLCache
 from lynkr_store.db.errors import translated
 from lynkr_store.db.postgresql import plan_for_any
-from lynkr_store.db.urls import file_of, shown
+from lynkr_store.db.urls import file_of, shown, url_text
 from lynkr_store.exceptions import BadArgument, RollupsRefused, StoreClosed
 from lynkr_store.ingest.spool import Spool, clashes
 from lynkr_store.ingest.validation import policy_of, refuse_invalid
@@ -36,6 +37,7 @@ from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import (
     Window,
     checked_age,
+    checked_clock,
     checked_provider,
     checked_seconds,
     checked_window,
@@ -57,7 +59,7 @@ class Core:
 
     def __init__(
         self,
-        url: str | None,
+        url: str | Path | None,
         engine: Engine | None,
         settings: StoreSettings | None,
         clock: Callable[[], int] | None,
@@ -66,11 +68,13 @@ class Core:
     ) -> None:
         if url is not None and engine is not None:
             raise BadArgument("url, engine: give one of the two")
-        settings = settings or StoreSettings()
+        settings = StoreSettings() if settings is None else settings
+        if not isinstance(settings, StoreSettings):
+            raise BadArgument("settings: give a StoreSettings")
         if url is not None:
-            settings = settings.model_copy(update={"url": url})
+            settings = settings.model_copy(update={"url": url_text(url)})
         self._settings = settings
-        self._clock = clock or epoch_ms_now
+        self._clock = epoch_ms_now if clock is None else checked_clock(clock)
         self._policy = policy_of(settings)
         self._strict = settings.strict
         self._database = Database(settings, engine, read_only=read_only)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from sqlalchemy import Engine
@@ -35,7 +36,8 @@ class Store(Core):
     Threads may share it.
 
     Args:
-        url: The database; default ``LYNKR_STORE_URL``, else ``sqlite:///.lynkr/telemetry.db``.
+        url: The database; default ``LYNKR_STORE_URL``, else ``sqlite:///.lynkr/telemetry.db``. A
+            `Path` is the file of an SQLite database.
         engine: The host's own Engine instead, which the store uses and never disposes. The host
             sets its PRAGMAs and BEGIN mode.
         settings: Every other option; default from the environment (``LYNKR_STORE_*``).
@@ -47,12 +49,13 @@ class Store(Core):
     Raises:
         UnsupportedDatabase: The URL names no supported database or driver.
         MissingDriver: The driver is not installed.
-        BadArgument: Both ``url`` and ``engine``, or an engine that cannot be shared.
+        BadArgument: Both ``url`` and ``engine``, an engine that cannot be shared, or a clock that
+            does not tell epoch milliseconds.
     """
 
     def __init__(
         self,
-        url: str | None = None,
+        url: str | Path | None = None,
         *,
         engine: Engine | None = None,
         settings: StoreSettings | None = None,
@@ -62,6 +65,7 @@ class Store(Core):
         super().__init__(url, engine, settings, clock, read_only=read_only)
 
     def __enter__(self) -> Self:
+        self._require_open()
         return self
 
     def __exit__(self, *exc: object) -> None:

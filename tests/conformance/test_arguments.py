@@ -4,7 +4,6 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pendulum
 import pytest
-from pydantic import ValidationError
 
 from lynkr_store import BadArgument, Cursor, RoutingFilter, Window
 from tests.support.values import AT, OwnDuration
@@ -74,7 +73,7 @@ BAD_ARGUMENTS = [
 def test_arguments_at_and_beyond_the_ends_are_named(open_store):
     store = open_store()
     for call, name in BAD_ARGUMENTS:
-        with pytest.raises((BadArgument, ValidationError, ValueError), match=name):
+        with pytest.raises(ValueError, match=name):
             call(store)
     assert store.query() == [], "nor is it closed"
 

@@ -337,7 +337,7 @@ def test_add_many_is_all_or_none(open_store):
     store = open_store(cache_ttl_s=0)
     assert store.add_many(RecordFactory.build_batch(3)) == 3
     assert store.add_many([]) == 0
-    with pytest.raises(ValidationError, match="provider"):
+    with pytest.raises(BadArgument, match="record 1: provider"):
         store.add_many([RecordFactory(), {"tier": "SIMPLE"}])
     assert len(store.query()) == 3
     assert store.health().submitted == 0, "what is written at once is no record in the queue"

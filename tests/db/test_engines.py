@@ -243,7 +243,6 @@ def test_without_a_wal_a_commit_waits_for_readers(tmp_path):
     "url",
     [
         "mysql://h/d",
-        "postgres://h/d",
         "postgresql+asyncpg://h/d",
         "postgresql+psycopg2://h/d",
         "sqlite+pysqlcipher:///x",

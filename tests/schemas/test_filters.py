@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
-from lynkr_store import RoutingFilter, Store, StoreSettings, Window
+from lynkr_store import BadArgument, RoutingFilter, Store, StoreSettings, Window
 from tests.support.stores import eventually
 
 NAIVE = datetime(2026, 1, 1)  # noqa: DTZ001
@@ -137,8 +137,21 @@ def test_an_argument_wins_over_the_environment_and_that_over_the_default(monkeyp
     ],
 )
 def test_bad_options_are_named(name, value):
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(BadArgument, match=f"^{name}: "):
         StoreSettings(**{name: value})
+
+
+def test_a_bad_option_of_the_environment_names_its_variable(monkeypatch):
+    monkeypatch.setenv("LYNKR_STORE_QUEUE_MAX_ROWS", "s3cret")
+    monkeypatch.setenv("LYNKR_STORE_SCHEMA", "pg_s3cret")
+    with pytest.raises(BadArgument) as refused:
+        StoreSettings(cache_ttl_s=-1)
+    words = str(refused.value).split("; ")
+    assert [word.partition(":")[0] for word in words] == [
+        *("LYNKR_STORE_SCHEMA", "cache_ttl_s", "LYNKR_STORE_QUEUE_MAX_ROWS"),
+    ]
+    assert "s3cret" not in str(refused.value)
+    assert refused.value.__context__ is None
 
 
 ENDS = {

@@ -246,11 +246,10 @@ def test_a_file_of_an_odd_name_is_shown(tmp_path):
     check_obeyed_by_none(said)
 
 
-def test_a_setting_that_is_none_is_said_line_by_line():
+def test_a_setting_that_is_none_names_its_variable():
     finished = run("stats", LYNKR_STORE_CACHE_TTL_S="[red]\x1b[31m")
     assert finished.returncode == 2
-    assert "cache_ttl_s" in finished.stderr
-    assert finished.stderr.count("\n") > 1
+    assert "LYNKR_STORE_CACHE_TTL_S" in finished.stderr
     check_obeyed_by_none(finished.stdout, finished.stderr)
 
 
