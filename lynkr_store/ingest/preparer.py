@@ -28,6 +28,9 @@ class Preparer:
         batch_rows: The most records in one batch.
         wake_rows: The number of queued records at which this thread is woken.
         interval_s: Seconds after which a batch is due even if it is not full.
+
+    Attributes:
+        interval_s: The same; it may be changed.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Preparer:
         self._policy = policy
         self._batch_rows = batch_rows
         self._wake_rows = wake_rows
-        self._interval_s = interval_s
+        self.interval_s = interval_s
         self._builder = BatchBuilder()
         self._new_id = new_ids().__next__
 
@@ -77,7 +80,7 @@ class Preparer:
                 if queue.closed:
                     return False
             elif due_at is None:
-                due_at = now + self._interval_s
+                due_at = now + self.interval_s
             if due_at is not None and (
                 waiting >= self._batch_rows
                 or queue.closed

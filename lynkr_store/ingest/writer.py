@@ -31,6 +31,7 @@ CLOSE_S: Final = 5.0
 """Seconds that a close takes at most, where nothing else is said."""
 
 _THREADS: Final = 2
+_SOON_S: Final = 0.01
 _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
 _STUCK_S: Final = 0.1  # and for a thread whose driver's call does not return
 _RESTART_S: Final = 0.1  # until a thread that something ended goes on
@@ -57,6 +58,7 @@ class Writer(Forkable):
 
     Attributes:
         submit: See `lynkr_store.ingest.queue.RecordQueue.submit`.
+        in_child: Called in a child of a fork by a thread that records, again until it returns True.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the composition
@@ -85,6 +87,8 @@ class Writer(Forkable):
         self._spool_after_s = spool_after_s
         self._forget_after_ms = forget_after_ms
         self._has_forgotten = has_forgotten
+        self.in_child: Callable[[], bool] | None = None
+        self._at_ring: Callable[[], bool] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -105,7 +109,7 @@ class Writer(Forkable):
             forget_after_ms=self._forget_after_ms,
             has_forgotten=self._has_forgotten,
         )
-        preparer = Preparer(
+        self._preparer = preparer = Preparer(
             self._handoff,
             self._spooling,
             policy=self._policy,
@@ -160,6 +164,8 @@ class Writer(Forkable):
 
     def _ring(self) -> None:
         """Wake the preparing thread; the first record has the threads started."""
+        if self._at_ring is not None and self._at_ring():
+            self._at_ring = None
         self._handoff.ring()
         if len(self._threads) < _THREADS:
             on_exit_of_worker(self, _closing(self))  # it may end before the threads are there
@@ -226,6 +232,10 @@ class Writer(Forkable):
         if handoff.settled < target:
             self._ring()  # which starts the threads, too, where that failed before
         return target
+
+    def write_at_once(self) -> None:
+        """From now on write each record as soon as possible: the process is about to end."""
+        self._interval_s = self._preparer.interval_s = _SOON_S
 
     def close(self, timeout_s: float) -> None:
         """Take no more records, write what is there, and spool or count what could not be.
@@ -305,6 +315,7 @@ class Writer(Forkable):
         if without:
             self._make_spool = None
         self._reset()
+        self._at_ring = self.in_child
         if without:
             self._handoff.note_fault(
                 SpoolError(

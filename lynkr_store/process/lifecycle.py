@@ -146,7 +146,8 @@ class SigtermHandler:
     """Runs a function on SIGTERM, then the handler that would have run without it.
 
     Args:
-        end: Called in the main thread.
+        end: Called in the main thread, with whether the program has a handler of its own, which may
+            continue for a while, as servers do until their requests are answered.
 
     A process that is process 1 of a container does not end by a signal that it sends to itself. If
     there was no other handler, it exits with 143, as a shell reports for a process that SIGTERM
@@ -157,9 +158,10 @@ class SigtermHandler:
             handler is not Python's.
     """
 
-    def __init__(self, end: Callable[[], None]) -> None:
+    def __init__(self, end: Callable[[bool], None]) -> None:
         self._end = end
         self._handling = False
+        self._process = os.getpid()
         # before the installation: the signal may come at once
         self._previous: Any = signal.getsignal(signal.SIGTERM)
         if self._previous is None:
@@ -181,10 +183,29 @@ class SigtermHandler:
             with contextlib.suppress(ValueError):  # not the main thread: it stays, and only chains
                 signal.signal(signal.SIGTERM, self._previous)
 
+    def install_in_child(self) -> bool:
+        """In a child of a fork: install the handler again if the program replaced it.
+
+        A server's worker sets its handlers after the fork. In the process that opened the store a
+        handler that was installed later stays.
+
+        Returns:
+            False if this is not the main thread, and so the handler may still have to be installed.
+        """
+        if self._process != os.getpid():
+            if threading.current_thread() is not threading.main_thread():
+                return False
+            current = signal.getsignal(signal.SIGTERM)
+            if current not in (None, self._handle):
+                self._previous, self._handling = current, False
+                signal.signal(signal.SIGTERM, self._handle)
+            self._process = os.getpid()
+        return True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._handling:  # a second signal does not wait for the first
             self._handling = True
-            self._end()
+            self._end(callable(self._previous))
         if callable(self._previous):
             self._previous(number, frame)
         elif self._previous != signal.SIG_IGN:

@@ -129,7 +129,8 @@ class Core:
             on_fork(part)
         self._sigterm: SigtermHandler | None = None
         if settings.handle_sigterm:  # last: the signal may come at once, and needs all of the above
-            self._sigterm = SigtermHandler(_closing(self))
+            self._sigterm = SigtermHandler(_ending(self))
+            self._writer.in_child = self._sigterm.install_in_child
         if settings.spool_path:
             self._writer.start()  # what an earlier process left is written without being asked
 
@@ -375,15 +376,25 @@ def _forget(close: Callable[[], None]) -> None:
     atexit.unregister(close)
 
 
-def _closing(core: Core) -> Callable[[], None]:
-    """A function that closes the store's writer and does not keep the store alive."""
+def _ending(core: Core) -> Callable[[bool], None]:
+    """A function for SIGTERM, which does not keep the store alive.
+
+    Where the process goes on for a while, the store stays open, so that requests in progress can
+    record; unless the database does not answer: then only `close` puts records into the spool.
+    """
     reference = weakref.ref(core)
 
-    def close() -> None:
-        if (alive := reference()) is not None:
+    def end(goes_on: bool) -> None:  # noqa: FBT001 - its only argument
+        if (alive := reference()) is None:
+            return
+        if not goes_on:
             alive._do_close(CLOSE_S)  # noqa: SLF001 - this module's own
+        elif alive._do_flush(CLOSE_S / 2):  # noqa: SLF001
+            alive._writer.write_at_once()  # noqa: SLF001
+        else:
+            alive._do_close(CLOSE_S / 2)  # noqa: SLF001
 
-    return close
+    return end
 
 
 def _spool_maker(settings: StoreSettings, url: URL) -> Callable[[], Spool]:

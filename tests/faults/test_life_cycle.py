@@ -663,12 +663,13 @@ def test_a_store_that_is_forgotten_in_its_own_thread_writes_what_is_there(progra
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sigterm_closes_and_then_the_hosts_handler_runs(program, url, kind):
+def test_sigterm_writes_everything_and_then_the_hosts_handler_runs(program, url, kind):
     lines = program(
         """
         def host(number, frame):
             h = checked(store)
-            say("host", number, h.written, h.pending, store.record(provider="p"))
+            say("host", number, h.written, h.pending)
+            assert store.record(provider="p", request_id="late-0")  # of a request in progress
             sys.exit(9)
 
         signal.signal(signal.SIGTERM, host)
@@ -681,8 +682,58 @@ def test_sigterm_closes_and_then_the_hosts_handler_runs(program, url, kind):
         url,
         expect=9,
     )
-    assert lines == ["host 15 50 0 False"]
-    assert stored(url) == once(r=50)
+    assert lines == ["host 15 50 0"]
+    assert stored(url) == once(r=50, late=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_sigterm_records_are_written_at_once_while_the_host_goes_on(program, url, kind):
+    lines = program(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: say("host"))
+        store = opened(*sys.argv[1:3], handle_sigterm=True)  # it writes once an hour
+        record(store, "r", 50)
+        os.kill(os.getpid(), signal.SIGTERM)
+        record(store, "late", 3)
+        deadline = time.monotonic() + 60
+        while checked(store).pending and time.monotonic() < deadline:
+            time.sleep(0.01)
+        say(checked(store).written)
+        os._exit(0)
+        """,
+        kind,
+        url,
+    )
+    assert lines == ["host", "53"]
+    assert stored(url) == once(r=50, late=3)
+
+
+def test_sigterm_spools_what_cannot_be_written_before_the_hosts_handler_runs(program, tmp_path):
+    url = at_head(f"sqlite:///{tmp_path}/telemetry.db")
+    lines = program(
+        """
+        import sqlite3
+
+        def host(number, frame):
+            h = checked(store)
+            say(h.written, h.spooled, h.pending, round(time.monotonic() - told) < 6)
+            os._exit(0)
+
+        url, spool = sys.argv[1:3]
+        signal.signal(signal.SIGTERM, host)
+        store = opened("sync", url, handle_sigterm=True, spool_path=spool)
+        store.query()
+        other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        record(store, "r", 50)
+        told = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        """,
+        url,
+        tmp_path / "spool.db",
+        noise=".*",
+    )
+    assert lines == ["0 50 0 True"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

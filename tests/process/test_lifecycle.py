@@ -354,7 +354,7 @@ def test_nothing_is_registered_in_this_process():
 def test_it_ends_and_then_the_handler_runs_that_was_there_before(sigterm):
     order = []
     signal.signal(signal.SIGTERM, lambda number, frame: order.append((number, frame is not None)))
-    SigtermHandler(lambda: order.append("ended"))
+    SigtermHandler(lambda _: order.append("ended"))
     signal.raise_signal(signal.SIGTERM)
     assert order == ["ended", (signal.SIGTERM, True)]
 
@@ -362,7 +362,7 @@ def test_it_ends_and_then_the_handler_runs_that_was_there_before(sigterm):
 def test_a_second_signal_does_not_end_twice(sigterm):
     order = []
 
-    def end():
+    def end(_):
         order.append("ending")
         signal.raise_signal(signal.SIGTERM)
         order.append("ended")
@@ -379,7 +379,7 @@ def test_without_one_before_the_process_dies_of_the_signal():
         import os, signal
         from lynkr_store.process.lifecycle import SigtermHandler
 
-        SigtermHandler(lambda: os.write(1, b"ended"))
+        SigtermHandler(lambda _: os.write(1, b"ended"))
         signal.raise_signal(signal.SIGTERM)
         os.write(1, b"never")
         """,
@@ -390,7 +390,7 @@ def test_without_one_before_the_process_dies_of_the_signal():
 def test_where_it_was_ignored_the_process_lives_on(sigterm):
     ended = []
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    SigtermHandler(lambda: ended.append(1))
+    SigtermHandler(lambda _: ended.append(1))
     signal.raise_signal(signal.SIGTERM)
     assert ended == [1]
 
@@ -398,8 +398,8 @@ def test_where_it_was_ignored_the_process_lives_on(sigterm):
 def test_two_handlers_both_end_the_newer_first(sigterm):
     order = []
     signal.signal(signal.SIGTERM, lambda *_: order.append("host"))
-    SigtermHandler(lambda: order.append("first"))
-    SigtermHandler(lambda: order.append("second"))
+    SigtermHandler(lambda _: order.append("first"))
+    SigtermHandler(lambda _: order.append("second"))
     signal.raise_signal(signal.SIGTERM)
     assert order == ["second", "first", "host"]
 
@@ -407,7 +407,7 @@ def test_two_handlers_both_end_the_newer_first(sigterm):
 def test_a_host_that_comes_later_calls_it_as_its_previous_one(sigterm):
     order = []
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    SigtermHandler(lambda: order.append("ended"))
+    SigtermHandler(lambda _: order.append("ended"))
     previous = signal.getsignal(signal.SIGTERM)
 
     def host(number, frame):
@@ -422,7 +422,7 @@ def test_a_host_that_comes_later_calls_it_as_its_previous_one(sigterm):
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL, lambda *_: None])
 def test_removed_it_leaves_the_handler_that_was_there_before(sigterm, before):
     signal.signal(signal.SIGTERM, before)
-    handler = SigtermHandler(lambda: None)
+    handler = SigtermHandler(lambda _: None)
     assert signal.getsignal(signal.SIGTERM) != before
     handler.remove()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -433,8 +433,8 @@ def test_removed_it_leaves_the_handler_that_was_there_before(sigterm, before):
 def test_removed_behind_a_newer_one_it_stays_in_the_chain(sigterm):
     order = []
     signal.signal(signal.SIGTERM, lambda *_: order.append("host"))
-    first = SigtermHandler(lambda: order.append("first"))
-    second = SigtermHandler(lambda: order.append("second"))
+    first = SigtermHandler(lambda _: order.append("first"))
+    second = SigtermHandler(lambda _: order.append("second"))
     first.remove()
     signal.raise_signal(signal.SIGTERM)
     assert order == ["second", "first", "host"]
@@ -448,7 +448,7 @@ def test_removed_behind_a_newer_one_it_stays_in_the_chain(sigterm):
 def test_removed_in_another_thread_it_only_chains(sigterm):
     order = []
     signal.signal(signal.SIGTERM, lambda *_: order.append("host"))
-    handler = SigtermHandler(lambda: order.append("ended"))
+    handler = SigtermHandler(lambda _: order.append("ended"))
     thread = threading.Thread(target=handler.remove)
     thread.start()
     thread.join(60)
@@ -461,7 +461,7 @@ def test_another_thread_gets_an_error_with_the_remedy(sigterm):
 
     def make():
         try:
-            SigtermHandler(lambda: None)
+            SigtermHandler(lambda _: None)
         except BadArgument as error:
             told.append(str(error))
 
@@ -505,7 +505,7 @@ def test_process_1_ends_with_143_where_nothing_was_to_run(how, count):
         from lynkr_store.process.lifecycle import SigtermHandler
 
         assert os.getpid() == 1
-        handlers = [SigtermHandler(lambda: os.write(1, b"ended ")) for _ in range({count})]
+        handlers = [SigtermHandler(lambda _: os.write(1, b"ended ")) for _ in range({count})]
         {how}
         time.sleep(30)
         os.write(1, b"never")
@@ -520,7 +520,7 @@ def test_process_1_continues_where_its_own_handler_lets_it(before):
         from lynkr_store.process.lifecycle import SigtermHandler
 
         signal.signal(signal.SIGTERM, {before})
-        handler = SigtermHandler(lambda: os.write(1, b"ended "))
+        handler = SigtermHandler(lambda _: os.write(1, b"ended "))
         os.kill(1, 15)
         handler.remove()
         os.kill(1, 15)
@@ -598,7 +598,7 @@ def test_a_child_ends_for_itself():
         import os, signal
         from lynkr_store.process.lifecycle import SigtermHandler
 
-        SigtermHandler(lambda: os.write(1, f"ended:{os.getpid()} ".encode()))
+        SigtermHandler(lambda _: os.write(1, f"ended:{os.getpid()} ".encode()))
         pid = os.fork()
         if not pid:
             signal.raise_signal(signal.SIGTERM)
@@ -610,3 +610,53 @@ def test_a_child_ends_for_itself():
     assert ended == f"ended:{child}"
     assert int(status) == -signal.SIGTERM
     assert parent != child
+
+
+def test_in_a_child_a_handler_that_a_server_replaced_is_installed_again():
+    words = run("""
+        import os, signal, threading
+        from lynkr_store.process.lifecycle import SigtermHandler
+
+        def of_a_worker(number, frame):
+            os.write(1, b"worker's ")
+
+        handler = SigtermHandler(lambda goes_on: os.write(1, f"ended:{goes_on} ".encode()))
+        pid = os.fork()
+        if not pid:
+            signal.signal(signal.SIGTERM, of_a_worker)
+            answers = []
+            aside = threading.Thread(target=lambda: answers.append(handler.install_in_child()))
+            aside.start()
+            aside.join()
+            answers += [handler.install_in_child(), handler.install_in_child()]
+            signal.raise_signal(signal.SIGTERM)
+            os.write(1, f"{answers}".replace(" ", "").encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+    """)
+    assert words == ["ended:True", "worker's", "[False,True,True]"]
+
+
+def test_in_the_process_of_the_store_a_later_handler_stays():
+    words = run("""
+        import os, signal
+        from lynkr_store.process.lifecycle import SigtermHandler
+
+        handler = SigtermHandler(lambda _: os.write(1, b"ended "))
+        signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"later "))
+        assert handler.install_in_child()
+        signal.raise_signal(signal.SIGTERM)
+    """)
+    assert words == ["later"]
+
+
+def test_in_a_child_that_an_embedding_program_handles_nothing_is_installed(monkeypatch):
+    handler = SigtermHandler(lambda _: None)
+    try:
+        monkeypatch.setattr("lynkr_store.process.lifecycle.os.getpid", lambda: 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "getsignal", lambda _: None)
+            assert handler.install_in_child()
+        assert signal.getsignal(signal.SIGTERM) == handler._handle
+    finally:
+        handler.remove()
