@@ -21,9 +21,10 @@ from rich.console import Console
 from sqlalchemy import Engine
 
 from lynkr_store.cli import render
-from lynkr_store.db.dialect import disposing
+from lynkr_store.db.dialect import disposing, parse_url
 from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.errors import translated
+from lynkr_store.db.urls import file_of
 from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
 from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
@@ -35,6 +36,7 @@ from lynkr_store.settings import DatabaseSettings, StoreSettings
 from lynkr_store.storage import identities
 from lynkr_store.storage.read_only import inspecting_engine
 from lynkr_store.store.sync import Store
+from lynkr_store.version import __version__
 
 _LOOK_S: Final = 10.0  # a person waits longer for the first probe than a poll does
 _SLICES: Final = 48  # columns of the sparkline
@@ -65,9 +67,19 @@ _Url = Annotated[
     str | None,
     typer.Option(help="The database; default LYNKR_STORE_URL, then sqlite:///.lynkr/telemetry.db."),
 ]
-_Json = Annotated[
-    bool, typer.Option("--json", help="Print JSON with the gateway's names and structure.")
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, with every field.")]
+_Gateway = Annotated[
+    bool,
+    typer.Option("--gateway", help="Print JSON with the Node gateway's names and structure."),
 ]
+_Provider = Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")]
+_Tier = Annotated[list[str] | None, typer.Option(help="Only this tier; may be repeated.")]
+_Model = Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")]
+_Session = Annotated[list[str] | None, typer.Option(help="Only this session; may be repeated.")]
+_Request = Annotated[list[str] | None, typer.Option(help="Only this request; may be repeated.")]
+_Type = Annotated[list[str] | None, typer.Option(help="Only this type; may be repeated.")]
+_Method = Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")]
+_Status = Annotated[list[int] | None, typer.Option(help="Only this status; may be repeated.")]
 _Since = Annotated[str | None, typer.Option(help="ISO 8601 with a zone, or epoch milliseconds.")]
 _Until = Annotated[
     str | None, typer.Option(help="The end, which is not included; in the form of --since.")
@@ -84,7 +96,6 @@ _TrustClock = Annotated[
         help="Delete even if the clock is far ahead of the newest row and the last retention.",
     ),
 ]
-_Texts = Annotated[list[str] | None, typer.Option(help="May be repeated.")]
 
 
 def main() -> None:
@@ -115,6 +126,28 @@ def _fail(error: Exception, code: Exit) -> NoReturn:
     sys.exit(code)
 
 
+def _say_version(asked: bool) -> None:  # noqa: FBT001 - typer's callback
+    if asked:
+        render.say(f"lynkr-store {__version__}, revision {revisions.head()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the release and its schema's revision.",
+            callback=_say_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def upgrade(
     revision: Annotated[str, typer.Argument(help="The revision to reach.")] = "head",
@@ -138,6 +171,8 @@ def upgrade(
             lost = revisions.missing_tables(connection) if at_head else []
         if copy := migrate.upgrade(engine, revision, backup=backup):
             render.say(f"copied to {copy}")
+        elif backup:
+            render.say("no copy: there was nothing to change")
         with engine.connect() as connection:
             made = [name for name in lost if name not in revisions.missing_tables(connection)]
             if made:
@@ -165,7 +200,7 @@ def downgrade(
         migrate.write_script(target, revision, script, down=True)
         render.say_script(script.getvalue())
         return
-    with _engine(target) as engine, translated(of_rows=False):
+    with _engine(_there(target)) as engine, translated(of_rows=False):
         migrate.downgrade(engine, revision, drop_data=drop_data)
         with engine.connect() as connection:
             render.say(f"at revision {revisions.current(connection) or 'base'}")
@@ -239,11 +274,12 @@ def stats(
     until: _Until = None,
     last: _Last = None,
     as_json: _Json = False,
+    gateway: _Gateway = False,
 ) -> None:
     """Show the main statistics; by default, of the last 24 hours."""
     window = _window(since, until, last)
     with _reading(url) as store:
-        if as_json:
+        if gateway:
             answer = (
                 store.get_stats(window)
                 if provider is None
@@ -252,15 +288,28 @@ def stats(
             render.say_json(answer and answer.to_gateway())
             return
         figures, accuracy = store.get_stats(window), store.get_routing_accuracy(window)
-        if figures is None or accuracy is None:
-            render.say("no requests in this window")
-            return
-        names = figures.requests_by_provider if provider is None else [provider]
+        of_all = figures.requests_by_provider if figures else {}
+        names = [*of_all] if provider is None else [provider]
         answers = {name: store.get_provider_stats(name, window) for name in names}
         providers = {name: answer for name, answer in answers.items() if answer is not None}
+        if as_json:
+            dumped = {name: answer.model_dump(mode="json") for name, answer in providers.items()}
+            whole = {
+                "stats": figures and figures.model_dump(mode="json"),
+                "accuracy": accuracy and accuracy.model_dump(mode="json"),
+            }
+            render.say_json((whole if provider is None else {}) | {"providers": dumped})
+            return
+        if figures is None or accuracy is None or not providers:
+            of = "" if provider is None else f" of {provider}"
+            render.say(f"no requests{of} in this window")
+            return
         if provider is None:
-            console, slices = Console(), _slices(store, window)
-            parts = render.stats_report(figures, accuracy, providers, slices, width=console.width)
+            ends = window.resolved(epoch_ms_now(), LOOK_BACK)
+            console, slices = Console(), _slices(store, *ends)
+            parts = render.stats_report(
+                figures, accuracy, providers, slices, ends, width=console.width
+            )
             render.show(console, *parts)
         else:
             render.show(
@@ -272,16 +321,22 @@ def stats(
 def query(  # noqa: PLR0913 - one option for each dimension
     *,
     url: _Url = None,
-    provider: _Texts = None,
-    tier: _Texts = None,
-    model: _Texts = None,
-    session_id: _Texts = None,
-    request_id: _Texts = None,
-    request_type: _Texts = None,
-    routing_method: _Texts = None,
-    status_code: Annotated[list[int] | None, typer.Option(help="May be repeated.")] = None,
-    errors: Annotated[bool | None, typer.Option("--errors/--no-errors")] = None,
-    fallback: Annotated[bool | None, typer.Option("--fallback/--no-fallback")] = None,
+    provider: _Provider = None,
+    tier: _Tier = None,
+    model: _Model = None,
+    session_id: _Session = None,
+    request_id: _Request = None,
+    request_type: _Type = None,
+    routing_method: _Method = None,
+    status_code: _Status = None,
+    errors: Annotated[
+        bool | None,
+        typer.Option("--errors/--no-errors", help="Only requests with an error_type; or without."),
+    ] = None,
+    fallback: Annotated[
+        bool | None,
+        typer.Option("--fallback/--no-fallback", help="Only requests that fell back; or did not."),
+    ] = None,
     since: _Since = None,
     until: _Until = None,
     last: _Last = None,
@@ -289,8 +344,11 @@ def query(  # noqa: PLR0913 - one option for each dimension
     before: Annotated[
         str | None, typer.Option(help="The cursor that the previous page ends with.")
     ] = None,
-    text: Annotated[bool, typer.Option("--text", help="With --json: include the texts.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="With --json or --gateway: include the texts.")
+    ] = False,
     as_json: _Json = False,
+    gateway: _Gateway = False,
 ) -> None:
     """List rows, newest first."""
     criteria = RoutingFilter(
@@ -310,8 +368,16 @@ def query(  # noqa: PLR0913 - one option for each dimension
     checked_limit(limit)
     with _reading(url) as store:
         rows = store.query(criteria, window, limit=limit, before=cursor, include_text=text)
-    if as_json:
+    if gateway:
         render.say_json([row.to_gateway() for row in rows])
+    elif as_json:
+        more = len(rows) == limit and rows
+        render.say_json(
+            {
+                "rows": [row.model_dump(mode="json") for row in rows],
+                "next": str(rows[-1].cursor) if more else None,
+            }
+        )
     else:
         render.show(Console(), render.rows_table(rows))
 
@@ -338,8 +404,9 @@ def cleanup(
     as_json: _Json = False,
 ) -> None:
     """Delete rows that are older than an age."""
+    age = _age(older_than)
     with _changing(url) as store:
-        deleted = store.cleanup(_age(older_than), trust_clock=trust_clock)
+        deleted = store.cleanup(age, trust_clock=trust_clock)
     render.say_json({"rows_deleted": deleted}) if as_json else render.say(
         f"{deleted:,} rows deleted"
     )
@@ -414,7 +481,22 @@ def _reading(url: str | None) -> Store:
 
 def _changing(url: str | None) -> Store:
     """Open a store that may change rows, but does not upgrade the schema."""
-    return Store(settings=StoreSettings(url=_target(url), upgrade_on_open=False))
+    return Store(settings=StoreSettings(url=_there(_target(url)), upgrade_on_open=False))
+
+
+def _there(url: str) -> str:
+    """The URL, if it does not name a file that would be created: it may be mistyped.
+
+    Raises:
+        StoreUnavailable: There is no such file.
+    """
+    path = file_of(parse_url(url))
+    if path is not None and not path.exists():
+        raise StoreUnavailable(
+            f"{path} does not exist: give the path of a database, or create one by lynkr-store "
+            "upgrade"
+        )
+    return url
 
 
 def _window(since: str | None, until: str | None, last: str | None) -> Window:
@@ -456,15 +538,8 @@ def _looked(store: Store) -> Health:
     return health
 
 
-def _slices(store: Store, window: Window) -> list[int]:
-    """Count requests in equal parts of the window, from its first row to its last."""
-    since, until = window.resolved(epoch_ms_now(), LOOK_BACK)
-    oldest = _looked(store).oldest_timestamp
-    if oldest is not None:
-        since = max(since, int(oldest.timestamp() * 1000))
-    newest = store.query(window=Window(until=until), limit=1, include_text=False)
-    if newest and newest[0].timestamp is not None:
-        until = min(until, int(newest[0].timestamp.timestamp() * 1000) + 1)
+def _slices(store: Store, since: int, until: int) -> list[int]:
+    """Count requests in equal parts of the window."""
     edges = [since + (until - since) * i // _SLICES for i in range(_SLICES + 1)]
     answers = (
         store.get_routing_accuracy(Window(since=low, until=high)) for low, high in pairwise(edges)

@@ -26,6 +26,7 @@ from lynkr_store.schemas import (
     RoutingAccuracy,
     RoutingRowBrief,
     RoutingStats,
+    utc,
 )
 
 _BAR_CELLS: Final = 12  # the tables fit a terminal of 80 columns
@@ -176,6 +177,7 @@ def stats_report(
     accuracy: RoutingAccuracy,
     providers: Mapping[str, ProviderStats],
     slices: Sequence[int],
+    ends: tuple[int, int],
     *,
     width: int = _WIDE,
 ) -> Iterable[RenderableType]:
@@ -186,6 +188,7 @@ def stats_report(
         accuracy: The window's routing accuracy.
         providers: The statistics of each provider.
         slices: The number of requests in equal parts of the window, oldest first.
+        ends: The window's ends in epoch milliseconds.
         width: Columns of the terminal; a narrow one gets no bars.
     """
     wide = width >= _WIDE
@@ -194,6 +197,7 @@ def stats_report(
     head = _table("", _VALUE, title="Requests")
     head.add_row("requests", f"{stats.total_requests:,}")
     head.add_row("over the window", Text(sparkline(slices), style="cyan"))
+    head.add_row("", _between(ends, len(slices)))
     head.add_row("error rate", f"{stats.error_rate} %")
     head.add_row("cost", cost(stats.total_cost))
     head.add_row("unpriced requests", f"{stats.unpriced_requests:,}")
@@ -231,6 +235,19 @@ def stats_report(
             Text(bar(quality or 0, 100), style="green"),
         )
     yield table
+
+
+def _between(ends: tuple[int, int], width: int) -> str:
+    """The ends of the window, below the sparkline's."""
+    since, until = (_day(ms) for ms in ends)
+    return f"{since}{until:>{max(width - len(since), len(until) + 1)}} UTC"
+
+
+def _day(ms: int) -> str:
+    try:
+        return f"{utc(ms):%Y-%m-%d %H:%M}"
+    except OverflowError:  # a window may begin before the year 1
+        return "…"
 
 
 def _say_source(table: Table, figures: RoutingStats | ProviderStats) -> None:

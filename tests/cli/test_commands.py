@@ -10,8 +10,9 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
 import pytest
+import typer.main
 
-from lynkr_store import Store
+from lynkr_store import ProviderStats, RoutingAccuracy, RoutingStats, Store, Window, __version__
 from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
 from tests.conftest import ON_DISK
@@ -77,7 +78,7 @@ def test_stats_say_when_rows_were_removed(url):
     assert json.loads(done("cleanup", "--url", url, "--older-than", "1d", "--json")) is not None
     for options in ([], ["--provider", "ollama"]):
         assert "whole quarter-hours before" in done("stats", "--url", url, *options, *WHOLE)
-    shown = json.loads(done("stats", "--url", url, *WHOLE, "--json"))
+    shown = json.loads(done("stats", "--url", url, *WHOLE, "--gateway"))
     assert shown["totalRequests"] == 6
     assert "source" not in shown
 
@@ -88,42 +89,120 @@ def test_stats_of_one_provider(url):
     assert "bedrock" not in said
 
 
-def test_json_has_the_gateways_structure(url):
-    stats = json.loads(done("stats", "--url", url, "--json", *WHOLE))
+def test_a_provider_without_requests_is_said(url):
+    for window in ([], WHOLE):
+        said = done("stats", "--url", url, "--provider", "nobody", *window)
+        assert said == "no requests of nobody in this window\n"
+
+
+def test_the_sparkline_has_the_ends_of_the_window_that_was_asked_for(url):
+    said = done("stats", "--url", url, "--since", "2025-06-15T00:00Z", "--until", str(NOW + 100))
+    [below] = [line for line in said.splitlines() if "UTC" in line]
+    assert below.split()[:4] == ["2025-06-15", "00:00", "2025-06-15", "15:06"]
+    [spark] = [line for line in said.splitlines() if line.startswith(" over the window")]
+    assert len(spark.split("window")[1].strip()) == 1, "all of them are at the window's end"
+
+
+def test_json_has_every_field(url):
+    whole = json.loads(done("stats", "--url", url, "--json", *WHOLE))
+    with Store(url, read_only=True) as store:
+        window = Window(since=0, until=NOW + 100)
+        assert RoutingStats(**whole["stats"]) == store.get_stats(window)
+        assert RoutingAccuracy(**whole["accuracy"]) == store.get_routing_accuracy(window)
+        one = ProviderStats(**whole["providers"]["ollama"])
+        assert one == store.get_provider_stats("ollama", window)
+    assert whole["stats"]["unpriced_requests"] is not None
+    alone = json.loads(done("stats", "--url", url, "--json", "--provider", "ollama", *WHOLE))
+    assert alone == {"providers": {"ollama": whole["providers"]["ollama"]}}
+    empty = {"stats": None, "accuracy": None, "providers": {}}
+    assert json.loads(done("stats", "--url", url, "--json")) == empty
+
+
+def test_the_json_of_a_page_has_the_next_ones_cursor(url):
+    pages, more = [], []
+    while True:
+        page = json.loads(done("query", "--url", url, "--limit", 4, *more, "--json"))
+        pages.append(page["rows"])
+        if page["next"] is None:
+            break
+        more = ["--before", page["next"]]
+    assert [len(page) for page in pages] == [4, 2]
+    rows = [row for page in pages for row in page]
+    with Store(url, read_only=True) as store:
+        found = store.query(include_text=False)
+        assert rows == [row.model_dump(mode="json") for row in found]
+    assert "request_text" in json.loads(done("query", "--url", url, "--text", "--json"))["rows"][0]
+
+
+@pytest.mark.parametrize(
+    "command", [["cleanup", "--older-than", "1d"], ["maintain"], ["downgrade", "base"], ["check"]]
+)
+def test_a_mistyped_path_makes_no_file(command, tmp_path):
+    path = tmp_path / "typo" / "telemetry.db"
+    ended = run(*command, "--url", f"sqlite:///{path}")
+    assert ended.returncode == 3
+    assert f"{path} does not exist" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_that_was_not_needed_is_said(tmp_path):
+    url = f"sqlite:///{tmp_path}/telemetry.db"
+    assert "no copy: there was nothing to change" in done("upgrade", "--url", url, "--backup")
+    done("downgrade", "0009", "--url", url)
+    assert "copied to" in done("upgrade", "--url", url, "--backup")
+    assert "no copy" not in done("upgrade", "--url", url)
+
+
+def test_the_version_is_said():
+    assert done("--version") == f"lynkr-store {__version__}, revision {revisions.head()}\n"
+
+
+def test_every_option_has_help():
+    for command in typer.main.get_command(commands.app).commands.values():
+        for option in command.params:
+            assert option.help, (command.name, option.name)
+
+
+def test_gateway_has_the_gateways_structure(url):
+    stats = json.loads(done("stats", "--url", url, "--gateway", *WHOLE))
     assert stats["totalRequests"] == 6
     assert stats["errorRate"] == 16.7
-    one = json.loads(done("stats", "--url", url, "--json", "--provider", "ollama", *WHOLE))
+    one = json.loads(done("stats", "--url", url, "--gateway", "--provider", "ollama", *WHOLE))
     assert one["total"] == 2
-    assert json.loads(done("stats", "--url", url, "--json")) is None, "the last 24 hours are empty"
+    assert json.loads(done("stats", "--url", url, "--gateway")) is None, (
+        "the last 24 hours are empty"
+    )
     assert "no requests" in done("stats", "--url", url)
 
 
 def test_query_lists_pages_and_filters(url):
     said = done("query", "--url", url, "--limit", 2)
     cursor = said.split("--before ")[1].split()[0]
-    rest = json.loads(done("query", "--url", url, "--before", cursor, "--json"))
+    rest = json.loads(done("query", "--url", url, "--before", cursor, "--gateway"))
     assert [row["timestamp"] - NOW for row in rest] == [3, 2, 1, 0]
     assert "request_text" not in rest[0]
-    failed = json.loads(done("query", "--url", url, "--errors", "--text", "--json"))
+    failed = json.loads(done("query", "--url", url, "--errors", "--text", "--gateway"))
     assert [row["error_type"] for row in failed] == ["overloaded"]
     assert failed[0]["request_text"] == "a question"
-    several = done("query", "--url", url, "--provider", "ollama", "--provider", "bedrock", "--json")
+    several = done(
+        "query", "--url", url, "--provider", "ollama", "--provider", "bedrock", "--gateway"
+    )
     assert len(json.loads(several)) == 4
-    assert json.loads(done("query", "--url", url, "--last", "1h", "--json")) == []
-    iso = done("query", "--url", url, "--since", "2025-06-15T15:06:40.003Z", "--json")
+    assert json.loads(done("query", "--url", url, "--last", "1h", "--gateway")) == []
+    iso = done("query", "--url", url, "--since", "2025-06-15T15:06:40.003Z", "--gateway")
     assert len(json.loads(iso)) == 3
 
 
 def test_a_window_may_end_anywhere(url):
     first, last = "0001-01-01T00:00+14:00", "9999-12-31T23:59:59.999-14:00"
-    found = json.loads(done("query", "--url", url, "--since", first, "--until", last, "--json"))
+    found = json.loads(done("query", "--url", url, "--since", first, "--until", last, "--gateway"))
     assert len(found) == 6
     for command in (["stats"], ["stats", "--provider", "ollama"]):
         assert json.loads(done(*command, "--url", url, "--since", first, "--until", last, "--json"))
     none = [("--until", first), ("--since", last), ("--until", "0", "--last", "1000000y")]
     for window in none:
-        assert json.loads(done("query", "--url", url, *window, "--json")) == [], window
-    small = done("query", "--url", url, "--since", "2025-06-15t15:06:40.003z", "--json")
+        assert json.loads(done("query", "--url", url, *window, "--gateway")) == [], window
+    small = done("query", "--url", url, "--since", "2025-06-15t15:06:40.003z", "--gateway")
     assert len(json.loads(small)) == 3
 
 
@@ -231,7 +310,7 @@ def test_a_gateway_at_work_is_read_with_its_wal(tmp_path):
         insert_rows(gateway, [RecordFactory(timestamp=NOW)])
         gateway.commit()
         assert path.with_name("telemetry.db-wal").stat().st_size > 0
-        rows = json.loads(done("query", "--url", f"sqlite:///{path}", "--json"))
+        rows = json.loads(done("query", "--url", f"sqlite:///{path}", "--gateway"))
         assert len(rows) == 1
 
 

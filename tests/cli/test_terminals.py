@@ -43,11 +43,11 @@ def commands_of(url):
         ([*command, *at], 0)
         for command in (
             ["stats", *WHOLE],
-            ["stats", "--json", *WHOLE],
+            ["stats", "--gateway", *WHOLE],
             ["stats", "--provider", ODD.replace("\ud800", "\ufffd") + "0", *WHOLE],
             ["stats"],
             ["query"],
-            ["query", "--json"],
+            ["query", "--gateway"],
             ["health"],
             ["health", "--json"],
             ["check"],
@@ -96,7 +96,7 @@ def test_every_command_ends_with_the_answer_s_exit_code_in_every_encoding(url, e
         assert (out if code in (0, NO) else err) or code == NO
         if "--json" in arguments and encoding != "utf-8":
             assert out.isascii()
-    _, out, _ = ended(encoding, "query", "--json", "--url", url)
+    _, out, _ = ended(encoding, "query", "--gateway", "--url", url)
     names = {row["provider"] for row in json.loads(out)}
     assert names == {ODD.replace("\ud800", "\ufffd") + n for n in "01"}, "nothing is replaced"
 
@@ -152,7 +152,7 @@ def test_the_cursor_of_the_next_page_can_be_copied_at_every_width(url):
     for columns in (60, 80, 120):
         said = ended("utf-8", "query", "--limit", "2", "--url", url, columns=columns)[1].decode()
         cursor = said.split("--before ")[1].split()[0]
-        code, out, _ = ended("utf-8", "query", "--before", cursor, "--json", "--url", url)
+        code, out, _ = ended("utf-8", "query", "--before", cursor, "--gateway", "--url", url)
         assert (code, len(json.loads(out))) == (0, 4)
 
 
@@ -208,7 +208,7 @@ def test_a_pipe_that_is_closed_ends_the_command_quietly(url):
     with Store(url) as store:  # more than a pipe holds
         store.add_many({"provider": "p", "model": "m" * 500} for _ in range(300))  # folded
     for arguments in (
-        ["query", "--json", "--limit", "300"],
+        ["query", "--gateway", "--limit", "300"],
         ["query", "--limit", "300"],
         ["check"],  # what fits into a buffer is written at the end
     ):
@@ -222,7 +222,7 @@ def test_a_pipe_that_is_closed_ends_the_command_quietly(url):
 
 @pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
 def test_a_full_disk_under_standard_output_is_reported(url):
-    for arguments in (["query", "--json"], ["stats", *WHOLE]):
+    for arguments in (["query", "--gateway"], ["stats", *WHOLE]):
         with (
             open("/dev/full", "wb") as full,  # noqa: PTH123
             program(*arguments, "--url", url, stdout=full) as started,

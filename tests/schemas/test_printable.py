@@ -118,7 +118,7 @@ def test_json_escapes_what_a_terminal_obeys(url):
         said = done(*command, "--url", url, *WHOLE, "--json")
         check_obeyed_by_none(said)
         assert r"\u001b]0;owned\u0007\u009b31m\u202e[red]" in said
-    [first, *_] = json.loads(done("query", "--url", url, *WHOLE, "--json"))
+    [first, *_] = json.loads(done("query", "--url", url, *WHOLE, "--gateway"))
     assert first["provider"] == first["model"] == first["error_type"] == ODD
     texts = ["größe 🚀", "\U000e0001\ud800", '\u2028\x85 a\\b "c"']
     for text in texts:
