@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One more than the processors of a small machine: tests wait for other processes and for time.
 WORKERS ?= 3
 # The slow tests wait more than they compute: for outages, locks and killed processes.
-SLOW_WORKERS ?= 3
+SLOW_WORKERS ?= 4
 # A worker that has nothing left takes from another one; until then each keeps whole files, and so
 # makes what a file's tests share once.
 SHARED := --dist worksteal

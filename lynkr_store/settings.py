@@ -140,7 +140,7 @@ class StoreSettings(TextSettings, DatabaseSettings):
     """Maximum records written in one transaction."""
     flush_interval_s: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 0.5
     """Seconds after which a batch is written even if it is not full."""
-    spool_path: Path | None = None
+    spool_path: str | Path | None = None
     """A local file that holds batches while the database is unreachable; None keeps them in
     memory."""
     spool_max_bytes: Annotated[int, Field(ge=_LEAST_SPOOL_BYTES, le=_TIB)] = _GIB

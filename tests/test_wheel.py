@@ -20,5 +20,6 @@ def test_the_wheel_upgrades_an_empty_database_outside_the_checkout(tmp_path):
         names = archive.namelist()
     for part in ("py.typed", "_migrations/env.py", "_migrations/versions/0005_own_columns.py"):
         assert f"lynkr_store/{part}" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "examples", "migrations"))]
     try_wheel.main(wheel)

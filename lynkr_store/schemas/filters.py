@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import epoch_ms, values
-from lynkr_store.schemas.base import FrozenInput
+from lynkr_store.schemas.base import FrozenInput, epoch_ms_now
 from lynkr_store.schemas.events import NAME_MAX_CHARS, sanitize_text
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
@@ -20,8 +20,16 @@ _MAX_VALUES: Final = (
 )
 
 
+_SECONDS_FROM: Final = 10**9  # of 2001; as milliseconds, January 1970
+
+
 def _bound(value: object) -> object:
-    return None if value is None else epoch_ms(value, round_up=True)
+    if value is None:
+        return None
+    ms = epoch_ms(value, round_up=True)
+    if type(value) is int and _SECONDS_FROM <= ms < INSTANT_MIN_MS:
+        raise ValueError("this is before the year 2000: give milliseconds, not seconds")
+    return ms
 
 
 class Window(FrozenInput):
@@ -35,7 +43,20 @@ class Window(FrozenInput):
     """
 
     since: Annotated[datetime | int | None, BeforeValidator(_bound)] = None
+    """The first instant in the window."""
     until: Annotated[datetime | int | None, BeforeValidator(_bound)] = None
+    """The first instant after the window."""
+
+    @classmethod
+    def last(cls, age: timedelta) -> Self:
+        """The time from an age ago on, as in ``Window.last(timedelta(hours=6))``.
+
+        Its beginning does not move; for a cached statistic, ask for the same window again.
+
+        Raises:
+            BadArgument: The age is negative, or not a ``timedelta``.
+        """
+        return cls(since=epoch_ms_now() - checked_age(age, "age") // timedelta(milliseconds=1))
 
     @property
     def since_ms(self) -> int | None:
@@ -204,16 +225,16 @@ def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
     return rows
 
 
-def checked_age(older_than: object) -> timedelta:
+def checked_age(older_than: object, name: str = "older_than") -> timedelta:
     """An age.
 
     Raises:
         BadArgument: Negative, or not a ``timedelta``.
     """
     words = "give a timedelta of 0 or more, as in timedelta(days=30)"
-    age = _checked("older_than", words, values.duration, older_than)
+    age = _checked(name, words, values.duration, older_than)
     if age < timedelta():
-        raise BadArgument(f"older_than: {words}")
+        raise BadArgument(f"{name}: {words}")
     return age
 
 

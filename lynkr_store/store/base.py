@@ -399,7 +399,7 @@ def _ending(core: Core) -> Callable[[bool], None]:
 
 def _spool_maker(settings: StoreSettings, url: URL) -> Callable[[], Spool]:
     assert settings.spool_path  # noqa: S101 - asked before
-    path = settings.spool_path.absolute()  # from where the store was opened
+    path = Path(settings.spool_path).absolute()  # from where the store was opened
     database = file_of(url)
     if database and clashes(path, database):
         raise BadArgument(

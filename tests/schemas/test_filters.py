@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from lynkr_store import BadArgument, RoutingFilter, Store, StoreSettings, Window
+from lynkr_store.schemas.base import epoch_ms_now
 from tests.support.stores import eventually
 
 NAIVE = datetime(2026, 1, 1)  # noqa: DTZ001
@@ -222,3 +223,40 @@ def test_a_full_small_queue_is_written_before_its_interval(tmp_path):
 
 def test_settings_do_not_show_the_url():
     assert "secret" not in repr(StoreSettings(url="postgresql://u:secret@h/d"))
+
+
+# -- windows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [10**9, 1_750_000_000, 946_684_799_999])
+@pytest.mark.parametrize("end", ["since", "until"])
+def test_a_window_in_seconds_is_refused_with_the_unit(end, seconds):
+    with pytest.raises(ValueError, match="give milliseconds, not seconds"):
+        Window(**{end: seconds})
+
+
+@pytest.mark.parametrize("ms", [-(10**12), 0, 1, 10**9 - 1, 946_684_800_000])
+def test_other_old_ends_of_a_window_are_taken(ms):
+    assert Window(since=ms, until=ms).since_ms == ms
+
+
+def test_an_old_datetime_is_no_number_of_seconds():
+    assert Window(since=datetime(1970, 1, 20, tzinfo=UTC)).since_ms == 19 * 86_400_000
+
+
+def test_a_window_of_the_time_before_now():
+    before = epoch_ms_now()
+    window = Window.last(timedelta(hours=6))
+    assert before - 6 * 3_600_000 <= window.since_ms <= epoch_ms_now() - 6 * 3_600_000
+    assert window.until is None
+    for age in (timedelta(-1), 6, None):
+        with pytest.raises(BadArgument, match="age: give a timedelta"):
+            Window.last(age)
+
+
+def test_a_spool_path_may_be_a_text(tmp_path):
+    settings = StoreSettings(url=f"sqlite:///{tmp_path}/a.db", spool_path=f"{tmp_path}/spool.db")
+    with Store(settings=settings) as store:
+        assert store.record(provider="p")
+        assert store.flush(30)
+    assert (tmp_path / "spool.db").exists()
