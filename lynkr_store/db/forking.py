@@ -104,7 +104,9 @@ class _Guard(Forkable):
                     return connection
             return dialect.connect(*arguments, **options)
         except BaseException:
-            self._making.pop(record, None)
+            with self._changed:
+                self._making.pop(record, None)
+                self._waited.discard(threading.get_ident())
             raise
 
     def _later(self, dialect: Dialect) -> list[Callable[..., DBAPIConnection | None]]:
@@ -314,11 +316,11 @@ class _SqliteGuard(_Guard):
             return None
         if isinstance(connection, _Closing):
             return self._closing.get(connection)
-        with self._changed:
+        with self._changed:  # a checkout moves it from one of these to another
             for closing, thread in self._closing.items():
                 if closing.record is connection:
                     return thread
-        return self._using.get(connection) or self._making.get(connection)
+            return self._using.get(connection) or self._making.get(connection)
 
     def _close_async(self, engine: Engine, deadline: float) -> bool:
         """As `_close`, for connections of an event loop, which must not be blocked meanwhile.

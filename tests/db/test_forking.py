@@ -5,6 +5,7 @@ import gc
 import os
 import sqlite3
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,33 @@ def test_a_connection_that_cannot_be_made_holds_up_no_fork(tmp_path, monkeypatch
     timer.start()
     assert forked(lambda: "in time") == "in time"
     timer.cancel()
+    engine.dispose()
+
+
+def test_a_connection_that_is_checked_out_meanwhile_counts_as_in_use(file):
+    engine = create_store_engine(file)
+    guard = forking._guards[engine.dialect]
+
+    class Record:
+        info = {forking._FILE: guard._identity()}  # noqa: RUF012 - it does not change
+
+    record = Record()
+    checkout = threading.Thread(target=lambda: guard._on_checkout(None, record, None))
+
+    class Slow(weakref.WeakKeyDictionary):
+        def get(self, key, default=None):
+            found = super().get(key, default)
+            checkout.start()
+            checkout.join(0.3)
+            return found
+
+    guard._making[record] = threading.get_ident()
+    guard._using = Slow()
+    try:
+        assert guard._user(record) is not None
+    finally:
+        checkout.join()
+        guard._reset()
     engine.dispose()
 
 
