@@ -395,10 +395,12 @@ POOL = """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    def begin(url, options):
+    def begin(url, options, begun=None):
         global store, number
         number = itertools.count()
         store = opened("sync", url, **options)
+        if begun is not None:
+            begun.release()
 
     def work(_):
         name = f"{os.getpid()}-{next(number)}"
@@ -445,9 +447,12 @@ def test_a_pool_that_is_terminated_loses_nothing_with_handle_sigterm(program, ur
         if __name__ == "__main__":
             url, method = sys.argv[1:]
             context = multiprocessing.get_context(method)
-            with context.Pool(2, begin, (url, {"handle_sigterm": True})) as pool:
+            begun = context.Semaphore(0)
+            with context.Pool(2, begin, (url, {"handle_sigterm": True}, begun)) as pool:
                 for name in pool.map(work, range(40), chunksize=1):
                     say(name)
+                for _ in range(2):
+                    begun.acquire()
                 # Python handles a signal between two steps of its own: a worker that is about to
                 # wait for a task would handle it after that, and terminate() wait for ever
                 time.sleep(1)
