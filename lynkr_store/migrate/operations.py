@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 from alembic import context, op
-from sqlalchemy import Column, Connection, TextClause, literal, select
+from sqlalchemy import BigInteger, Column, Connection, TextClause, func, literal, select
+from sqlalchemy import column as sql_column
 from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import Backend
@@ -27,9 +28,16 @@ from lynkr_store.migrate.adoption import (
     refuse_below_adopted,
     refuse_while_the_gateway_writes,
 )
+from lynkr_store.schemas.values import INT64_MAX
 
 _TABLES: Final = {"0001": "routing_telemetry", "0004": "savings_events"}
 """Tables that are not dropped while they have rows, by the revision that makes them."""
+
+_ROLLUPS_REVISION: Final = "0009"
+_ROLLUPS: Final = sql_table(
+    "routing_rollups", sql_column("span_ms", BigInteger), sql_column("start", BigInteger)
+)
+_TELEMETRY: Final = sql_table("routing_telemetry", sql_column("timestamp", BigInteger))
 
 
 def adopt() -> None:
@@ -153,6 +161,8 @@ def refuse_early(connection: Connection, undone: Collection[str]) -> None:
     for revision, table in _TABLES.items():
         if revision in undone and not _may_drop_data():
             _keep_rows(connection, table)
+    if _ROLLUPS_REVISION in undone and not _may_drop_data():
+        _keep_history(connection)
 
 
 def keep_adopted(revision: str) -> None:
@@ -170,6 +180,24 @@ def _keep_adopted(connection: Connection, revision: str) -> None:
     refuse_below_adopted(connection, revision)
     if not _may_drop_data():
         refuse_while_the_gateway_writes(connection, revision)
+
+
+def _keep_history(connection: Connection) -> None:
+    """Refuse to drop roll-ups of rows that retention removed: nothing else has their figures."""
+    names = (_ROLLUPS.name, _TELEMETRY.name)
+    if len(catalogue.tables(connection, names)) < len(names):
+        return
+    oldest = func.coalesce(select(func.min(_TELEMETRY.c.timestamp)).scalar_subquery(), INT64_MAX)
+    end = _ROLLUPS.c.start + _ROLLUPS.c.span_ms
+    if (
+        connection.scalar(select(literal(1)).select_from(_ROLLUPS).where(end <= oldest).limit(1))
+        is not None
+    ):
+        raise DowngradeRefused(
+            f"{_ROLLUPS.name} has statistics of rows that retention removed, and this downgrade "
+            "would drop it. Nothing was changed: to lose them, run lynkr-store downgrade "
+            "--drop-data, or alembic -x drop-data=yes downgrade …"
+        )
 
 
 def _may_drop_data() -> bool:

@@ -2,11 +2,12 @@
 
 import sqlite3
 from contextlib import closing
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import event, text
 
-from lynkr_store import DowngradeRefused, create_store_engine
+from lynkr_store import DowngradeRefused, Store, create_store_engine
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.comparison import drift
 from lynkr_store.migrate.upgrade import downgrade, upgrade
@@ -148,4 +149,31 @@ def test_savings_of_an_adopted_file_go_with_its_rows_alone(path):
     upgrade(engine)
     with pytest.raises(DowngradeRefused, match="adopted at revision 0004"):
         downgrade(engine, "0003", drop_data=True)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("backend", ["sqlite-file", "postgres18"])
+def test_statistics_of_rows_that_are_gone_are_not_dropped_unasked(backend, new_url):
+    url = new_url(backend, at_head=True)
+    day = 86_400_000
+    now = 1_750_000_000_000
+    with Store(url, clock=lambda: now) as store:
+        store.add_many([{"provider": "p", "timestamp": now - n * day} for n in range(5)])
+        store.maintain()
+        downgrade(store.engine, "0009")
+        upgrade(store.engine)
+    engine = create_store_engine(url)
+    downgrade(engine, "0008")  # every row is still there
+    upgrade(engine)
+    with Store(url, clock=lambda: now) as store:
+        store.maintain()
+        assert store.cleanup(timedelta(days=2), trust_clock=True) == 2
+    for revision in ("0008", "0003", "base"):
+        with pytest.raises(DowngradeRefused, match=r"rows that retention removed|has rows"):
+            downgrade(engine, revision)
+        assert revision_of(engine) == revisions.head()
+    downgrade(engine, "0009")
+    downgrade(engine, "0008", drop_data=True)
+    assert revision_of(engine) == "0008"
+    upgrade(engine)
     engine.dispose()
