@@ -126,6 +126,9 @@ class StoreSettings(TextSettings, DatabaseSettings):
             it needs.
     """
 
+    enabled: bool = True
+    """False: every method works, nothing is opened or stored, and reads find no rows. The database
+    is an empty one in memory, whatever ``url`` or engine was given."""
     upgrade_on_open: bool | None = None
     """Create, adopt and upgrade the schema on first use. Default: yes on SQLite, no on
     PostgreSQL."""

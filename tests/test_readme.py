@@ -31,7 +31,7 @@ def test_the_examples_run(example, tmp_path):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert len([line for line in EXAMPLES[0].splitlines() if line]) <= 10
 
 

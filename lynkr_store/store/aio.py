@@ -65,6 +65,7 @@ class AsyncStore(Core):
             writer connects to its URL. Its connections belong to the event loop that opened them.
         settings: As in `Store`.
         clock: As in `Store`.
+        read_only: As in `Store`.
 
     Raises:
         UnsupportedDatabase: The URL names no supported database or driver.
@@ -79,17 +80,22 @@ class AsyncStore(Core):
         engine: "AsyncEngine | None" = None,
         settings: StoreSettings | None = None,
         clock: Callable[[], int] | None = None,
+        read_only: bool = False,
     ) -> None:
         if engine is not None:
             if url is not None:
                 raise BadArgument("url, engine: give one of the two")
+            if read_only:
+                raise BadArgument("read_only: give a url, not an engine")
             url = _shareable_url(engine)
-        super().__init__(url, None, settings, clock)
+        super().__init__(url, None, settings, clock, read_only=read_only)
         self._engines: Engines | None = None
+        if not self._settings.enabled:
+            engine = None
         if engine is not None:
             self._engines = HostsEngine(self._prepared(engine))
         elif self._database.backend is Backend.POSTGRESQL:
-            self._engines = EnginePerLoop(partial(_new_engine, self._settings))
+            self._engines = EnginePerLoop(partial(_new_engine, self._settings, read_only=read_only))
             on_fork(self._engines)
         self._opening = SharedCall("open")
         self._reading = Workers(_THREADS, "read")
@@ -111,6 +117,10 @@ class AsyncStore(Core):
 
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
+
+    async def check(self) -> None:
+        """See `Store.check`."""
+        await in_thread("check", self._do_check)
 
     async def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """See `Store.flush`."""
@@ -264,7 +274,7 @@ class AsyncStore(Core):
         from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
 
         assert self._engines  # noqa: S101 - PostgreSQL's, or the host's
-        await self._be_open()
+        await self._be_open(to_write=to_write)
         engine = await self._engines.engine()
         pool = engine.pool
         try:
@@ -281,16 +291,16 @@ class AsyncStore(Core):
                 await in_thread("open", self._database.check_again)
             raise
 
-    async def _be_open(self) -> None:
+    async def _be_open(self, *, to_write: bool) -> None:
         """Open the database if necessary; all tasks that find it closed wait for one thread."""
-        self._require_open()
+        self._require_open(to_write=to_write)
         if self._database.is_open:
-            self._background.start()
+            self._start_maintenance()
         else:
             await self._opening.run(self._open)
 
 
-def _new_engine(settings: StoreSettings) -> "AsyncEngine":
+def _new_engine(settings: StoreSettings, *, read_only: bool) -> "AsyncEngine":
     engine: AsyncEngine = create_store_async_engine(
         settings.url,
         connect_timeout_s=settings.connect_timeout_s,
@@ -298,6 +308,8 @@ def _new_engine(settings: StoreSettings) -> "AsyncEngine":
         schema=settings.schema_name,
         echo=settings.echo,
     )
+    if read_only:
+        engine = engine.execution_options(postgresql_readonly=True)
     set_policy(engine.sync_engine, policy_of(settings))
     return engine
 

@@ -51,6 +51,14 @@ from lynkr_store.store.health import Probe
 
 _T = TypeVar("_T")
 
+_NOTHING: Final = {  # the options of a store that is not enabled
+    "url": "sqlite://",
+    "schema_name": None,
+    "spool_path": None,
+    "handle_sigterm": False,
+    "upgrade_on_open": True,
+}
+
 PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
 
 
@@ -73,10 +81,13 @@ class Core:
             raise BadArgument("settings: give a StoreSettings")
         if url is not None:
             settings = settings.model_copy(update={"url": url_text(url)})
+        if not settings.enabled:
+            settings, engine = settings.model_copy(update=_NOTHING), None
+            read_only = False
         self._settings = settings
         self._clock = epoch_ms_now if clock is None else checked_clock(clock)
         self._policy = policy_of(settings)
-        self._strict = settings.strict
+        self._plain = settings.enabled and not settings.strict
         self._database = Database(settings, engine, read_only=read_only)
         self._sink = DatabaseSink(self._database, self._clock)
         make_spool = None
@@ -171,7 +182,7 @@ class Core:
         Raises:
             BadArgument: Only with ``strict``: the record is not valid.
         """
-        if event is None and not self._strict:
+        if event is None and self._plain:
             return self._writer.submit(fields)
         record: Any
         try:
@@ -186,9 +197,9 @@ class Core:
                 record.update(fields)
         except Exception:  # noqa: BLE001 - whatever was passed; it is rejected as unreadable
             record = None
-        if self._strict:
+        if self._settings.strict:
             refuse_invalid(record)
-        return self._writer.submit(record)
+        return self._writer.submit(record) if self._settings.enabled else not self._closed
 
     def _do_flush(self, timeout_s: float) -> bool:
         return self._writer.flush(timeout_s)
@@ -227,6 +238,8 @@ class Core:
 
     def _do_add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
         self._open(to_write=True)
+        if not self._settings.enabled:
+            return 0
         added = self._do(self._database.writing, lambda r: r.add_many(records))
         self._database.require_file()
         return added
@@ -320,16 +333,25 @@ class Core:
         )
 
     def _open(self, *, to_write: bool = False) -> None:
-        self._require_open()
-        if to_write and self._database.read_only:
-            raise BadArgument("the store was opened read-only; open it without read_only")
+        self._require_open(to_write=to_write)
         self._database.open()
+        self._start_maintenance()
+
+    def _start_maintenance(self) -> None:
         if not self._database.read_only:
             self._background.start()
 
-    def _require_open(self) -> None:
+    def _do_check(self) -> None:
+        self._require_open()
+        with translated():
+            self._database.check_again()
+        self._start_maintenance()
+
+    def _require_open(self, *, to_write: bool = False) -> None:
         if self._closed:
             raise StoreClosed("the store was closed; open a new one")
+        if to_write and self._database.read_only:
+            raise BadArgument("the store was opened read-only; open it without read_only")
 
 
 def _plan_for_any(session: Session) -> None:

@@ -79,6 +79,19 @@ class Store(Core):
         """
         return self._database.engine
 
+    def check(self) -> None:
+        """Open the database now, for a service that should not start without it.
+
+        It is created, adopted or upgraded as at its first use, if the settings say so.
+
+        Raises:
+            StoreUnavailable: The database cannot be reached.
+            SchemaError: The schema is missing, behind, ahead, or lacks tables; the message names
+                the command.
+            StoreClosed: The store was closed.
+        """
+        self._do_check()
+
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until all records from before this call are written, rejected, dropped or spooled.
 
