@@ -541,7 +541,7 @@ def _looked(store: Store) -> Health:
 def _slices(store: Store, since: int, until: int) -> list[int]:
     """Count requests in equal parts of the window."""
     edges = [since + (until - since) * i // _SLICES for i in range(_SLICES + 1)]
-    answers = (
-        store.get_routing_accuracy(Window(since=low, until=high)) for low, high in pairwise(edges)
-    )
+    # not checked: an edge may look like a number of seconds
+    parts = (Window.model_construct(since=low, until=high) for low, high in pairwise(edges))
+    answers = map(store.get_routing_accuracy, parts)
     return [0 if answer is None else answer.total_requests for answer in answers]

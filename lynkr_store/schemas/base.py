@@ -1,12 +1,25 @@
 """What all schemas share: frozen models, instants, frozen mappings."""
 
+import ast
+import inspect
+import textwrap
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, TypeVar
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 from immutabledict import immutabledict
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -14,7 +27,54 @@ _V = TypeVar("_V")
 _M = TypeVar("_M", bound=BaseModel)
 
 
-class FrozenInput(BaseModel):
+class _Described(BaseModel):
+    """A model whose JSON schema describes each field by the docstring below it in the source.
+
+    pydantic's own option would read the sources when the library is imported, a twentieth of the
+    time; a schema is rarely asked for.
+
+    Attributes:
+        described_like: A model that has the docstrings of fields of the same names.
+    """
+
+    described_like: ClassVar[type[BaseModel]] = BaseModel
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, words in (_docstrings(cls.described_like) | _docstrings(cls)).items():
+            if name in properties:
+                properties[name].setdefault("description", words)
+        return schema
+
+
+@cache
+def _docstrings(model: type) -> dict[str, str]:
+    """The docstrings of a model's fields, and of those that it inherits."""
+    found: dict[str, str] = {}
+    for each in reversed(model.__mro__):
+        if each is BaseModel or not issubclass(each, BaseModel):
+            continue
+        try:
+            parsed = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        except (OSError, TypeError):  # compiled without its source
+            continue
+        [definition] = parsed.body
+        assert isinstance(definition, ast.ClassDef)  # noqa: S101 - a class's source is that
+        for field, below in pairwise(definition.body):
+            match field, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(name)),
+                    ast.Expr(value=ast.Constant(value=str(words))),
+                ):
+                    found[name] = inspect.cleandoc(words)
+    return found
+
+
+class FrozenInput(_Described):
     """A model of caller input: unknown names are errors, and error messages hide the input."""
 
     model_config = ConfigDict(
@@ -22,7 +82,7 @@ class FrozenInput(BaseModel):
     )
 
 
-class FrozenOutput(BaseModel):
+class FrozenOutput(_Described):
     """A model of the store's output: fields that a newer release added are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -50,9 +110,10 @@ def _sorted_frozen(value: Mapping[str, _V]) -> Mapping[str, _V]:
     return immutabledict(sorted(value.items()))
 
 
-FrozenMap = Annotated[
-    Mapping[str, _V], AfterValidator(_sorted_frozen), PlainSerializer(dict, return_type=dict)
-]
+# without a return type, so that the JSON schema says what the values are
+_as_dict: Final[Any] = lambda value: {**value}  # noqa: E731
+
+FrozenMap = Annotated[Mapping[str, _V], AfterValidator(_sorted_frozen), PlainSerializer(_as_dict)]
 """An immutable mapping, ordered by key; it can be hashed and pickled, and is dumped as a dict."""
 
 

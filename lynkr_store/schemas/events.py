@@ -196,24 +196,32 @@ class RoutingEvent(FrozenInput):
     """When it happened, kept as epoch milliseconds. Give an aware datetime, a whole number of epoch
     milliseconds, or ISO 8601 text with a zone. Default: the time of recording."""
     complexity_score: _Score = None
+    """The difficulty that the router saw in the request; higher is harder."""
     tier: _Text = None
     """The tier chosen: SIMPLE, MEDIUM, COMPLEX, REASONING or any other text."""
     agentic_type: _Text = None
+    """The kind of agent's work that the router recognised; None if none."""
     tool_count: _Count = None
     """Tools offered to the model."""
     input_tokens: _Count = None
     """Tokens in [gen_ai.usage.input_tokens]; see `cache_tokens_included`."""
     message_count: _Count = None
+    """Messages in the conversation so far."""
     request_type: _Text = None
+    """What was asked for, such as chat or embedding [gen_ai.operation.name]."""
     provider: Annotated[str, Field(strict=True), _text, BeforeValidator(_provider)]
     """The provider that answered [gen_ai.provider.name]."""
     model: _Text = None
     """The model that answered [gen_ai.response.model]."""
     routing_method: _Text = None
+    """How the choice was made: a method such as tier_config or risk, with a +suffix for each
+    adjustment."""
     was_fallback: _FlagOrFalse = False
+    """The first choice failed, and this one answered instead."""
     output_tokens: _Count = None
     """Tokens out, reasoning included [gen_ai.usage.output_tokens]."""
     latency_ms: _Milliseconds = None
+    """Milliseconds from the request to the end of the answer."""
     status_code: _Code = None
     """HTTP status, also as a text of digits; 599 means a broken stream."""
     error_type: _Text = None
@@ -221,12 +229,17 @@ class RoutingEvent(FrozenInput):
     cost_usd: _Dollars = None
     """The price of the request in US dollars; None if unknown."""
     tool_calls_made: _Count = None
+    """Calls of tools in the answer."""
     retry_count: Annotated[_Count, BeforeValidator(lambda v: 0 if v is None else v)] = 0
+    """Further tries at the same provider."""
     circuit_breaker_state: _Text = None
+    """The state of the provider's circuit breaker, such as CLOSED or OPEN."""
     quality_score: _Score = None
     """The gateway's estimate of the answer, 0 to 100."""
     tokens_per_second: _Score = None
+    """Output tokens per second of `latency_ms`."""
     cost_efficiency: _Score = None
+    """Quality for the money, in a scale of the gateway's own."""
     request_text: _Text = None
     """The last user message, unless capturing is off."""
     response_text: _Text = None
@@ -234,6 +247,7 @@ class RoutingEvent(FrozenInput):
     base_tier: _Text = None
     """The tier before escalation."""
     escalation_source: _Text = None
+    """Why the tier was changed from `base_tier`, such as risk or context; None if it was not."""
     propensity: _Score = None
     """The probability with which this choice was made, 0 to 1."""
     candidates: _Json = None
@@ -241,6 +255,7 @@ class RoutingEvent(FrozenInput):
     pinned: _FlagOrFalse = False
     """The session was pinned to this model."""
     switch_reason: _Text = None
+    """Why a pinned session was moved to another model."""
     cache_decision: _Json = None
     """JSON text: the record of a decision to stay with or leave a model because of its prompt
     cache."""
@@ -257,10 +272,13 @@ class RoutingEvent(FrozenInput):
     ttft_ms: _Milliseconds = None
     """Milliseconds to the first token of a stream."""
     stream: _Flag = None
+    """Whether the answer was streamed."""
     cache_tokens_included: _Flag = None
     """Whether `input_tokens` includes the cached ones; None if unknown."""
     reasoning_tokens: _Count = None
+    """The part of `output_tokens` that the model spent on reasoning."""
     finish_reason: _Text = None
+    """Why the model stopped, such as stop or length [gen_ai.response.finish_reasons]."""
     attributes: _Json = None
     """JSON text: anything else worth keeping."""
 

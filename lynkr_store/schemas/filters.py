@@ -20,15 +20,15 @@ _MAX_VALUES: Final = (
 )
 
 
-_SECONDS_FROM: Final = 10**9  # of 2001; as milliseconds, January 1970
+_SECONDS: Final = range(10**9, 10**10)  # of the years 2001 to 2286; milliseconds of spring 1970
 
 
 def _bound(value: object) -> object:
     if value is None:
         return None
     ms = epoch_ms(value, round_up=True)
-    if type(value) is int and _SECONDS_FROM <= ms < INSTANT_MIN_MS:
-        raise ValueError("this is before the year 2000: give milliseconds, not seconds")
+    if type(value) is int and ms in _SECONDS:
+        raise ValueError("as milliseconds, this is in 1970: give milliseconds, not seconds")
     return ms
 
 

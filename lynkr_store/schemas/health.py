@@ -60,6 +60,7 @@ class Health(FrozenOutput):
     rejections: tuple[Rejection, ...] = ()
     """The last five different ones of each cause, without those that the database refused."""
     dropped_by: FrozenMap[int]
+    """Cause to the number of records."""
     mended_by: FrozenMap[int]
     """Cause to the number of values that were sanitized on the way in, or unreadable on the way
     out."""
@@ -67,6 +68,7 @@ class Health(FrozenOutput):
     """Kind of fault to the number of attempts that it ended: attempts to write a batch, to use the
     spool or to keep roll-ups."""
     backend: Backend
+    """The kind of database."""
     revision: str | None
     """The schema's revision at the last probe; None before the first probe, or without a
     revision."""
@@ -79,6 +81,7 @@ class Health(FrozenOutput):
     last_error: str | None
     """The last fault of the writer or the probe; it never contains row values."""
     last_error_age_s: float | None
+    """Seconds since that fault; None if there was none."""
     database_bytes: int | None
     """Size of the SQLite file, or of the store's PostgreSQL tables with their indexes."""
     reclaimable_bytes: int | None

@@ -13,11 +13,12 @@ from datetime import datetime
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Final, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import values
 from lynkr_store.schemas.base import FrozenInput, FrozenOutput, construct_all, utc
+from lynkr_store.schemas.events import RoutingEvent
 
 _CURSOR_TEXT: Final = re.compile(r"(-?\d{1,19}(\.\d+)?(e[+-]?\d+)?):(-?\d{1,19})", re.ASCII)
 
@@ -60,7 +61,9 @@ class Cursor(FrozenInput):
     timestamp: Annotated[
         StoredInstant, BeforeValidator(_place, json_schema_input_type=datetime | int | float)
     ]
+    """The row's timestamp, in epoch milliseconds."""
     id: Annotated[int, BeforeValidator(_row_id)]
+    """The row's id."""
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
@@ -141,7 +144,10 @@ class RoutingRowBrief(FrozenOutput):
     The fields are those of `RoutingEvent`, plus `id` and `cursor`.
     """
 
+    described_like: ClassVar[type[BaseModel]] = RoutingEvent
+
     id: int
+    """The row's number in its database, in the order of storing."""
     request_id: str | None
     session_id: str | None
     timestamp: datetime | None

@@ -36,6 +36,7 @@ class RoutingStats(_Statistic):
     """The main figures of a window. Percentages are 0 to 100, to one decimal."""
 
     total_requests: int
+    """Requests in the window."""
     avg_latency_by_provider: FrozenMap[int]
     """Provider to mean latency in whole milliseconds, over requests with a measured latency;
     providers without any are left out."""
@@ -46,7 +47,9 @@ class RoutingStats(_Statistic):
     over_provisioned_pct: float
     """See `RoutingAccuracy`."""
     under_provisioned_pct: float
+    """See `RoutingAccuracy`."""
     requests_by_provider: FrozenMap[int]
+    """Provider to requests."""
     requests_by_tier: FrozenMap[int]
     """Requests without a tier are left out."""
     total_cost: float | None
@@ -66,11 +69,13 @@ class ProviderStats(_Statistic):
     """One provider's figures. An average is None if nothing was measured; a true 0 stays 0."""
 
     total: int
+    """Requests to this provider in the window."""
     avg_latency: int | None
     """Whole milliseconds."""
     avg_quality: float | None
     """Mean quality score (0 to 100) to one decimal."""
     avg_output_tokens: int | None
+    """Mean of the output tokens, rounded to a whole number."""
     error_rate: float
     """Percent of all requests, to one decimal."""
     fallback_rate: float
@@ -94,7 +99,12 @@ class RoutingAccuracy(_Statistic):
     """
 
     total_requests: int
+    """Requests in the window."""
     over_provisioned: int
+    """Requests to a higher tier than they needed."""
     under_provisioned: int
+    """Requests to a lower tier than they needed."""
     over_provisioned_pct: float
+    """Percent of all requests, to one decimal."""
     under_provisioned_pct: float
+    """Percent of all requests, to one decimal."""

@@ -228,14 +228,14 @@ def test_settings_do_not_show_the_url():
 # -- windows ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", [10**9, 1_750_000_000, 946_684_799_999])
+@pytest.mark.parametrize("seconds", [10**9, 1_750_000_000, 10**10 - 1])
 @pytest.mark.parametrize("end", ["since", "until"])
 def test_a_window_in_seconds_is_refused_with_the_unit(end, seconds):
     with pytest.raises(ValueError, match="give milliseconds, not seconds"):
         Window(**{end: seconds})
 
 
-@pytest.mark.parametrize("ms", [-(10**12), 0, 1, 10**9 - 1, 946_684_800_000])
+@pytest.mark.parametrize("ms", [-(10**12), 0, 1, 10**9 - 1, 10**10])
 def test_other_old_ends_of_a_window_are_taken(ms):
     assert Window(since=ms, until=ms).since_ms == ms
 
