@@ -13,7 +13,7 @@ from datetime import datetime
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Final, Self
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import values
@@ -138,6 +138,10 @@ class Reading:
             return None
 
 
+def _cursor(value: object) -> object:
+    return Cursor.parse(value) if isinstance(value, str) else value
+
+
 class RoutingRowBrief(FrozenOutput):
     """A stored record without its two texts. None means not measured.
 
@@ -192,8 +196,14 @@ class RoutingRowBrief(FrozenOutput):
     reasoning_tokens: Number | None
     finish_reason: str | None
     attributes: str | None
-    cursor: Annotated[Cursor, Field(exclude=True, repr=False)]
-    """This row's position in the list; pass it as ``before=`` for the next page."""
+    cursor: Annotated[
+        Cursor,
+        BeforeValidator(_cursor),
+        PlainSerializer(str, when_used="json"),
+        Field(repr=False),
+    ]
+    """This row's position in the list; pass it as ``before=`` for the next page. In JSON it is a
+    text, which `Cursor.parse` reads."""
 
     # The columns that only this store has; the gateway's answers do not include them.
     _OWN: ClassVar[frozenset[str]] = frozenset(

@@ -257,7 +257,15 @@ def stored(**values):
 def test_a_rows_cursor_has_the_stored_timestamp_as_it_is():
     assert stored().cursor == Cursor(timestamp=NOW, id=7)
     assert stored(timestamp="odd").cursor.timestamp == "odd"
-    assert "cursor" not in stored().model_dump()
+    row = stored()
+    assert row.model_dump(mode="json")["cursor"] == str(row.cursor)
+    for again in (
+        RoutingRow.model_validate_json(row.model_dump_json()),
+        RoutingRow(**row.model_dump(mode="json")),
+        RoutingRow(**row.model_dump()),
+    ):
+        assert again == row
+        assert again.cursor == row.cursor
 
 
 @pytest.mark.parametrize("text", ["", "5", "a:b", "1:2:3x", ":"])
