@@ -1,18 +1,19 @@
 """What a question consists of: a window of time, filters, a number of rows. Knows no SQL."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, model_validator
 
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.schemas import epoch_ms, values
 from lynkr_store.schemas.base import FrozenInput, epoch_ms_now
-from lynkr_store.schemas.events import NAME_MAX_CHARS, sanitize_text
+from lynkr_store.schemas.events import NAME_MAX_CHARS, RoutingEvent, sanitize_text
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS
 
 _MAX_VALUES: Final = (
@@ -120,17 +121,32 @@ def _finite(value: object) -> object:
     if value is None:
         return None
     with suppress(ValueError):
-        if math.isfinite(number := values.real(value)):
+        number = float(value) if type(value) is str else values.real(value)
+        if math.isfinite(number):
             return number
     raise ValueError("give a finite number that fits in a float")
 
 
-_Texts = Annotated[str | Collection[str] | None, PlainValidator(_texts)]
-_Codes = Annotated[int | Collection[int] | None, PlainValidator(_codes)]
-_Bound = Annotated[float | None, BeforeValidator(_finite)]
-_YesNo = Annotated[
-    bool | None, Field(strict=True), BeforeValidator(values.validator(values.flag, bool))
+_FLAGS: Final = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _flag(value: object) -> object:
+    if type(value) is str:
+        value = _FLAGS.get(value.lower(), value)
+    return value if value is None else values.flag(value)
+
+
+# Sequence, because FastAPI takes a parameter that is repeated only for that
+_Texts = Annotated[
+    str | Sequence[str] | AbstractSet[str] | None,
+    PlainValidator(_texts, json_schema_input_type=str | list[str] | None),
 ]
+_Codes = Annotated[
+    int | Sequence[int] | AbstractSet[int] | None,
+    PlainValidator(_codes, json_schema_input_type=int | list[int] | None),
+]
+_Bound = Annotated[float | None, BeforeValidator(_finite)]
+_YesNo = Annotated[bool | None, Field(strict=True), BeforeValidator(_flag)]
 
 
 class RoutingFilter(FrozenInput):
@@ -139,7 +155,12 @@ class RoutingFilter(FrozenInput):
     A filter takes one value or several, of which one must match. It accepts the values that
     `RoutingEvent` accepts in the field of the same name. An empty text is a value, not a missing
     filter. Bounds are inclusive; a row whose number was not measured is never within bounds.
+
+    Numbers and flags may be texts, as in a URL's query: in FastAPI, ``Annotated[RoutingFilter,
+    Query()]`` takes every filter as a parameter, repeated for several values.
     """
+
+    described_like: ClassVar[type[BaseModel]] = RoutingEvent
 
     provider: _Texts = None
     tier: _Texts = None
@@ -153,15 +174,25 @@ class RoutingFilter(FrozenInput):
     """True: rows with an error type. False: rows without one."""
     was_fallback: _YesNo = None
     min_latency_ms: _Bound = None
+    """The least milliseconds that match."""
     max_latency_ms: _Bound = None
+    """The most milliseconds that match."""
     min_cost_usd: _Bound = None
+    """The least US dollars that match."""
     max_cost_usd: _Bound = None
+    """The most US dollars that match."""
     min_quality_score: _Bound = None
+    """The least points that match."""
     max_quality_score: _Bound = None
+    """The most points that match."""
     min_input_tokens: _Bound = None
+    """The least tokens that match."""
     max_input_tokens: _Bound = None
+    """The most tokens that match."""
     min_output_tokens: _Bound = None
+    """The least tokens that match."""
     max_output_tokens: _Bound = None
+    """The most tokens that match."""
 
     @model_validator(mode="before")
     @classmethod

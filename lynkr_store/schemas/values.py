@@ -2,7 +2,8 @@
 
 Hosts pass what their libraries create: members of enumerations, UUIDs, NumPy's numbers, Decimals,
 pendulum's datetimes. A value is accepted if a plain value means the same, and refused otherwise;
-the rule is the same in records, filters, windows and cursors.
+the rule is the same in records, filters, windows and cursors. Only a filter also takes numbers and
+flags as texts, as a URL's query has them.
 
 No library is imported. A value is recognised by its class, or by the methods of Python's number
 protocol. If these methods raise an exception, the value is refused because of its type.

@@ -12,7 +12,7 @@ MODELS = [
     for name in lynkr_store.__all__
     if isinstance(model := getattr(lynkr_store, name), type)
     and issubclass(model, BaseModel)
-    and name not in ("StoreSettings", "RoutingFilter")
+    and name != "StoreSettings"
 ]
 
 
