@@ -198,7 +198,8 @@ class SigtermHandler:
             current = signal.getsignal(signal.SIGTERM)
             if current not in (None, self._handle):
                 self._previous, self._handling = current, False
-                signal.signal(signal.SIGTERM, self._handle)
+                with contextlib.suppress(ValueError):  # an interpreter that handles no signals
+                    signal.signal(signal.SIGTERM, self._handle)
             self._process = os.getpid()
         return True
 
