@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from lynkr_store import (
     AsyncStore,
     Cursor,
+    DowngradeRefused,
     RoutingFilter,
     RoutingRepository,
     SchemaError,
@@ -247,10 +248,12 @@ def everything(url: str, schema: str | None, monkeypatch) -> None:
         ("maintain", "--rebuild", "--trust-clock"),
         ("cleanup", "--older-than", "30d", "--trust-clock"),
         ("upgrade",),
-        ("downgrade", "0007"),
-        ("downgrade", "base", "--drop-data"),
     ):
         command(url, *line)
+    refused = CliRunner().invoke(app, ["downgrade", "0007", "--url", url])
+    assert isinstance(refused.exception, DowngradeRefused), refused.output
+    for revision in ("0007", "base"):
+        command(url, "downgrade", revision, "--drop-data")
 
 
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)

@@ -186,7 +186,7 @@ def test_an_environment_that_is_wrong_fails_no_read_and_stores_nothing(url, engi
     with Session(engine) as session, session.begin():
         repository = RoutingRepository(session)
         assert repository.query() == []
-        with pytest.raises(ValueError, match="capture_text"):
+        with pytest.raises(ValueError, match="LYNKR_STORE_CAPTURE_TEXT"):
             repository.add_many([RECORD])
         assert repository.query() == []
 

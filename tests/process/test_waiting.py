@@ -239,12 +239,12 @@ def test_no_more_calls_are_made_at_once_than_there_are_threads():
 
 
 def test_one_call_after_the_other_takes_a_thread_that_is_there():
-    workers = Workers(4, "one")
+    workers = Workers(30, "one")
 
     async def main():
         return {await workers.run(threading.get_ident) for _ in range(30)}
 
-    assert len(run(main())) <= 2, "the next call may come before a thread waits for it"
+    assert len(run(main())) < 10, "the next call may come before a thread waits for it"
     workers.finish()
 
 
