@@ -233,26 +233,24 @@ def _redact(columns: Columns, redact: Callable[[str], str]) -> list[str]:
     return mended
 
 
-def cause_of(error: ValidationError) -> str:
-    """The cause of a rejection, in one word, for the counters."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return _cause(first)
-
-
-def _cause(error: ErrorDetails) -> str:
-    return _CAUSES.get(error["type"], "wrong_type")
-
-
 def rejection_of(error: ValidationError, record: object) -> Rejection:
     """Why a record is rejected: the first error, with the type of the value as it was given."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return _rejection(_errors(error)[0], record)
+
+
+def _errors(error: ValidationError) -> list[ErrorDetails]:
+    return error.errors(include_url=False, include_context=False, include_input=False)
+
+
+def _rejection(first: ErrorDetails, record: object) -> Rejection:
     name = first["loc"][0] if first["loc"] else None
     value: Any = record
     if name is not None:
         fields = vars(record) if isinstance(record, RoutingEvent) else record
         value = fields[name] if isinstance(fields, Mapping) and name in fields else _NO_VALUE
     kind = None if value is _NO_VALUE else _fit(type_name(value))
-    return Rejection(cause=_cause(first), field=_fit(name), value_type=kind)
+    cause = _CAUSES.get(first["type"], "wrong_type")
+    return Rejection(cause=cause, field=_fit(name), value_type=kind)
 
 
 _NO_VALUE: Final = object()
@@ -260,8 +258,9 @@ _NO_VALUE: Final = object()
 
 def _fit(name: object) -> str | None:
     """The name, if it cannot be a text that somebody wrote to a model."""
-    fits = type(name) is str and len(name) <= _NAME_CHARS and name.isidentifier()
-    return name if fits and isinstance(name, str) else None
+    if type(name) is str and len(name) <= _NAME_CHARS and name.isidentifier():
+        return name
+    return None
 
 
 def refuse_invalid(record: Mapping[str, Any] | RoutingEvent) -> None:
@@ -282,8 +281,8 @@ def refuse_invalid(record: Mapping[str, Any] | RoutingEvent) -> None:
 
 
 def _refused(which: str, error: ValidationError, record: object) -> BadArgument:
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    return BadArgument(f"{which}: {'; '.join(map(_words, found))} ({rejection_of(error, record)})")
+    found = _errors(error)
+    return BadArgument(f"{which}: {'; '.join(map(_words, found))} ({_rejection(found[0], record)})")
 
 
 def _words(error: ErrorDetails) -> str:

@@ -158,10 +158,12 @@ def refuse_early(connection: Connection, undone: Collection[str]) -> None:
     """
     for revision in sorted(undone, reverse=True):
         _keep_adopted(connection, revision)
+    if _may_drop_data():
+        return
     for revision, table in _TABLES.items():
-        if revision in undone and not _may_drop_data():
+        if revision in undone:
             _keep_rows(connection, table)
-    if _ROLLUPS_REVISION in undone and not _may_drop_data():
+    if _ROLLUPS_REVISION in undone:
         _keep_history(connection)
 
 
@@ -189,10 +191,8 @@ def _keep_history(connection: Connection) -> None:
         return
     oldest = func.coalesce(select(func.min(_TELEMETRY.c.timestamp)).scalar_subquery(), INT64_MAX)
     end = _ROLLUPS.c.start + _ROLLUPS.c.span_ms
-    if (
-        connection.scalar(select(literal(1)).select_from(_ROLLUPS).where(end <= oldest).limit(1))
-        is not None
-    ):
+    older = select(literal(1)).select_from(_ROLLUPS).where(end <= oldest).limit(1)
+    if connection.scalar(older) is not None:
         raise DowngradeRefused(
             f"{_ROLLUPS.name} has statistics of rows that retention removed, and this downgrade "
             "would drop it. Nothing was changed: to lose them, run lynkr-store downgrade "

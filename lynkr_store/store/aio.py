@@ -90,9 +90,7 @@ class AsyncStore(Core):
             url = _shareable_url(engine)
         super().__init__(url, None, settings, clock, read_only=read_only)
         self._engines: Engines | None = None
-        if not self._settings.enabled:
-            engine = None
-        if engine is not None:
+        if engine is not None and self._settings.enabled:
             self._engines = HostsEngine(self._prepared(engine))
         elif self._database.backend is Backend.POSTGRESQL:
             self._engines = EnginePerLoop(partial(_new_engine, self._settings, read_only=read_only))

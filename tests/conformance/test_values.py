@@ -14,7 +14,7 @@ from lynkr_store import (
     Window,
     writing,
 )
-from lynkr_store.ingest.validation import cause_of
+from lynkr_store.ingest.validation import rejection_of
 from tests.support.stores import adds_up
 from tests.support.values import AT, NOON, TABLE, Tier, is_refused
 
@@ -59,7 +59,7 @@ def test_every_way_in_stores_the_same(open_store, way):
             with pytest.raises(ValueError) as refused:  # noqa: PT011 - looked at below
                 WAYS[way](store, record_of(number, field, value))
             if way.endswith("an event"):
-                assert cause_of(refused.value) == cause
+                assert rejection_of(refused.value, None).cause == cause
             else:
                 assert isinstance(refused.value, BadArgument)
                 assert f"({cause}: {field}" in str(refused.value)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from lynkr_store import Cursor, RoutingEvent, RoutingRow, RoutingRowBrief, RoutingStats
 from lynkr_store.db.models import TELEMETRY
-from lynkr_store.ingest.validation import TextPolicy, cause_of, new_ids, row_of
+from lynkr_store.ingest.validation import TextPolicy, new_ids, rejection_of, row_of
 from lynkr_store.schemas import Reading, epoch_ms, utc
 from lynkr_store.schemas.base import construct_all
 from lynkr_store.schemas.units import half_up
@@ -93,7 +93,7 @@ def test_values_of_the_domain_are_taken(field, values):
 def test_others_are_refused_with_their_cause_and_without_their_value(field, value, cause):
     with pytest.raises(ValidationError) as refused:
         RoutingEvent(**({"provider": "p"} | {field: value, "request_text": "secret"}))
-    assert cause_of(refused.value) == cause
+    assert rejection_of(refused.value, None).cause == cause
     assert field in str(refused.value)
     assert "secret" not in str(refused.value)
 
@@ -101,7 +101,7 @@ def test_others_are_refused_with_their_cause_and_without_their_value(field, valu
 def test_a_missing_provider_has_a_cause_of_its_own():
     with pytest.raises(ValidationError) as refused:
         RoutingEvent(tier="SIMPLE")
-    assert cause_of(refused.value) == "no_provider"
+    assert rejection_of(refused.value, None).cause == "no_provider"
     with pytest.raises(ValidationError):
         RoutingEvent.model_validate(5)
 

@@ -17,7 +17,7 @@ from lynkr_store import Cursor, RoutingEvent, RoutingFilter, Window
 from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.conversion import prepare
 from lynkr_store.ingest.queue import RecordQueue, as_submitted
-from lynkr_store.ingest.validation import TextPolicy, cause_of, row_of
+from lynkr_store.ingest.validation import TextPolicy, rejection_of, row_of
 from lynkr_store.schemas import datetime_of
 from tests.support.values import (
     AT,
@@ -65,7 +65,7 @@ def test_a_record_takes_a_value_or_names_its_cause(case):
     record = record_of(field, value)
     if is_refused(wanted):
         refused = refusal_of(lambda: RoutingEvent(**record))
-        assert cause_of(refused) == wanted
+        assert rejection_of(refused, None).cause == wanted
         assert field in str(refused)
         assert refused.__context__ is None or type(refused.__context__) is RuntimeError
         assert written(record) == wanted
@@ -157,7 +157,7 @@ def test_a_value_whose_methods_raise_or_lie_is_refused_for_its_type(kind, field)
     for value in (kind(), [kind()], {"nested": kind()}) if field == "attributes" else (kind(),):
         record = record_of(field, value)
         refused = refusal_of(lambda record=record: RoutingEvent(**record))
-        assert cause_of(refused) == "wrong_type"
+        assert rejection_of(refused, None).cause == "wrong_type"
         assert written(record) == "wrong_type"
 
 
@@ -212,7 +212,7 @@ def test_records_and_questions_agree(field, value):
     try:
         event = RoutingEvent(**record_of(field, value))
     except ValidationError as error:
-        taken = cause_of(error) == "out_of_domain" or "tokens" in field
+        taken = rejection_of(error, None).cause == "out_of_domain" or "tokens" in field
         if not (taken or is_of_a_url(field, value)):
             refusal_of(lambda: asked(field, value))
         return
