@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from enum import IntEnum
@@ -29,7 +29,7 @@ from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, Sto
 from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.queries.repository import LOOK_BACK
-from lynkr_store.schemas import Cursor, Health, epoch_ms
+from lynkr_store.schemas import Cursor, Health, ProviderStats, epoch_ms
 from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import DatabaseSettings, StoreSettings
@@ -279,42 +279,54 @@ def stats(
     """Show the main statistics; by default, of the last 24 hours."""
     window = _window(since, until, last)
     with _reading(url) as store:
-        if gateway:
-            answer = (
-                store.get_stats(window)
-                if provider is None
-                else store.get_provider_stats(provider, window)
-            )
-            render.say_json(answer and answer.to_gateway())
-            return
-        figures, accuracy = store.get_stats(window), store.get_routing_accuracy(window)
-        of_all = figures.requests_by_provider if figures else {}
-        names = [*of_all] if provider is None else [provider]
-        answers = {name: store.get_provider_stats(name, window) for name in names}
-        providers = {name: answer for name, answer in answers.items() if answer is not None}
-        if as_json:
-            dumped = {name: answer.model_dump(mode="json") for name, answer in providers.items()}
-            whole = {
+        if provider is None:
+            _show_stats(store, window, as_json=as_json, gateway=gateway)
+        else:
+            _show_provider(store, provider, window, as_json=as_json, gateway=gateway)
+
+
+def _show_provider(
+    store: Store, provider: str, window: Window, *, as_json: bool, gateway: bool
+) -> None:
+    answer = store.get_provider_stats(provider, window)
+    if gateway:
+        render.say_json(answer and answer.to_gateway())
+    elif as_json:
+        render.say_json({"providers": _dumped({provider: answer} if answer else {})})
+    elif answer is None:
+        render.say(f"no requests of {provider} in this window")
+    else:
+        render.show(Console(), render.provider_report(provider, answer))
+
+
+def _show_stats(store: Store, window: Window, *, as_json: bool, gateway: bool) -> None:
+    figures = store.get_stats(window)
+    if gateway:
+        render.say_json(figures and figures.to_gateway())
+        return
+    accuracy = store.get_routing_accuracy(window)
+    names = figures.requests_by_provider if figures else {}
+    answers = {name: store.get_provider_stats(name, window) for name in names}
+    providers = {name: answer for name, answer in answers.items() if answer is not None}
+    if as_json:
+        render.say_json(
+            {
                 "stats": figures and figures.model_dump(mode="json"),
                 "accuracy": accuracy and accuracy.model_dump(mode="json"),
+                "providers": _dumped(providers),
             }
-            render.say_json((whole if provider is None else {}) | {"providers": dumped})
-            return
-        if figures is None or accuracy is None or not providers:
-            of = "" if provider is None else f" of {provider}"
-            render.say(f"no requests{of} in this window")
-            return
-        if provider is None:
-            ends = window.resolved(epoch_ms_now(), LOOK_BACK)
-            console, slices = Console(), _slices(store, *ends)
-            parts = render.stats_report(
-                figures, accuracy, providers, slices, ends, width=console.width
-            )
-            render.show(console, *parts)
-        else:
-            render.show(
-                Console(), *(render.provider_report(name, p) for name, p in providers.items())
-            )
+        )
+    elif figures is None or accuracy is None:
+        render.say("no requests in this window")
+    else:
+        ends = window.resolved(epoch_ms_now(), LOOK_BACK)
+        console, slices = Console(), _slices(store, *ends)
+        parts = render.stats_report(figures, accuracy, providers, slices, ends, width=console.width)
+        render.show(console, *parts)
+
+
+def _dumped(providers: Mapping[str, ProviderStats]) -> dict[str, Any]:
+    return {name: answer.model_dump(mode="json") for name, answer in providers.items()}
 
 
 @app.command()
