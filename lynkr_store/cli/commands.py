@@ -14,7 +14,7 @@ from datetime import timedelta
 from enum import IntEnum
 from io import StringIO
 from itertools import pairwise
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -50,6 +50,9 @@ _UNITS: Final = {
 }
 
 
+_Options = TypeVar("_Options", bound=DatabaseSettings)
+
+
 class Exit(IntEnum):
     """The command's exit codes."""
 
@@ -66,6 +69,10 @@ app: Final = typer.Typer(
 _Url = Annotated[
     str | None,
     typer.Option(help="The database; default LYNKR_STORE_URL, then sqlite:///.lynkr/telemetry.db."),
+]
+_Schema = Annotated[
+    str | None,
+    typer.Option(help="PostgreSQL: the schema of the tables; default LYNKR_STORE_SCHEMA."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, with every field.")]
 _Gateway = Annotated[
@@ -153,19 +160,20 @@ def upgrade(
     revision: Annotated[str, typer.Argument(help="The revision to reach.")] = "head",
     *,
     url: _Url = None,
+    schema: _Schema = None,
     sql: _Sql = False,
     backup: Annotated[
         bool, typer.Option(help="First copy the SQLite file, in its directory.")
     ] = False,
 ) -> None:
     """Create, adopt or upgrade the database's schema."""
-    target = _target(url)
+    settings = DatabaseSettings(**_place(url, schema))
     if sql:
         script = StringIO()
-        migrate.write_script(target, revision, script)
+        migrate.write_script(settings.url, revision, script, schema=settings.schema_name)
         render.say_script(script.getvalue())
         return
-    with _engine(target) as engine, translated(of_rows=False):
+    with _engine(settings) as engine, translated(of_rows=False):
         with engine.connect() as connection:
             at_head = revisions.current(connection) == revisions.head()
             lost = revisions.missing_tables(connection) if at_head else []
@@ -190,27 +198,28 @@ def downgrade(
     revision: Annotated[str, typer.Argument(help="The revision to return to; base undoes all.")],
     *,
     url: _Url = None,
+    schema: _Schema = None,
     drop_data: Annotated[bool, typer.Option(help="Also drop tables that have rows.")] = False,
     sql: _Sql = False,
 ) -> None:
     """Undo revisions."""
-    target = _target(url)
+    settings = DatabaseSettings(**_place(url, schema))
     if sql:
         script = StringIO()
-        migrate.write_script(target, revision, script, down=True)
+        migrate.write_script(settings.url, revision, script, down=True, schema=settings.schema_name)
         render.say_script(script.getvalue())
         return
-    with _engine(_there(target)) as engine, translated(of_rows=False):
+    with _engine(_there(settings)) as engine, translated(of_rows=False):
         migrate.downgrade(engine, revision, drop_data=drop_data)
         with engine.connect() as connection:
             render.say(f"at revision {revisions.current(connection) or 'base'}")
 
 
 @app.command()
-def check(*, url: _Url = None, as_json: _Json = False) -> None:
+def check(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -> None:
     """Check whether this release can work with the schema; exit 1 if not."""
     with (
-        disposing(inspecting_engine(StoreSettings(url=_target(url)))) as engine,
+        disposing(inspecting_engine(StoreSettings(**_place(url, schema)))) as engine,
         translated(of_rows=False),
         engine.connect() as connection,
     ):
@@ -269,6 +278,7 @@ def _words_of_check(found: dict[str, Any], *, behind: bool, ahead: bool) -> Iter
 def stats(
     *,
     url: _Url = None,
+    schema: _Schema = None,
     provider: Annotated[str | None, typer.Option(help="Show only this provider.")] = None,
     since: _Since = None,
     until: _Until = None,
@@ -278,7 +288,7 @@ def stats(
 ) -> None:
     """Show the main statistics; by default, of the last 24 hours."""
     window = _window(since, until, last)
-    with _reading(url) as store:
+    with _reading(url, schema) as store:
         if provider is None:
             _show_stats(store, window, as_json=as_json, gateway=gateway)
         else:
@@ -333,6 +343,7 @@ def _dumped(providers: Mapping[str, ProviderStats]) -> dict[str, Any]:
 def query(  # noqa: PLR0913 - one option for each dimension
     *,
     url: _Url = None,
+    schema: _Schema = None,
     provider: _Provider = None,
     tier: _Tier = None,
     model: _Model = None,
@@ -378,7 +389,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
     window = _window(since, until, last)
     cursor = None if before is None else Cursor.parse(before)
     checked_limit(limit)
-    with _reading(url) as store:
+    with _reading(url, schema) as store:
         rows = store.query(criteria, window, limit=limit, before=cursor, include_text=text)
     if gateway:
         render.say_json([row.to_gateway() for row in rows])
@@ -395,9 +406,9 @@ def query(  # noqa: PLR0913 - one option for each dimension
 
 
 @app.command()
-def health(*, url: _Url = None, as_json: _Json = False) -> None:
+def health(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -> None:
     """Show the state of the database; exit 3 if it cannot be reached."""
-    with Store(_target(url), read_only=True) as store:
+    with Store(settings=StoreSettings(**_place(url, schema)), read_only=True) as store:
         answer = _looked(store)
     if as_json:
         render.say_json(answer.model_dump(mode="json"))
@@ -411,13 +422,14 @@ def health(*, url: _Url = None, as_json: _Json = False) -> None:
 def cleanup(
     *,
     url: _Url = None,
+    schema: _Schema = None,
     older_than: Annotated[str, typer.Option(help="An age: 12h, 30d, 26w.")],
     trust_clock: _TrustClock = False,
     as_json: _Json = False,
 ) -> None:
     """Delete rows that are older than an age."""
     age = _age(older_than)
-    with _changing(url) as store:
+    with _changing(url, schema) as store:
         deleted = store.cleanup(age, trust_clock=trust_clock)
     render.say_json({"rows_deleted": deleted}) if as_json else render.say(
         f"{deleted:,} rows deleted"
@@ -428,6 +440,7 @@ def cleanup(
 def maintain(
     *,
     url: _Url = None,
+    schema: _Schema = None,
     budget: Annotated[str, typer.Option(help="Time limit for retention: 30s, 10m.")] = "30s",
     rebuild: Annotated[
         bool, typer.Option(help="Compute the roll-ups again from the rows.")
@@ -441,7 +454,7 @@ def maintain(
     Exit 1 if retention did nothing because the clock may be wrong.
     """
     budget_s = _age(budget).total_seconds()
-    with _changing(url) as store, Console(stderr=True).status("at work") as status:
+    with _changing(url, schema) as store, Console(stderr=True).status("at work") as status:
         report = store.maintain(
             budget_s=budget_s,
             rebuild=rebuild,
@@ -473,16 +486,18 @@ def maintain(
         sys.exit(Exit.NO)
 
 
-def _engine(url: str) -> AbstractContextManager[Engine]:
-    return disposing(create_store_engine(url, schema=DatabaseSettings().schema_name))
+def _place(url: str | None, schema: str | None) -> dict[str, Any]:
+    """The options that were given, which override the environment's."""
+    given = {"url": url or None, "schema_name": schema}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def _target(url: str | None) -> str:
-    return url or DatabaseSettings().url
+def _engine(settings: DatabaseSettings) -> AbstractContextManager[Engine]:
+    return disposing(create_store_engine(settings.url, schema=settings.schema_name))
 
 
-def _reading(url: str | None) -> Store:
-    store = Store(_target(url), read_only=True)
+def _reading(url: str | None, schema: str | None) -> Store:
+    store = Store(settings=StoreSettings(**_place(url, schema)), read_only=True)
     if store.missing_columns:
         missing = ", ".join(store.missing_columns)
         render.warn(
@@ -491,24 +506,25 @@ def _reading(url: str | None) -> Store:
     return store
 
 
-def _changing(url: str | None) -> Store:
+def _changing(url: str | None, schema: str | None) -> Store:
     """Open a store that may change rows, but does not upgrade the schema."""
-    return Store(settings=StoreSettings(url=_there(_target(url)), upgrade_on_open=False))
+    settings = _there(StoreSettings(**_place(url, schema)))
+    return Store(settings=settings.model_copy(update={"upgrade_on_open": False}))
 
 
-def _there(url: str) -> str:
-    """The URL, if it does not name a file that would be created: it may be mistyped.
+def _there(settings: _Options) -> _Options:
+    """The settings, if their URL does not name a file that would be created: it may be mistyped.
 
     Raises:
         StoreUnavailable: There is no such file.
     """
-    path = file_of(parse_url(url))
+    path = file_of(parse_url(settings.url))
     if path is not None and not path.exists():
         raise StoreUnavailable(
             f"{path} does not exist: give the path of a database, or create one by lynkr-store "
             "upgrade"
         )
-    return url
+    return settings
 
 
 def _window(since: str | None, until: str | None, last: str | None) -> Window:

@@ -133,13 +133,15 @@ def downgrade(
     _run(command.downgrade, config(connection=connection, schema=schema), revision, options)
 
 
-def write(url: str | URL, revisions: str, output: TextIO, *, down: bool) -> None:
+def write(
+    url: str | URL, revisions: str, output: TextIO, *, down: bool, schema: str | None
+) -> None:
     """Write the SQL of an upgrade or downgrade; nothing is connected to.
 
     Raises:
         BadArgument: There are no such revisions.
     """
-    to = config()
+    to = config(schema=schema)
     to.output_buffer = output
     what = partial(command.downgrade if down else command.upgrade, sql=True)
     _run(what, to, revisions, [f"url={url}"])

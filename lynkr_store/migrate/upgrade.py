@@ -190,7 +190,14 @@ def _alone(wait_s: float) -> Iterator[None]:
         turn.release()
 
 
-def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool = False) -> None:
+def write_script(
+    url: str | URL,
+    revisions: str,
+    output: TextIO,
+    *,
+    down: bool = False,
+    schema: str | None = None,
+) -> None:
     """Write the SQL of an upgrade or downgrade instead of running it.
 
     Args:
@@ -198,9 +205,10 @@ def write_script(url: str | URL, revisions: str, output: TextIO, *, down: bool =
         revisions: In Alembic's form, such as ``head`` or ``0003:base``.
         output: Where the script is written.
         down: Write a downgrade.
+        schema: PostgreSQL: the schema of the store's tables; None for the server's default.
 
     Raises:
         BadArgument: There are no such revisions.
     """
     with _alone(WAIT_S):
-        scripts.write(url, revisions, output, down=down)
+        scripts.write(url, revisions, output, down=down, schema=schema)

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import pytest
 import typer.main
 
-from lynkr_store import ProviderStats, RoutingAccuracy, RoutingStats, Store, Window, __version__
+from lynkr_store import (
+    ProviderStats,
+    RoutingAccuracy,
+    RoutingStats,
+    Store,
+    StoreSettings,
+    Window,
+    __version__,
+)
 from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
 from tests.conftest import ON_DISK
@@ -280,6 +288,29 @@ def test_the_url_comes_from_the_environment(tmp_path):
     done("upgrade", LYNKR_STORE_URL=url)
     assert f"revision {revisions.head()}" in done("check", LYNKR_STORE_URL=url)
     assert (tmp_path / "a.db").exists()
+
+
+def test_the_schema_is_an_option_of_every_command(postgres_url):
+    url = postgres_url
+    given = ("--url", url, "--schema", "telemetry")
+    assert 'CREATE SCHEMA "telemetry"' in done("upgrade", "--sql", *given)
+    assert "at revision" in done("upgrade", *given)
+    settings = StoreSettings(url=url, schema_name="telemetry")
+    with Store(settings=settings, clock=lambda: NOW) as store:
+        store.record(provider="ollama")
+    assert "revision" in done("check", *given)
+    assert json.loads(done("stats", "--json", "--last", "30y", *given))["stats"]
+    assert json.loads(done("query", "--json", *given))["rows"]
+    assert json.loads(done("health", "--json", *given))["revision"] == revisions.head()
+    assert json.loads(done("maintain", "--json", *given))["rows_folded"] == 1
+    assert json.loads(done("cleanup", "--older-than", "1d", "--trust-clock", "--json", *given))
+    other = ("--url", url, "--schema", "elsewhere")
+    assert "upgrade" in run("stats", *other).stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LYNKR_STORE_SCHEMA", "elsewhere")
+        assert done("downgrade", "base", "--drop-data", *given) == "at revision base\n"
+    for command in typer.main.get_command(commands.app).commands.values():
+        assert any("--schema" in option.opts for option in command.params), command.name
 
 
 def test_a_schema_that_is_behind_is_refused_with_the_command(postgres_url):
