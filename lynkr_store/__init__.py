@@ -44,12 +44,14 @@ from lynkr_store.schemas import (
 from lynkr_store.schemas.filters import RoutingFilter, Window
 from lynkr_store.settings import StoreSettings
 from lynkr_store.store.aio import AsyncStore
+from lynkr_store.store.protocols import AsyncStoreProtocol, Recorder, StoreProtocol
 from lynkr_store.store.sync import Store
 from lynkr_store.version import __version__
 
 __all__ = [
     "AdoptionRefused",
     "AsyncStore",
+    "AsyncStoreProtocol",
     "BadArgument",
     "Base",
     "ClockAhead",
@@ -61,6 +63,7 @@ __all__ = [
     "MaintenanceReport",
     "MissingDriver",
     "ProviderStats",
+    "Recorder",
     "Rejection",
     "RollupsRefused",
     "RoutingAccuracy",
@@ -79,6 +82,7 @@ __all__ = [
     "SchemaError",
     "Store",
     "StoreClosed",
+    "StoreProtocol",
     "StoreSettings",
     "StoreUnavailable",
     "TextPolicy",

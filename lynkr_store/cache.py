@@ -182,6 +182,24 @@ class TTLCache(Forkable):
                     del self._flights[place]
 
 
+def timer_of(clock: Callable[[], int]) -> Callable[[], float]:
+    """A timer for a `TTLCache`, in seconds, by a clock that tells epoch milliseconds.
+
+    It goes forward by as much as the clock moves, also if the clock is set back: otherwise answers
+    would be kept until the clock is again where it was. Calls must not overlap.
+    """
+    last_ms, passed_ms = clock(), 0
+
+    def timer() -> float:
+        nonlocal last_ms, passed_ms
+        now_ms = clock()
+        passed_ms += abs(now_ms - last_ms)
+        last_ms = now_ms
+        return passed_ms / 1000
+
+    return timer
+
+
 class _Answers(cachetools.TTLCache[Hashable, Any]):
     """Reports a missing answer in a third of the time of ``get``."""
 

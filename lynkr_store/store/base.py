@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar, Unpack
 from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
-from lynkr_store.cache import TTLCache
+from lynkr_store.cache import TTLCache, timer_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.postgresql import plan_for_any
 from lynkr_store.db.urls import file_of, shown, url_text
@@ -93,7 +93,8 @@ class Core:
         make_spool = None
         if settings.spool_path and not read_only:
             make_spool = _spool_maker(settings, self._database.engine.url)
-        self._cache = TTLCache(settings.cache_ttl_s)
+        timer = time.monotonic if clock is None else timer_of(self._clock)
+        self._cache = TTLCache(settings.cache_ttl_s, timer=timer)
         self._probe = Probe(self._database)
         self._writer = Writer(
             self._sink,

@@ -383,6 +383,18 @@ def test_statistics_are_cached_by_the_question_asked(open_store):
     assert store.get_stats().total_requests == 2, "deleting forgets the answers"
 
 
+def test_cached_answers_age_by_the_clock_that_was_given(open_store):
+    now = [NOW]
+    store = open_store(clock=lambda: now[0], cache_ttl_s=5)
+    for direction in (1, -1):  # a clock that is set back keeps no answer longer
+        store.add_many([{"provider": "p"}])
+        first = store.get_stats(ALL)
+        now[0] += direction * 4_900
+        assert store.get_stats(ALL) is first
+        now[0] += direction * 100
+        assert store.get_stats(ALL) is not first
+
+
 def test_answers_cannot_be_changed(open_store):
     store = filled(open_store, RecordFactory(timestamp=NOW))
     stats = store.get_stats()

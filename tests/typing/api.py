@@ -11,10 +11,12 @@ from sqlalchemy.orm import Session
 
 from lynkr_store import (
     AsyncStore,
+    AsyncStoreProtocol,
     Cursor,
     Health,
     MaintenanceReport,
     ProviderStats,
+    Recorder,
     RoutingAccuracy,
     RoutingEvent,
     RoutingFilter,
@@ -23,6 +25,7 @@ from lynkr_store import (
     RoutingRowBrief,
     RoutingStats,
     Store,
+    StoreProtocol,
     StoreSettings,
     TextPolicy,
     Window,
@@ -69,6 +72,18 @@ def sync(store: Store, session: Session) -> None:
     assert_type(repository.query(include_text=False), list[RoutingRowBrief])
     assert_type(repository.get_stats(), RoutingStats | None)
     RoutingRepository(session, policy=TextPolicy(capture=False, max_chars=5, redact=str.upper))
+
+
+def protocols(store: Store, later: AsyncStore) -> None:
+    """A store is what each protocol says, with the same types."""
+    recorders: list[Recorder] = [store, later]
+    recorders[0].record(provider="p", modle="m")  # type: ignore[call-arg]
+    one: StoreProtocol = store
+    assert_type(one.query(), list[RoutingRow])
+    assert_type(one.query(include_text=bool(one.flush())), Sequence[RoutingRowBrief])
+    assert_type(one.get_stats(Window()), RoutingStats | None)
+    other: AsyncStoreProtocol = later
+    assert_type(other.iter_records(), AsyncIterator[RoutingRow])
 
 
 async def asynchronous(store: AsyncStore) -> None:
