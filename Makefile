@@ -13,7 +13,7 @@ SHARED := --dist worksteal
 # Where it is set, as in images of containers, each of the tests' children compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow test-oldest test-postgresql bench snapshots check format build clean
+.PHONY: help demo docs test test-slow test-oldest test-postgresql bench snapshots check format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,11 +51,15 @@ bench: $(VENV)/dev.stamp ## compare the store with the bare drivers and the orig
 snapshots: $(VENV)/dev.stamp ## rewrite the committed schema of both backends, after a new revision
 	$(BIN)/python -m tests.support.snapshot
 
-check: $(VENV)/dev.stamp ## check formatting, lint, types and the order of imports
+check: $(VENV)/dev.stamp docs ## check formatting, lint, types and the order of imports, build the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# Its theme announces the end of mkdocs 1 each time.
+docs: $(VENV)/dev.stamp ## build the documentation, as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/dev.stamp ## format, and fix the lint errors that can be fixed automatically
 	$(BIN)/ruff check --fix .

@@ -115,7 +115,7 @@ class AdoptionRefused(SchemaError):
         self.difference = difference = printable(difference)
         super().__init__(
             f"not adopted, and nothing was changed: {difference}. Use another database, or bring "
-            "this one to the gateway's own shape first (see 'Adopting' in the README)"
+            "this one to the gateway's own shape first (docs/how-to/adopt.md says what is accepted)"
         )
 
     def __reduce__(self) -> tuple[type[Self], tuple[str], dict[str, Any]]:

@@ -260,9 +260,10 @@ class RoutingEvent(FrozenInput):
     """JSON text: the record of a decision to stay with or leave a model because of its prompt
     cache."""
     cache_read_tokens: _Count = None
-    """[gen_ai.usage.cache_read.input_tokens]"""
+    """Tokens read from the provider's prompt cache [gen_ai.usage.cache_read.input_tokens]; see
+    `cache_tokens_included`."""
     cache_creation_tokens: _Count = None
-    """[gen_ai.usage.cache_creation.input_tokens]"""
+    """Tokens written to the provider's prompt cache [gen_ai.usage.cache_creation.input_tokens]."""
     trace_id: _Text = None
     """The same for all attempts of one request."""
     attempt_index: _Count = None

@@ -45,7 +45,7 @@ NOW = 1_750_000_000_000
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000
 SCHEMA = "telemetry"
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "postgresql.md"
 
 FILTERS = [
     *(
@@ -294,8 +294,8 @@ def test_nothing_that_another_role_planted_in_a_schema_of_the_stores_own_is_call
 
 
 def rights() -> list[str]:
-    """The statements that the README gives."""
-    [block] = re.findall(r"(?ms)^```sql\n(.*?)^```", README.read_text())
+    """The statements that the documentation gives."""
+    [block] = re.findall(r"(?ms)^```sql\n(.*?)^```", PAGE.read_text())
     lines = re.sub(r"--.*", "", block).split(";")
     known = {"lynkr_owner": "{owner}", "lynkr_app": "{app}", "gateway": "{database}"}
     return [

@@ -19,7 +19,7 @@ TESTS: Final = (
     "tests/conformance",
     "tests/test_architecture.py",
     "tests/test_cache.py",
-    "tests/test_readme.py",
+    "tests/test_docs.py",
     "tests/cli/test_commands.py",
     "tests/db/test_engines.py",
     *(f"tests/ingest/test_{name}.py" for name in ("batch", "codec", "queue", "spool", "writer")),
