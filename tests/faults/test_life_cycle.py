@@ -938,7 +938,7 @@ RANDOM_MOMENTS = """
 @pytest.mark.parametrize("what", ["record", "flush", "health", "close"])
 def test_sigterm_at_random_moments_loses_nothing(program, new_url, backend, what):
     told = []
-    for seed in range(20):
+    for seed in range(10):
         url = new_url(backend, at_head=True)
         with program.start(RANDOM_MOMENTS, what, url) as child:
             try:
