@@ -402,7 +402,8 @@ def query(  # noqa: PLR0913 - one option for each dimension
             }
         )
     else:
-        render.show(Console(), render.rows_table(rows))
+        console = Console()
+        render.show(console, render.rows_table(rows, width=console.width))
 
 
 @app.command()

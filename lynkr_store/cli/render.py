@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -33,9 +34,16 @@ _BAR_CELLS: Final = 12  # the tables fit a terminal of 80 columns
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _WIDE: Final = 80  # columns of a terminal that has room for bars next to the figures
 _VALUE: Final = " "  # the second column of a table without headings
-_LEFT: Final = ("", _VALUE, "time (UTC)", "provider", "tier", "model", "result")
-_FOLDING: Final = (_VALUE, "provider", "tier", "model", "result")
+_WIDE_ROWS: Final = 100  # columns in which the names of most rows fit on one line
+_WHOLE_FROM_MS: Final = 100
+_TIME_AND_TIER: Final = "time (UTC)\ntier"
+_PROVIDER_AND_MODEL: Final = "provider\nmodel"
+_FOLDING: Final = (
+    *(_VALUE, "provider", "tier", "model", "result"),
+    *(_TIME_AND_TIER, _PROVIDER_AND_MODEL),
+)
 """Columns that shrink on a narrow terminal: their texts continue on the next line."""
+_LEFT: Final = ("", "time (UTC)", *_FOLDING)
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 _FITTING: Final = "lynkr-store"  # the error handler for characters that a stream's encoding lacks
 _PLAIN: Final = {"–": "-", "—": "-", "─": "-", "…": ".", "’": "'", "×": "x"} | dict.fromkeys(
@@ -210,18 +218,18 @@ def stats_report(
     yield head
 
     slowest = max((p.avg_latency or 0 for p in providers.values()), default=0)
-    heads = ("provider", "requests", "errors", "latency", *[""][:wide], "cost", "unpriced")
-    table = _table(*heads, title="Providers")
+    costs = ("", "cost", "unpriced") if wide else ("cost\nunpriced",)
+    table = _table("provider", "requests", "errors", "latency", *costs, title="Providers")
     for name, figures in providers.items():
-        latency = figures.avg_latency
+        latency, price = figures.avg_latency, Text(cost(figures.total_cost))
+        bars = Text(bar(latency or 0, slowest), style="magenta")
+        unpriced = Text(f"{figures.unpriced_requests:,}")
         table.add_row(
             _printable(name),
             f"{figures.total:,}",
             f"{figures.error_rate} %",
             "–" if latency is None else f"{latency:,} ms",
-            *[Text(bar(latency or 0, slowest), style="magenta")][:wide],
-            cost(figures.total_cost),
-            f"{figures.unpriced_requests:,}",
+            *((bars, price, unpriced) if wide else (_stacked(price, unpriced),)),
         )
     yield table
 
@@ -276,33 +284,63 @@ def cost(dollars: float | None) -> str:
     return "unknown" if dollars is None else f"${dollars:,.4f}"
 
 
-def rows_table(rows: Sequence[RoutingRowBrief]) -> Table:
-    """Show rows, one on each line, without their texts."""
-    table = _table("time (UTC)", "provider", "tier", "model", "latency", "cost", "result")
+def rows_table(rows: Sequence[RoutingRowBrief], *, width: int = _WIDE) -> Table:
+    """Show rows, one on each line, without their texts.
+
+    Args:
+        rows: The rows of a page.
+        width: Columns of the terminal; in a narrow one each row has two lines.
+    """
+    if width >= _WIDE_ROWS:
+        table = _table("time (UTC)", "provider", "tier", "model", "latency", "cost", "result")
+    else:
+        table = _table(_TIME_AND_TIER, _PROVIDER_AND_MODEL, "latency\ncost", "result")
     for row in rows:
-        table.add_row(
-            f"{row.timestamp:%m-%d %H:%M:%S}" if row.timestamp else "–",
-            _printable(row.provider),
-            _printable(row.tier),
-            _printable(row.model),
-            "–" if row.latency_ms is None else f"{row.latency_ms:,} ms",
-            cost(row.cost_usd),
-            _printable(row.error_type or row.status_code, style="red" if row.error_type else ""),
-        )
+        at = Text(f"{row.timestamp:%m-%d %H:%M:%S}" if row.timestamp else "–")
+        provider, tier, model = map(_printable, (row.provider, row.tier, row.model))
+        latency = Text("–" if row.latency_ms is None else _milliseconds(row.latency_ms))
+        price = Text(cost(row.cost_usd))
+        result = _printable(row.error_type or row.status_code, "red" if row.error_type else "")
+        if width >= _WIDE_ROWS:
+            table.add_row(at, provider, tier, model, latency, price, result)
+        else:
+            pairs = ((at, tier), (provider, model), (latency, price))
+            table.add_row(*(_stacked(*pair) for pair in pairs), result)
     if rows:
         table.caption = f"next page: --before {rows[-1].cursor}"
         table.caption_justify = "left"
     return table
 
 
+def _milliseconds(value: float) -> str:
+    digits = 0 if abs(value) >= _WHOLE_FROM_MS else 1
+    return f"{value:,.{digits}f} ms"
+
+
+def _stacked(upper: Text, lower: Text) -> Text:
+    lower.stylize("dim")
+    return Text.assemble(upper, "\n", lower)
+
+
 def health_table(health: Health) -> Table:
     """Show the part of a store's health that concerns the database."""
     table = _table("", _VALUE)
-    for name in ("backend", "reachable", "revision", "head", "database_bytes", "reclaimable_bytes"):
-        table.add_row(name, _printable(str(getattr(health, name))))
-    table.add_row("oldest_timestamp", str(health.oldest_timestamp))
+    table.add_row("backend", health.backend)
+    table.add_row("reachable", "yes" if health.reachable else "no")
+    table.add_row("revision", _printable(health.revision))
+    table.add_row("this release's", health.head)
+    for name, size in (
+        ("size", health.database_bytes),
+        ("free within it", health.reclaimable_bytes),
+    ):
+        if size is not None:
+            table.add_row(name, decimal(size))
+    if health.oldest_timestamp:
+        table.add_row("oldest row", f"{health.oldest_timestamp:%Y-%m-%d %H:%M:%S} UTC")
+    if health.rollup_lag is not None:
+        table.add_row("rows to fold", f"{health.rollup_lag:,}")
     if health.last_error:
-        table.add_row("last_error", _printable(health.last_error))
+        table.add_row("last error", _printable(health.last_error))
     return table
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sqlite3
 import sys
@@ -111,6 +112,21 @@ def test_the_sparkline_has_the_ends_of_the_window_that_was_asked_for(url):
     assert len(spark.split("window")[1].strip()) == 1, "all of them are at the window's end"
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "99", "100", "120"])
+def test_names_are_whole_on_a_narrow_terminal(columns, tmp_path):
+    url = f"sqlite:///{tmp_path}/telemetry.db"
+    names = {"provider": "azure-openai", "tier": "REASONING", "model": "claude-sonnet-4-5"}
+    with Store(url, clock=lambda: NOW) as store:
+        store.record(names, latency_ms=123456.789, cost_usd=0.5, error_type="overloaded")
+    listed = done("query", "--url", url, COLUMNS=columns)
+    figures = done("stats", "--url", url, "--last", "30y", COLUMNS=columns)
+    for word in (*names.values(), "overloaded", "123,457 ms", "$0.5000"):
+        assert word in listed
+    for word in ("azure-openai", "REASONING", "123,457 ms", "$0.5000"):
+        assert word in figures
+    assert max(map(len, (listed + figures).splitlines())) <= int(columns)
+
+
 def test_json_has_every_field(url):
     whole = json.loads(done("stats", "--url", url, "--json", *WHOLE))
     with Store(url, read_only=True) as store:
@@ -218,7 +234,10 @@ def test_health_check_and_maintain(url):
     health = json.loads(done("health", "--url", url, "--json"))
     assert health["reachable"] is True
     assert health["revision"] == revisions.head()
-    assert "oldest_timestamp" in done("health", "--url", url)
+    for_people = done("health", "--url", url)
+    assert "oldest row" in for_people
+    assert re.search(r"reachable +yes\b", for_people)
+    assert re.search(r"size +[\d.]+ [kM]B\b", for_people)
     assert json.loads(done("check", "--url", url, "--json"))["ok"] is True
     assert f"revision {revisions.head()}" in done("check", "--url", url)
     assert json.loads(done("maintain", "--url", url, "--json")) == {
