@@ -170,7 +170,7 @@ def upgrade(
     settings = DatabaseSettings(**_place(url, schema))
     if sql:
         script = StringIO()
-        migrate.write_script(settings.url, revision, script, schema=settings.schema_name)
+        migrate.write_script(settings.url, revision, script, schema=settings.schema_name or "")
         render.say_script(script.getvalue())
         return
     with _engine(settings) as engine, translated(of_rows=False):
@@ -206,7 +206,9 @@ def downgrade(
     settings = DatabaseSettings(**_place(url, schema))
     if sql:
         script = StringIO()
-        migrate.write_script(settings.url, revision, script, down=True, schema=settings.schema_name)
+        migrate.write_script(
+            settings.url, revision, script, down=True, schema=settings.schema_name or ""
+        )
         render.say_script(script.getvalue())
         return
     with _engine(_there(settings)) as engine, translated(of_rows=False):

@@ -205,10 +205,13 @@ def write_script(
         revisions: In Alembic's form, such as ``head`` or ``0003:base``.
         output: Where the script is written.
         down: Write a downgrade.
-        schema: PostgreSQL: the schema of the store's tables; None for the server's default.
+        schema: PostgreSQL: the schema of the store's tables; None for the environment's, ``""`` for
+            none.
 
     Raises:
         BadArgument: There are no such revisions.
     """
+    if schema is None:
+        schema = DatabaseSettings().schema_name
     with _alone(WAIT_S):
-        scripts.write(url, revisions, output, down=down, schema=schema)
+        scripts.write(url, revisions, output, down=down, schema=schema or None)

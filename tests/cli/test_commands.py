@@ -327,6 +327,8 @@ def test_the_schema_is_an_option_of_every_command(postgres_url):
     assert "upgrade" in run("stats", *other).stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LYNKR_STORE_SCHEMA", "elsewhere")
+        assert 'CREATE SCHEMA "telemetry"' in done("upgrade", "--sql", *given)
+        assert "CREATE SCHEMA" not in done("upgrade", "--sql", "--url", url, "--schema", "")
         assert done("downgrade", "base", "--drop-data", *given) == "at revision base\n"
     for command in typer.main.get_command(commands.app).commands.values():
         assert any("--schema" in option.opts for option in command.params), command.name
