@@ -1,13 +1,17 @@
 """All options of a store. An argument overrides the environment, which overrides the default."""
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from lynkr_store.exceptions import BadArgument
+from lynkr_store.exceptions import BadArgument, printable
+from lynkr_store.process.log import say
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
 """Where the gateway keeps its telemetry, relative to the working directory."""
@@ -43,6 +47,7 @@ def checked_schema(name: str | None) -> str | None:
 
 
 _PREFIX: Final = "LYNKR_STORE_"
+_OF_TESTS: Final = "LYNKR_STORE_TEST_"  # what this project's own tests are told
 
 
 class _Settings(BaseSettings):
@@ -61,23 +66,47 @@ class _Settings(BaseSettings):
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                refused = BadArgument("; ".join(_words(error, values)))
+                refused = BadArgument("; ".join(_words(error, values, type(self))))
             else:
                 return
             raise refused
 
 
-def _words(error: ValidationError, given: dict[str, Any]) -> list[str]:
+def _words(error: ValidationError, given: dict[str, Any], model: type[BaseSettings]) -> list[str]:
     """Each error, with the argument or the environment variable that has the value."""
     words = []
     for found in error.errors(include_url=False, include_context=False, include_input=False):
         name = str(found["loc"][0])
+        if found["type"] == "extra_forbidden":
+            words.append(_unknown(name, model.model_fields))
+            continue
         if name not in given and not name.startswith(_PREFIX):
             name = f"{_PREFIX}{name.upper()}"
         words.append(
             f"{name}: {found['msg'].removeprefix('Value error, ').removeprefix('schema_name: ')}"
         )
     return words
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    similar = get_close_matches(name, known, n=1)
+    return f"{name}: unknown option" + "".join(f"; did you mean {each}?" for each in similar)
+
+
+_unknown_said: Final[set[str]] = set()
+
+
+def _warn_of_unknown(known: Iterable[str]) -> None:
+    """Log each variable with our prefix that names no option, once: it may be misspelt."""
+    for given in os.environ:
+        name = given.upper()
+        if (
+            name.startswith(_PREFIX)
+            and not name.startswith(_OF_TESTS)
+            and name not in {*known, *_unknown_said}
+        ):
+            _unknown_said.add(name)
+            say(logging.WARNING, "%s", _unknown(printable(name), known))
 
 
 class DatabaseSettings(_Settings):
@@ -174,3 +203,13 @@ class StoreSettings(TextSettings, DatabaseSettings):
     """Seconds after which a statement is cancelled, on PostgreSQL and on read-only SQLite files."""
     echo: bool = False
     """Log the statements through SQLAlchemy's logger, never their values."""
+
+    def model_post_init(self, _: Any, /) -> None:
+        """Warn of environment variables that name no option."""
+        fields = type(self).model_fields
+        _warn_of_unknown(
+            [
+                str(field.validation_alias or f"{_PREFIX}{name.upper()}")
+                for name, field in fields.items()
+            ]
+        )

@@ -40,6 +40,10 @@ from lynkr_store.version import __version__
 
 _LOOK_S: Final = 10.0  # a person waits longer for the first probe than a poll does
 _SLICES: Final = 48  # columns of the sparkline
+_INSTANT: Final = (
+    "give ISO 8601 with a date, a time and a zone, such as 2026-11-01T00:00:00Z, or epoch "
+    "milliseconds"
+)
 _UNITS: Final = {
     "s": timedelta(seconds=1),
     "m": timedelta(minutes=1),
@@ -221,7 +225,7 @@ def downgrade(
 def check(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -> None:
     """Check whether this release can work with the schema; exit 1 if not."""
     with (
-        disposing(inspecting_engine(StoreSettings(**_place(url, schema)))) as engine,
+        disposing(inspecting_engine(_store_settings(url, schema))) as engine,
         translated(of_rows=False),
         engine.connect() as connection,
     ):
@@ -411,7 +415,7 @@ def query(  # noqa: PLR0913 - one option for each dimension
 @app.command()
 def health(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -> None:
     """Show the state of the database; exit 3 if it cannot be reached."""
-    with Store(settings=StoreSettings(**_place(url, schema)), read_only=True) as store:
+    with Store(settings=_store_settings(url, schema), read_only=True) as store:
         answer = _looked(store)
     if as_json:
         render.say_json(answer.model_dump(mode="json"))
@@ -495,12 +499,17 @@ def _place(url: str | None, schema: str | None) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _store_settings(url: str | None, schema: str | None) -> StoreSettings:
+    """All options; a command that was given works also where stores are switched off."""
+    return StoreSettings(enabled=True, **_place(url, schema))
+
+
 def _engine(settings: DatabaseSettings) -> AbstractContextManager[Engine]:
     return disposing(create_store_engine(settings.url, schema=settings.schema_name))
 
 
 def _reading(url: str | None, schema: str | None) -> Store:
-    store = Store(settings=StoreSettings(**_place(url, schema)), read_only=True)
+    store = Store(settings=_store_settings(url, schema), read_only=True)
     if store.missing_columns:
         missing = ", ".join(store.missing_columns)
         render.warn(
@@ -511,7 +520,7 @@ def _reading(url: str | None, schema: str | None) -> Store:
 
 def _changing(url: str | None, schema: str | None) -> Store:
     """Open a store that may change rows, but does not upgrade the schema."""
-    settings = _there(StoreSettings(**_place(url, schema)))
+    settings = _there(_store_settings(url, schema))
     return Store(settings=settings.model_copy(update={"upgrade_on_open": False}))
 
 
@@ -547,7 +556,7 @@ def _instant(text: str | None, option: str) -> int | None:
     try:
         return epoch_ms(given, round_up=True)
     except ValueError as error:
-        words = str(error)
+        words = str(error) if type(given) is int else _INSTANT
     raise typer.BadParameter(f"{option}: {words}")
 
 

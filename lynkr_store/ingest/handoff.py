@@ -259,7 +259,7 @@ class Handoff:
             self.changed.notify_all()
         self.ring()
         if recovered:
-            say(logging.INFO, "records are written again")
+            say(logging.WARNING, "records are written again")
 
     def free(self, batch: Batch) -> None:
         """The batch needs no memory any more, and no flush needs to wait for it."""

@@ -249,6 +249,9 @@ class RecordQueue:
                         if response is not None:
                             record["response_text"] = response
                         copied = copy.of(record)
+                    elif type(record) in _PLAIN:  # no record; it is rejected by its type
+                        copied = record
+                        copy.add(getsizeof(record))
                     else:
                         copied = _of_event(record, copy)
                 except _TooLargeError:

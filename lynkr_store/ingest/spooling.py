@@ -30,6 +30,7 @@ class SpoolMover:
             batches of that age, because the clock may be wrong.
 
     Attributes:
+        after_s: As above.
         spool_all: Move batches at once, because `close` runs out of time.
     """
 
@@ -45,7 +46,7 @@ class SpoolMover:
         self._handoff = handoff
         self._spool = handoff.spool
         self._policy = policy
-        self._after_s = after_s
+        self.after_s = after_s
         self._forget_after_ms = forget_after_ms
         self._has_forgotten = has_forgotten
         self.spool_all = False
@@ -105,7 +106,7 @@ class SpoolMover:
         backlog = spool.first() is not None
         return (
             self.spool_all
-            or (unreached_s > 0 and unreached_s >= self._after_s)
+            or (unreached_s > 0 and unreached_s >= self.after_s)
             or ((unreached_s > 0 or backlog) and self._handoff.queue.is_half_full())
         )
 

@@ -248,7 +248,8 @@ def _rejection(first: ErrorDetails, record: object) -> Rejection:
     if name is not None:
         fields = vars(record) if isinstance(record, RoutingEvent) else record
         value = fields[name] if isinstance(fields, Mapping) and name in fields else _NO_VALUE
-    kind = None if value is _NO_VALUE else _fit(type_name(value))
+    unknown = value is _NO_VALUE or (name is None and value is None)  # it could not be read
+    kind = None if unknown else _fit(type_name(value))
     cause = _CAUSES.get(first["type"], "wrong_type")
     return Rejection(cause=cause, field=_fit(name), value_type=kind)
 

@@ -7,6 +7,7 @@ there is one (`spooling`). What they share, and the count of every record, is th
 """
 
 import threading
+import time
 import weakref
 from _thread import start_new_thread
 from collections.abc import Callable
@@ -32,6 +33,7 @@ CLOSE_S: Final = 5.0
 
 _THREADS: Final = 2
 _SOON_S: Final = 0.01
+_LOOK_S: Final = 0.05  # between two looks at whether the sink answers
 _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
 _STUCK_S: Final = 0.1  # and for a thread whose driver's call does not return
 _RESTART_S: Final = 0.1  # until a thread that something ended goes on
@@ -234,8 +236,27 @@ class Writer(Forkable):
         return target
 
     def write_at_once(self) -> None:
-        """From now on write each record as soon as possible: the process is about to end."""
+        """From now on write each record as soon as possible: the process is about to end.
+
+        If the sink cannot be reached, batches enter the spool without waiting for it.
+        """
         self._interval_s = self._preparer.interval_s = _SOON_S
+        self._spool_after_s = self._spooling.after_s = 0.0
+
+    def flush_while_reached(self, timeout_s: float) -> bool:
+        """Flush, but do not wait for a sink that fails, unless a spool takes its batches.
+
+        Returns:
+            Whether all was written, rejected, dropped or spooled.
+        """
+        handoff, deadline = self._handoff, time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self.flush(min(left_s, _LOOK_S)):
+                return True
+            delivery = handoff.delivery
+            if handoff.spool is None and delivery is not None and delivery.failed:
+                break
+        return False
 
     def close(self, timeout_s: float) -> None:
         """Take no more records, write what is there, and spool or count what could not be.

@@ -165,7 +165,8 @@ def _split_criteria(
     prefixes: dict[str, int | None] = dict.fromkeys(index)
     rest: dict[str, bool] = {}
     values: dict[str, Any] = {}
-    for name, value in criteria:
+    for name in RoutingFilter.model_fields:  # a subclass may have more
+        value = getattr(criteria, name)
         if isinstance(value, bool):
             (prefixes if name in prefixes else rest)[name] = value
         elif name in prefixes and value is not None:

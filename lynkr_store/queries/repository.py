@@ -147,7 +147,9 @@ class RoutingRepository:
         criteria = checked_criteria(criteria)
         window = checked_window(window)
         if before is not None and not isinstance(before, Cursor):
-            raise BadArgument("before: give the cursor of the previous page's last row")
+            raise BadArgument(
+                "before: give the cursor of the previous page's last row, or Cursor.parse(text)"
+            )
         backend = backend_of(self._session.get_bind(clause=TELEMETRY))
         if backend is Backend.POSTGRESQL and before and isinstance(before.timestamp, str | bytes):
             raise BadArgument(

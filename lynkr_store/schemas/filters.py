@@ -212,6 +212,10 @@ class RoutingFilter(FrozenInput):
 
 
 _Value = TypeVar("_Value")
+_EXAMPLES: Final[Mapping[type, str]] = {
+    Window: "Window.last(timedelta(hours=6))",
+    RoutingFilter: 'RoutingFilter(provider="ollama")',
+}
 
 
 def checked_window(window: Window | None) -> Window:
@@ -302,7 +306,7 @@ def _of_type(name: str, kind: type[_Value], value: _Value | None) -> _Value:
     if value is None:
         return kind()
     if not isinstance(value, kind):
-        raise BadArgument(f"{name}: give a {kind.__name__}")
+        raise BadArgument(f"{name}: give a {kind.__name__}, as in {_EXAMPLES[kind]}")
     return value
 
 

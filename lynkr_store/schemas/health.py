@@ -41,6 +41,8 @@ class Health(FrozenOutput):
     rejected + dropped + spooled + pending``.
     """
 
+    enabled: bool = True
+    """False: the store is switched off, and the other figures are those of an empty database."""
     submitted: int
     """Records passed to ``record()``."""
     recovered: int

@@ -82,7 +82,7 @@ class Cursor(FrozenInput):
                 timestamp = float(instant) if any(parts) else int(instant)
                 return cls(timestamp=timestamp, id=int(row_id))
         raise BadArgument(
-            "a cursor is <epoch ms>:<id>: give the cursor of the previous page's last row"
+            "before: give the cursor of the previous page's last row; its text is <epoch ms>:<id>"
         )
 
 

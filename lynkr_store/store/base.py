@@ -196,8 +196,8 @@ class Core:
             else:
                 record = dict(event)
                 record.update(fields)
-        except Exception:  # noqa: BLE001 - whatever was passed; it is rejected as unreadable
-            record = None
+        except Exception:  # noqa: BLE001 - whatever was passed; it is rejected by its type
+            record = event
         if self._settings.strict:
             refuse_invalid(record)
         return self._writer.submit(record) if self._settings.enabled else not self._closed
@@ -308,6 +308,7 @@ class Core:
         if late_s := self._probe.late_s:
             at, error = now, f"StoreUnavailable: no answer for {late_s:.0f} s"
         return Health(
+            enabled=self._settings.enabled,
             submitted=counters.submitted,
             recovered=counters.recovered,
             written=counters.written,
@@ -403,7 +404,8 @@ def _ending(core: Core) -> Callable[[bool], None]:
     """A function for SIGTERM, which does not keep the store alive.
 
     Where the process goes on for a while, the store stays open, so that requests in progress can
-    record; unless the database does not answer: then only `close` puts records into the spool.
+    record. The handler may have interrupted an event loop, so it does not wait for a database that
+    does not answer: what is pending is tried again, or enters the spool, while the process goes on.
     """
     reference = weakref.ref(core)
 
@@ -412,10 +414,9 @@ def _ending(core: Core) -> Callable[[bool], None]:
             return
         if not goes_on:
             alive._do_close(CLOSE_S)  # noqa: SLF001 - this module's own
-        elif alive._do_flush(CLOSE_S / 2):  # noqa: SLF001
-            alive._writer.write_at_once()  # noqa: SLF001
         else:
-            alive._do_close(CLOSE_S / 2)  # noqa: SLF001
+            alive._writer.write_at_once()  # noqa: SLF001
+            alive._writer.flush_while_reached(CLOSE_S / 2)  # noqa: SLF001
 
     return end
 

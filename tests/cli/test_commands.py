@@ -334,6 +334,10 @@ def test_the_schema_is_an_option_of_every_command(postgres_url):
         assert any("--schema" in option.opts for option in command.params), command.name
 
 
+def test_a_command_works_where_stores_are_switched_off(url):
+    assert json.loads(done("query", "--json", "--url", url, LYNKR_STORE_ENABLED="false"))["rows"]
+
+
 def test_a_schema_that_is_behind_is_refused_with_the_command(postgres_url):
     for command in (["stats"], ["query"], ["cleanup", "--older-than", "1d"], ["maintain"]):
         refused = run(*command, "--url", postgres_url)
@@ -394,7 +398,7 @@ WRONG_USE = [
     (["stats", "--last", "9e999d"], "age"),
     (["stats", "--last", "99999999999y"], "age"),
     (["stats", "--last", "1d", "--since", "0"], "together"),
-    (["stats", "--since", "2026-01-31"], "zone"),
+    (["stats", "--since", "2026-01-31"], "2026-11-01T00:00:00Z"),
     (["stats", "--since", "noon"], "ISO 8601"),
     (["query", "--limit", "-1"], "limit"),
     (["query", "--before", "x"], "cursor"),

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 import pytest
 from fastapi import FastAPI, Query
 
-from lynkr_store import RoutingFilter, RoutingRow, RoutingStats, Store
+from lynkr_store import Cursor, RoutingFilter, RoutingRow, RoutingStats, Store
 from tests.factories import RecordFactory
 
 
@@ -26,6 +26,15 @@ def ask(new_url):
     @app.get("/stats")
     def stats() -> RoutingStats | None:
         return store.get_stats()
+
+    class Page(RoutingFilter):
+        limit: int = 20
+        before: str | None = None
+
+    @app.get("/pages")
+    def pages(page: Annotated[Page, Query()]) -> list[RoutingRow]:
+        before = Cursor.parse(page.before) if page.before else None
+        return store.query(page, limit=page.limit, before=before)
 
     def ask(path, **parameters):
         scope = {
@@ -69,6 +78,15 @@ def test_a_filter_is_a_query_s_parameters(ask, parameters, providers):
     assert status == 200
     assert sorted(row["provider"] for row in rows) == sorted(providers)
     assert [str(RoutingRow(**row).cursor) for row in rows] == [row["cursor"] for row in rows]
+
+
+def test_a_filter_may_be_extended_by_parameters_of_the_service(ask):
+    status, first = ask("/pages", provider=["a", "b"], limit=3)
+    assert status == 200
+    assert [row["provider"] for row in first] == ["b", "a", "a"]
+    _, rest = ask("/pages", provider=["a", "b"], before=first[-1]["cursor"])
+    assert [row["provider"] for row in rest] == ["a"]
+    assert ask("/pages", nonsense=1)[0] == 422
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_timeout_that_is_none_is_refused(timeout_s):
 
 
 def test_a_cursor_of_another_form_is_refused():
-    with pytest.raises(BadArgument, match="a cursor is"):
+    with pytest.raises(BadArgument, match="its text is"):
         Cursor.parse("x")
 
 
@@ -286,6 +286,50 @@ except MissingDriver as error:
     assert done.returncode == 0, done.stderr
     assert "None is not" not in done.stdout
     assert re.search(words, done.stdout), (done.stdout, done.stderr)
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_option_is_named_with_a_similar_one():
+    with pytest.raises(
+        BadArgument, match="retention_day: unknown option; did you mean retention_days"
+    ):
+        StoreSettings(retention_day=3)
+
+
+def test_a_variable_that_names_no_option_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr("lynkr_store.settings._unknown_said", set())
+    monkeypatch.setenv("LYNKR_STORE_RETENTION_DAY", "secret")
+    monkeypatch.setenv("LYNKR_STORE_SCHEMA_NAME", "secret")
+    monkeypatch.setenv("LYNKR_STORE_QUEUE_MAX_ROWS", "5")
+    for _ in range(2):
+        assert StoreSettings().queue_max_rows == 5
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "LYNKR_STORE_RETENTION_DAY: unknown option; did you mean LYNKR_STORE_RETENTION_DAYS?",
+        "LYNKR_STORE_SCHEMA_NAME: unknown option; did you mean LYNKR_STORE_SCHEMA?",
+    ]
+
+
+def test_a_wrong_window_or_filter_is_answered_by_an_example():
+    with Store("sqlite://") as store:
+        with pytest.raises(BadArgument, match=r"window: .*Window.last\(timedelta\(hours=6\)\)"):
+            store.get_stats("6h")
+        with pytest.raises(BadArgument, match=r"criteria: .*RoutingFilter\(provider="):
+            store.query({"provider": "p"})
+        with pytest.raises(BadArgument, match=r"Cursor.parse\(text\)"):
+            store.query(before="1:1")
+
+
+def test_a_record_that_is_none_is_rejected_by_its_type():
+    with Store("sqlite://") as store:
+        for wrong in ("text", 5):
+            assert store.record(wrong)
+        store.flush()
+        assert {str(each) for each in store.health().rejections} == {
+            "wrong_type (str)",
+            "wrong_type (int)",
+        }
 
 
 # -- pickles ---------------------------------------------------------------------------------------

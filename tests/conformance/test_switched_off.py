@@ -53,6 +53,7 @@ def test_every_method_works_and_nothing_is_stored(given, tmp_path, caplog):
             assert isinstance(store.maintain(), MaintenanceReport)
             health = store.health()
             assert (health.submitted, health.written, health.dropped) == (0, 0, 0)
+            assert not health.enabled
         eventually(lambda: store.health().reachable)
     assert store.record(provider="p") is False, "closed"
     assert list(tmp_path.iterdir()) == []

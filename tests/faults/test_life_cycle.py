@@ -741,6 +741,33 @@ def test_sigterm_spools_what_cannot_be_written_before_the_hosts_handler_runs(pro
     assert lines == ["0 50 0 True"]
 
 
+@pytest.mark.parametrize("has_spool", [False, True])
+def test_sigterm_does_not_wait_for_a_database_that_is_away(program, tmp_path, has_spool):
+    """The handler may have interrupted an event loop, whose requests in progress go on."""
+    lines = program(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        url, spool, keys = sys.argv[1], sys.argv[2], ("spooled", "pending", "dropped")
+        options = {"spool_path": spool} if spool else {}
+        store = opened("sync", url, handle_sigterm=True, connect_timeout_s=1, **options)
+        record(store, "r", 50)
+        while not checked(store).faults_by:
+            store.flush(0.1)  # else it writes once an hour
+        told = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        say(time.monotonic() - told < 1.5)
+        record(store, "late", 3)
+        store.flush(3)
+        say(*(getattr(checked(store), key) for key in keys))
+        os._exit(0)
+        """,
+        "postgresql://nobody@127.0.0.1:1/none",
+        tmp_path / "spool.db" if has_spool else "",
+        noise=".*",
+    )
+    assert lines == ["True", "53 0 0" if has_spool else "0 53 0"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sigterm_closes_and_then_the_process_dies_of_it(program, url, kind):
     program(

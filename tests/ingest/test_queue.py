@@ -264,7 +264,7 @@ def test_a_hostile_record_is_queued_to_be_rejected(record):
     assert intake.submit(record) is True
     [queued] = everything(intake).records
     what, _ = as_submitted(queued)
-    assert what is None or isinstance(what, dict)
+    assert what is None or type(what) in (dict, int, str)
     assert intake.refused() == {}
 
 

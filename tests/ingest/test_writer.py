@@ -238,6 +238,7 @@ def test_a_batch_stays_in_hand_until_the_sink_takes_it(make, sink, monkeypatch, 
     assert [r.getMessage() for r in caplog.records] == [
         "records wait to be written: StoreUnavailable: gone",
         "records wait to be written: OSError",
+        "records are written again",
     ], "one line for each fault, not for each try"
 
 

@@ -325,7 +325,7 @@ def test_another_cursor_is_refused_when_it_is_made(timestamp, row_id, words):
     ["9" * 20 + ":1", "1:" + "9" * 20, f"{2**63}:1", "9" * 5_000 + ":1", "1e99:1", "\u0661:1"],
 )
 def test_a_huge_cursor_in_text_form_is_refused(text):
-    with pytest.raises(ValueError, match="a cursor is <epoch ms>:<id>"):
+    with pytest.raises(ValueError, match="its text is <epoch ms>:<id>"):
         Cursor.parse(text)
 
 

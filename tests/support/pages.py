@@ -78,11 +78,8 @@ class Runner:
         path = Path(block.title or f"example_{block.line}.py")
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(text)
-        if path.name == "env.py":
-            return  # Alembic's commands run it
-        if path.name.startswith("test_"):
-            self._command(f"pytest -q -p no:cacheprovider {path}")
-            return
+        if path.name.startswith(("env.py", "test_")):
+            return  # a command of the page runs it
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             runpy.run_path(str(path), run_name="__main__")
