@@ -114,16 +114,36 @@ def _log_failure(error: BaseException) -> None:
     say(logging.WARNING, "a step of a fork failed: %s", type(error).__name__)
 
 
-def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
-    """Call a function when a process that multiprocessing started ends.
+_ends: Final[weakref.WeakKeyDictionary[object, Callable[[], None]]] = weakref.WeakKeyDictionary()
+"""What to call when Celery ends this process, by its owner."""
 
-    Such a process skips `atexit`. The registration lives as long as the owner, to which ``end``
-    must not hold a reference.
+
+def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
+    """Call a function when a process that multiprocessing, billiard or Celery started ends.
+
+    Such a process skips `atexit`. One of Celery's pool (billiard's) also skips multiprocessing's
+    finalizers, by `os._exit`; the last that it runs is the signal `worker_process_shutdown`. The
+    registration lives as long as the owner, to which ``end`` must not hold a reference.
     """
     multiprocessing: Any = sys.modules.get("multiprocessing.util")
     process: Any = sys.modules.get("multiprocessing.process")
-    if multiprocessing and process and process.parent_process() is not None:
+    if multiprocessing and process and _is_worker(process):
         multiprocessing.Finalize(owner, end, exitpriority=_MULTIPROCESSING_PRIORITY)
+    signals: Any = sys.modules.get("celery.signals")
+    if shutdown := getattr(signals, "worker_process_shutdown", None):  # never sent elsewhere
+        _ends[owner] = end
+        shutdown.connect(_end_in_celery, weak=False)  # once, however often
+
+
+def _is_worker(process: Any) -> bool:
+    """Whether multiprocessing started this process, or billiard, whose class is its own."""
+    current = process.current_process()
+    return process.parent_process() is not None or not isinstance(current, process.BaseProcess)
+
+
+def _end_in_celery(**_: object) -> None:
+    for end in list(_ends.values()):
+        end()
 
 
 @contextlib.contextmanager
