@@ -309,7 +309,7 @@ def check_world(place, steps, windows):  # noqa: F811
 # -- all at once -----------------------------------------------------------------------------------
 
 QUICK = 10
-LONG = 400
+LONG = 250
 
 
 def instant(chance):
