@@ -349,13 +349,11 @@ _READS = re.compile(r"(before|after) (SELECT|PRAGMA (main|temp)\.|SHOW|select|sh
 
 
 def _chosen(labels: list[str], step: int) -> list[int]:
-    """Numbers of the moments that far apart; with a step, of those alone that change something.
+    """Numbers of the moments that far apart, of those that change something.
 
     Those around the first COMMITs always.
     """
     numbered = [*enumerate(labels, 1)]
-    if step == 1:
-        return [number for number, _ in numbered]
     changing = [number for number, label in numbered if not _READS.match(label)]
     commits = [number for number, label in numbered if label.endswith(" COMMIT")]
     return sorted({*changing[::step], *commits[:4]})
