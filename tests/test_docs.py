@@ -23,7 +23,15 @@ from tests.support.recorded import ROOT
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
-EXAMPLES = [pytest.param(page, found, id=str(page.relative_to(ROOT))) for page, found in examples()]
+EXAMPLES = [
+    pytest.param(
+        page,
+        found,
+        id=str(page.relative_to(ROOT)),
+        marks=() if page.name == "README.md" else pytest.mark.slow,
+    )
+    for page, found in examples()
+]
 
 APPLICATION = """
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column

@@ -528,8 +528,9 @@ def test_a_read_only_directory_is_reported_once_and_writing_continues():
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        [line] = done.stderr.splitlines()
+        line, again = done.stderr.splitlines()
         assert "spool_path" in line and "Permission denied" in line
+        assert again == "records are written again"
         with closing(sqlite3.connect(folder / "data" / "telemetry.db")) as connection:
             found = connection.execute("SELECT request_id FROM routing_telemetry ORDER BY id")
             assert [row[0] for row in found] == ids("r", 50)
