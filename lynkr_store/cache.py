@@ -185,8 +185,8 @@ class TTLCache(Forkable):
 def timer_of(clock: Callable[[], int]) -> Callable[[], float]:
     """A timer for a `TTLCache`, in seconds, by a clock that tells epoch milliseconds.
 
-    It goes forward by as much as the clock moves, also if the clock is set back: otherwise answers
-    would be kept until the clock is again where it was. Calls must not overlap.
+    A step back of the clock counts as time that passed, so no answer is kept longer than its time
+    to live. Calls must not overlap.
     """
     last_ms, passed_ms = clock(), 0
 

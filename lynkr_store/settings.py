@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from lynkr_store.exceptions import BadArgument, printable
+from lynkr_store.exceptions import BadArgument
 from lynkr_store.process.log import say
 
 DEFAULT_URL: Final = "sqlite:///.lynkr/telemetry.db"
@@ -47,7 +47,7 @@ def checked_schema(name: str | None) -> str | None:
 
 
 _PREFIX: Final = "LYNKR_STORE_"
-_OF_TESTS: Final = "LYNKR_STORE_TEST_"  # what this project's own tests are told
+_SIMILAR: Final = 0.7  # of 1, as difflib compares: SCHEMA_NAME is as similar to SCHEMA
 
 
 class _Settings(BaseSettings):
@@ -78,7 +78,7 @@ def _words(error: ValidationError, given: dict[str, Any], model: type[BaseSettin
     for found in error.errors(include_url=False, include_context=False, include_input=False):
         name = str(found["loc"][0])
         if found["type"] == "extra_forbidden":
-            words.append(_unknown(name, model.model_fields))
+            words.append(_unknown(name, get_close_matches(name, model.model_fields, n=1)))
             continue
         if name not in given and not name.startswith(_PREFIX):
             name = f"{_PREFIX}{name.upper()}"
@@ -88,8 +88,7 @@ def _words(error: ValidationError, given: dict[str, Any], model: type[BaseSettin
     return words
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
-    similar = get_close_matches(name, known, n=1)
+def _unknown(name: str, similar: Iterable[str]) -> str:
     return f"{name}: unknown option" + "".join(f"; did you mean {each}?" for each in similar)
 
 
@@ -97,16 +96,19 @@ _unknown_said: Final[set[str]] = set()
 
 
 def _warn_of_unknown(known: Iterable[str]) -> None:
-    """Log each variable with our prefix that names no option, once: it may be misspelt."""
+    """Log each variable whose name is similar to an option's, once.
+
+    Not every other one with the prefix: Kubernetes sets some for a service of that name.
+    """
+    options = [name.removeprefix(_PREFIX) for name in known]
     for given in os.environ:
         name = given.upper()
-        if (
-            name.startswith(_PREFIX)
-            and not name.startswith(_OF_TESTS)
-            and name not in {*known, *_unknown_said}
-        ):
+        option = name.removeprefix(_PREFIX)
+        if option in (name, *options) or name in _unknown_said:
+            continue
+        if similar := get_close_matches(option, options, n=1, cutoff=_SIMILAR):
             _unknown_said.add(name)
-            say(logging.WARNING, "%s", _unknown(printable(name), known))
+            say(logging.WARNING, "%s", _unknown(name, [_PREFIX + similar[0]]))
 
 
 class DatabaseSettings(_Settings):
@@ -180,7 +182,8 @@ class StoreSettings(TextSettings, DatabaseSettings):
     spool_after_s: Annotated[float, Field(ge=0, le=_YEAR_S, allow_inf_nan=False)] = 5.0
     """Seconds without the database after which batches enter the spool."""
     handle_sigterm: bool = False
-    """Close the store on SIGTERM, then run the handler that was installed before."""
+    """Write pending records on SIGTERM, then run the handler that was installed before. Without
+    another handler, the store is closed."""
     strict: bool = False
     """For a host's own tests: ``record()`` raises `BadArgument` for a record that would be
     rejected."""

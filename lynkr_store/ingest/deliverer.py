@@ -105,7 +105,7 @@ class Deliverer:
                 if not self._ask(batch):
                     return False
             except BaseException as error:  # noqa: BLE001 - only an answer ends the batch
-                batch.failed = True
+                batch.failures += 1
                 handoff.note_fault(error)
             else:
                 break

@@ -48,7 +48,8 @@ class Batch:
     """When that was, by the store's clock."""
     asking: bool = False
     """The sink has it now."""
-    failed: bool = False
+    failures: int = 0
+    """Tries that failed."""
     unsure: bool = False
     """An earlier try may have stored it."""
     settled: bool = False
@@ -119,6 +120,7 @@ class Handoff:
         self._losses = LossLog()
         self._rejections = RejectionLog()
         self._faults_said: set[str] = set()
+        self._retry_now = False
 
     def ring(self) -> None:
         """Wake the preparing thread."""
@@ -132,9 +134,23 @@ class Handoff:
                 self._bell.get_nowait()
 
     def rest(self, seconds: float) -> None:
-        """Wait, but not beyond the end."""
+        """Wait, but not beyond the end, or until `retry_now`."""
         with self.lock:
-            self.changed.wait_for(lambda: self.over, seconds)
+            self.changed.wait_for(lambda: self.over or self._retry_now, seconds)
+            self._retry_now = False
+
+    def retry_now(self) -> tuple[Batch | None, int]:
+        """End the wait before the next try.
+
+        Returns:
+            The batch in delivery, and the failures after which a try has failed that began after
+            this call.
+        """
+        with self.lock:
+            self._retry_now = True
+            self.changed.notify_all()
+            batch = self.delivery
+            return batch, batch.failures + 1 + batch.asking if batch else 1
 
     def snapshot(self) -> Counters:
         """One consistent copy of the counters."""

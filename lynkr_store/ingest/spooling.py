@@ -101,7 +101,7 @@ class SpoolMover:
         if now < self._rests_until:
             return False
         unreached_s = now - delivery.began if delivery else 0.0
-        if delivery and not delivery.failed and unreached_s < _UNANSWERED_S:
+        if delivery and not delivery.failures and unreached_s < _UNANSWERED_S:
             unreached_s = 0.0
         backlog = spool.first() is not None
         return (

@@ -24,7 +24,12 @@ from lynkr_store.ingest.queue import RecordQueue
 from lynkr_store.ingest.spool import Spool
 from lynkr_store.ingest.spooling import SpoolMover
 from lynkr_store.ingest.validation import TextPolicy
-from lynkr_store.process.lifecycle import FORK_WAIT_S, Forkable, on_exit_of_worker
+from lynkr_store.process.lifecycle import (
+    FORK_WAIT_S,
+    Forkable,
+    on_exit_in_celery,
+    on_exit_of_worker,
+)
 from lynkr_store.process.threads import start_thread
 from lynkr_store.schemas.filters import checked_seconds
 
@@ -130,6 +135,7 @@ class Writer(Forkable):
         """Start the threads, if they are not running; the first record does."""
         on_exit_of_worker(self, _closing(self))
         self._start_threads()
+        on_exit_in_celery(self, _closing(self))
 
     def _start_threads(self) -> None:
         with self._handoff.lock:
@@ -189,6 +195,7 @@ class Writer(Forkable):
     def _start_aside(self) -> None:
         try:
             self._start_threads()
+            on_exit_in_celery(self, _closing(self))
         except BaseException as error:  # noqa: BLE001 - the next record tries again
             self._queue.wake_at = 1
             with suppress(BaseException):
@@ -244,17 +251,19 @@ class Writer(Forkable):
         self._spool_after_s = self._spooling.after_s = 0.0
 
     def flush_while_reached(self, timeout_s: float) -> bool:
-        """Flush, but do not wait for a sink that fails, unless a spool takes its batches.
+        """Flush, but not beyond the next try that fails, unless a spool takes the batches.
 
         Returns:
             Whether all was written, rejected, dropped or spooled.
         """
         handoff, deadline = self._handoff, time.monotonic() + timeout_s
+        first, failures = handoff.retry_now()
         while (left_s := deadline - time.monotonic()) > 0:
             if self.flush(min(left_s, _LOOK_S)):
                 return True
-            delivery = handoff.delivery
-            if handoff.spool is None and delivery is not None and delivery.failed:
+            batch = handoff.delivery
+            enough = failures if batch is first else 1
+            if handoff.spool is None and batch is not None and batch.failures >= enough:
                 break
         return False
 

@@ -116,23 +116,33 @@ def _log_failure(error: BaseException) -> None:
 
 _ends: Final[weakref.WeakKeyDictionary[object, Callable[[], None]]] = weakref.WeakKeyDictionary()
 """What to call when Celery ends this process, by its owner."""
+_connected: Final[list[object]] = []  # Celery's signal, once the function below is connected
 
 
 def on_exit_of_worker(owner: object, end: Callable[[], None]) -> None:
-    """Call a function when a process that multiprocessing, billiard or Celery started ends.
+    """Call a function when a process that multiprocessing or billiard started ends.
 
-    Such a process skips `atexit`. One of Celery's pool (billiard's) also skips multiprocessing's
-    finalizers, by `os._exit`; the last that it runs is the signal `worker_process_shutdown`. The
-    registration lives as long as the owner, to which ``end`` must not hold a reference.
+    Such a process skips `atexit`. The registration lives as long as the owner, to which ``end``
+    must not hold a reference.
     """
     multiprocessing: Any = sys.modules.get("multiprocessing.util")
     process: Any = sys.modules.get("multiprocessing.process")
     if multiprocessing and process and _is_worker(process):
         multiprocessing.Finalize(owner, end, exitpriority=_MULTIPROCESSING_PRIORITY)
+
+
+def on_exit_in_celery(owner: object, end: Callable[[], None]) -> None:
+    """Call a function when a process of Celery's pool ends; as `on_exit_of_worker`.
+
+    Such a process ends by `os._exit`. Celery's signal `worker_process_shutdown` is the last code
+    that runs in it. To connect takes a lock of Celery's, so this is not for a signal handler.
+    """
     signals: Any = sys.modules.get("celery.signals")
-    if shutdown := getattr(signals, "worker_process_shutdown", None):  # never sent elsewhere
+    if shutdown := getattr(signals, "worker_process_shutdown", None):
         _ends[owner] = end
-        shutdown.connect(_end_in_celery, weak=False)  # once, however often
+        if shutdown not in _connected:
+            shutdown.connect(_end_in_celery, weak=False)
+            _connected.append(shutdown)
 
 
 def _is_worker(process: Any) -> bool:

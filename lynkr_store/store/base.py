@@ -404,8 +404,9 @@ def _ending(core: Core) -> Callable[[bool], None]:
     """A function for SIGTERM, which does not keep the store alive.
 
     Where the process goes on for a while, the store stays open, so that requests in progress can
-    record. The handler may have interrupted an event loop, so it does not wait for a database that
-    does not answer: what is pending is tried again, or enters the spool, while the process goes on.
+    record. The handler may have interrupted an event loop, so it waits 2.5 seconds at most, and not
+    beyond a try that fails: what is pending is tried again, or enters the spool, while the process
+    goes on.
     """
     reference = weakref.ref(core)
 

@@ -1,6 +1,6 @@
 """What a service calls of a store, as protocols: to type against, and to substitute in its tests.
 
-Opening, maintenance and retention are for whoever creates the store, and are not here.
+Opening, maintenance and retention belong to the code that creates the store, and are not here.
 """
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from lynkr_store.schemas.filters import RoutingFilter, Window
 
 
 class Recorder(Protocol):
-    """What code calls that only records; both stores are one."""
+    """For code that only records; `Store` and `AsyncStore` both satisfy it."""
 
     def record(
         self,

@@ -42,8 +42,8 @@ class Store(Core):
             sets its PRAGMAs and BEGIN mode.
         settings: Every other option; default from the environment (``LYNKR_STORE_*``).
         clock: Returns the present in epoch milliseconds, for default windows, for records without
-            an instant, for ages, and for the age of cached statistics (otherwise a monotonic clock
-            tells that).
+            an instant, for ages, and for the age of cached statistics. Without it, these age by a
+            monotonic clock.
         read_only: Change nothing. An SQLite file may be a gateway's own, of any version; columns
             that it lacks are read as None.
 

@@ -303,6 +303,8 @@ def test_a_variable_that_names_no_option_is_logged_once(monkeypatch, caplog):
     monkeypatch.setenv("LYNKR_STORE_RETENTION_DAY", "secret")
     monkeypatch.setenv("LYNKR_STORE_SCHEMA_NAME", "secret")
     monkeypatch.setenv("LYNKR_STORE_QUEUE_MAX_ROWS", "5")
+    for name in ("SERVICE_HOST", "PORT", "PORT_5432_TCP_ADDR"):  # Kubernetes sets these
+        monkeypatch.setenv(f"LYNKR_STORE_{name}", "secret")
     for _ in range(2):
         assert StoreSettings().queue_max_rows == 5
     assert sorted(record.getMessage() for record in caplog.records) == [

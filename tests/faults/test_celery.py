@@ -13,7 +13,6 @@ from tests.support.recorded import ROOT
 from tests.support.stores import eventually
 
 TASKS = 12
-END_S = 30
 SEND = f"from tests.support.worked import work\nfor i in range({TASKS}): work.delay(i)"
 
 
@@ -52,7 +51,7 @@ def test_a_process_of_the_pool_stores_what_it_recorded(tasks_of_a_child, new_url
         eventually(lambda: len(list((tmp_path / "made").iterdir())) == TASKS)
         if not tasks_of_a_child:
             worker.send_signal(signal.SIGTERM)
-        eventually(lambda: rows(url) == list(range(TASKS)), END_S)
+        eventually(lambda: rows(url) == list(range(TASKS)))
     finally:
         worker.kill()  # the system ends the pool's processes with it
         worker.wait()

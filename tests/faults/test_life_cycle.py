@@ -757,7 +757,7 @@ def test_sigterm_does_not_wait_for_a_database_that_is_away(program, tmp_path, ha
         os.kill(os.getpid(), signal.SIGTERM)
         say(time.monotonic() - told < 1.5)
         record(store, "late", 3)
-        store.flush(3)
+        store.flush(30 if spool else 1)
         say(*(getattr(checked(store), key) for key in keys))
         os._exit(0)
         """,
@@ -766,6 +766,30 @@ def test_sigterm_does_not_wait_for_a_database_that_is_away(program, tmp_path, ha
         noise=".*",
     )
     assert lines == ["True", "53 0 0" if has_spool else "0 53 0"]
+
+
+def test_sigterm_writes_to_a_database_that_is_back(program, tmp_path):
+    """The batch failed before, and its next try would be seconds away."""
+    url = at_head(f"sqlite:///{tmp_path}/telemetry.db")
+    program(
+        """
+        import sqlite3
+
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        store = opened("sync", sys.argv[1], handle_sigterm=True)
+        store.query()
+        other = sqlite3.connect(sys.argv[1].removeprefix("sqlite:///"), isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        record(store, "r", 50)
+        while sum(checked(store).faults_by.values()) < 2:
+            store.flush(0.1)  # else it writes once an hour
+        other.execute("ROLLBACK")
+        os.kill(os.getpid(), signal.SIGTERM)
+        """,
+        url,
+        noise=".*",
+    )
+    assert stored(url) == once(r=50)
 
 
 @pytest.mark.parametrize("kind", KINDS)

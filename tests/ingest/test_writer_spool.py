@@ -106,7 +106,7 @@ def test_a_queue_half_full_is_relieved_before_that_time(make, ledger):
     ledger.away = True
     writer = make(spool_after_s=3600, max_rows=40)
     submit(writer, range(10))
-    eventually(lambda: writer._handoff.delivery is not None and writer._handoff.delivery.failed)
+    eventually(lambda: writer._handoff.delivery is not None and writer._handoff.delivery.failures)
     for number in range(10, 400):
         eventually(lambda n=number: writer.submit({"provider": str(n)}))
     account = writer.counters()

@@ -131,7 +131,10 @@ class Runner:
             answers = [_get(f"{at}{path}") for path in ("/stats", "/requests?provider=ollama")]
         finally:
             server.send_signal(signal.SIGTERM)
-            ended = server.wait(_WAIT_S)
+            try:
+                ended = server.wait(_WAIT_S)
+            finally:
+                server.kill()
         assert ended in (0, -signal.SIGTERM), ended
         return "\n".join(answers)
 
