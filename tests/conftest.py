@@ -29,6 +29,9 @@ EACH_BACKEND = ("tests/conformance/test_store.py", "tests/queries/")
 
 OF_FAULTS = "tests/faults/"
 
+# LiteLLM asks the network for prices when it is imported, unless this is set
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
 hypothesis.settings.register_profile("lynkr_store", deadline=None)  # a busy machine is no fault
 hypothesis.settings.load_profile("lynkr_store")
 

@@ -18,17 +18,19 @@ from lynkr_store import __all__ as public_names
 from lynkr_store.cli.commands import app
 from tests.conftest import POSTGRES
 from tests.support.gateway import RELEASES, open_as
+from tests.support.model_server import serving
 from tests.support.pages import PAGES, Runner, blocks, examples
 from tests.support.recorded import ROOT
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
+NOISY = {"litellm.md": [pytest.mark.filterwarnings("ignore")]}  # of its own, at its import
 EXAMPLES = [
     pytest.param(
         page,
         found,
         id=str(page.relative_to(ROOT)),
-        marks=() if page.name == "README.md" else pytest.mark.slow,
+        marks=() if page.name == "README.md" else [pytest.mark.slow, *NOISY.get(page.name, ())],
     )
     for page, found in examples()
 ]
@@ -57,8 +59,14 @@ prepend_sys_path = .
 """
 
 
+@pytest.fixture(scope="module")
+def models():
+    with serving() as url:
+        yield url
+
+
 @pytest.mark.parametrize(("page", "found"), EXAMPLES)
-def test_the_examples_run(page, found, tmp_path, new_url, monkeypatch):
+def test_the_examples_run(page, found, tmp_path, new_url, monkeypatch, models):
     monkeypatch.chdir(tmp_path)
     if page.name == "alembic.md":
         (tmp_path / "application.py").write_text(APPLICATION)
@@ -66,7 +74,7 @@ def test_the_examples_run(page, found, tmp_path, new_url, monkeypatch):
         (tmp_path / "migrations" / "versions").mkdir(parents=True)
     if page.name == "adopt.md":
         open_as(RELEASES["9.4.6"], tmp_path / "telemetry.db").close()
-    runner = Runner(monkeypatch, new_url(POSTGRES[-1], at_head=True))
+    runner = Runner(monkeypatch, new_url(POSTGRES[-1], at_head=True), models)
     for block in found:
         if block.language != "sql":  # tests/faults/test_other_roles.py runs these
             runner.run(block)

@@ -51,17 +51,20 @@ class Runner:
     Args:
         patch: Sets the environment for the blocks that follow.
         server_url: The real database, for the one that pages name.
+        models_url: A server of models, for the one that pages name.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, server_url: str) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, server_url: str, models_url: str) -> None:
         self._patch = patch
         self._server_url = server_url
+        self._models_url = models_url
 
     def run(self, block: Block) -> None:
         """Run it, and compare what it prints with what the page says."""
         text = re.sub(
             r"postgresql(?:\+psycopg)?://[^@\s\"']*@db\.example/gateway(\?)?", self._url, block.text
         )
+        text = text.replace("https://models.example", self._models_url)
         match block.language:
             case "python":
                 self._python(text, block)
