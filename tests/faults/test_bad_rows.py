@@ -293,18 +293,18 @@ def test_5000_records_good_and_bad_have_one_outcome_on_every_backend(open_on, ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite-file", POSTGRES[-1]])
-def test_200000_records_good_and_bad_have_one_outcome(open_on, backend):
+def test_100000_records_good_and_bad_have_one_outcome(open_on, backend):
     store = open_on(backend, **MILLIONS)
     rule_out_forbidden_models_and_repeated_ids(store)
-    assert not check_outcome(store, 200_000 // THREADS, 600)
+    assert not check_outcome(store, 100_000 // THREADS, 600)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sqlite-file", POSTGRES[-1]])
-def test_200000_records_through_a_small_queue_are_stored_or_counted(open_on, backend):
+def test_100000_records_through_a_small_queue_are_stored_or_counted(open_on, backend):
     store = open_on(backend, queue_max_rows=2_000)
     rule_out_forbidden_models_and_repeated_ids(store)
-    dropped = check_outcome(store, 200_000 // THREADS, 300)
+    dropped = check_outcome(store, 100_000 // THREADS, 300)
     assert dropped["queue_full"] > 0
     store.close(30)
     late = [store.record(provider="late") for _ in range(1234)]
