@@ -313,6 +313,13 @@ def test_a_variable_that_names_no_option_is_logged_once(monkeypatch, caplog):
     ]
 
 
+def test_an_argument_wins_over_its_variable(monkeypatch):
+    monkeypatch.setenv("LYNKR_STORE_SCHEMA", "of_the_environment")
+    assert StoreSettings(schema_name="given").schema_name == "given"
+    assert StoreSettings(schema_name="").schema_name is None
+    assert StoreSettings().schema_name == "of_the_environment"
+
+
 def test_a_wrong_window_or_filter_is_answered_by_an_example():
     with Store("sqlite://") as store:
         with pytest.raises(BadArgument, match=r"window: .*Window.last\(timedelta\(hours=6\)\)"):
