@@ -196,6 +196,7 @@ def called(store, server, given, how):
     return None
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize(("given", "differs"), CASES.values(), ids=CASES)
 def test_an_attempt_is_one_row(store, server, given, differs, how):
