@@ -333,6 +333,7 @@ def test_fallbacks_without_a_router_are_rows_of_their_own(store, server):
     assert [row.was_fallback for row in rows] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_long_chain_of_attempts_is_counted(store, server):
     routed = router(server, fallbacks=[{"first": ["third", "second"]}], num_retries=2)
     asked = {"model": "first", "messages": MESSAGES, "litellm_trace_id": "of several requests"}
@@ -417,6 +418,7 @@ ODD = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("kwargs", ODD.values(), ids=ODD)
 def test_what_another_release_or_a_client_says_otherwise_is_a_row(store, kwargs):
     StoreLogger(store).log_failure_event(kwargs, None, None, None)
@@ -499,6 +501,7 @@ def test_the_fields_are_those_of_a_record():
 # -- under load ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_threads_and_coroutines_at_once(store, server):
     each = {"model": "openai/gpt-4o-mini", "messages": MESSAGES, **at(server)}
 
