@@ -173,9 +173,7 @@ def upgrade(
     """Create, adopt or upgrade the database's schema."""
     settings = DatabaseSettings(**_place(url, schema))
     if sql:
-        script = StringIO()
-        migrate.write_script(settings.url, revision, script, schema=settings.schema_name or "")
-        render.say_script(script.getvalue())
+        _show_script(settings, revision, down=False)
         return
     with _engine(settings) as engine, translated(of_rows=False):
         with engine.connect() as connection:
@@ -197,6 +195,12 @@ def upgrade(
         render.say(comparison.left_to_maintain(missing))
 
 
+def _show_script(settings: DatabaseSettings, revision: str, *, down: bool) -> None:
+    script, schema = StringIO(), settings.schema_name or ""  # "": not the environment's
+    migrate.write_script(settings.url, revision, script, down=down, schema=schema)
+    render.say_script(script.getvalue())
+
+
 @app.command()
 def downgrade(
     revision: Annotated[str, typer.Argument(help="The revision to return to; base undoes all.")],
@@ -209,11 +213,7 @@ def downgrade(
     """Undo revisions."""
     settings = DatabaseSettings(**_place(url, schema))
     if sql:
-        script = StringIO()
-        migrate.write_script(
-            settings.url, revision, script, down=True, schema=settings.schema_name or ""
-        )
-        render.say_script(script.getvalue())
+        _show_script(settings, revision, down=True)
         return
     with _engine(_there(settings)) as engine, translated(of_rows=False):
         migrate.downgrade(engine, revision, drop_data=drop_data)
