@@ -391,8 +391,9 @@ def test_children_of_children_are_processes_of_their_own(program, url, how):
 # -- 2. pools and workers ----------------------------------------------------------------------
 
 
-POOL = """
+POOL = r"""
     import multiprocessing
+    import re
     from concurrent.futures import ProcessPoolExecutor
 
     def begin(url, options, begun=None):
@@ -406,6 +407,18 @@ POOL = """
         name = f"{os.getpid()}-{next(number)}"
         assert store.record(provider="p", request_id=name)
         return name
+
+    def wait_until_idle(processes):
+        # until no main thread of theirs has run for half a second
+        before = None
+        while (now := [activity(process.pid) for process in processes]) != before:
+            before = now
+            time.sleep(0.5)
+
+    def activity(pid):
+        status = Path(f"/proc/{pid}/status").read_text()
+        waits = "State:\tS" in status
+        return re.findall(r"ctxt_switches:\s*(\d+)", status) if waits else object()
 
     def worker(url, name):  # ends without close()
         begin(url, {})
@@ -455,7 +468,7 @@ def test_a_pool_that_is_terminated_loses_nothing_with_handle_sigterm(program, ur
                     begun.acquire()
                 # Python handles a signal between two steps of its own: a worker that is about to
                 # wait for a task would handle it after that, and terminate() wait for ever
-                time.sleep(1)
+                wait_until_idle(multiprocessing.active_children())
         """),
         url,
         method,

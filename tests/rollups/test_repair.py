@@ -442,9 +442,9 @@ def test_a_fold_that_loses_rows_is_rolled_back_and_says_so(store, table):
         RollupsRefused, match="a rule, trigger or policy on one of them discards rows"
     ):
         store.maintain()
-    health = store.health()
-    assert dict(health.faults_by) == {"RollupsRefused": 1}
-    assert "RollupsRefused" in health.last_error
+    # asked again: on a busy machine the latest error may be that health() got no answer in time
+    eventually(lambda: "RollupsRefused" in store.health().last_error)
+    assert dict(store.health().faults_by) == {"RollupsRefused": 1}
     assert said(store) == (100, 50.0, "rows")
     by_sql(store, *(each.replace("routing_rollups", table) for each in NO_LONGER[backend]))
     assert store.maintain().rows_folded == 100
