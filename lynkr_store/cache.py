@@ -261,14 +261,21 @@ def cached(
     def decorate(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
         name = method.__qualname__
 
+        def key_of(*args: _P.args, **kwargs: _P.kwargs) -> Hashable:
+            try:
+                return name, question(*args, **kwargs)
+            except TypeError as error:  # a wrong call: name what was called
+                words = str(error).replace(f"{question.__name__}()", f"{name}()")
+                raise TypeError(words) from error
+
         @wraps(method)
         def answer(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
-            key = (name, question(*args, **kwargs))
+            key = key_of(*args, **kwargs)
             return self._cache.get_or_compute(key, lambda: method(self, *args, **kwargs))
 
         @wraps(method)
         async def answer_later(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
-            key = (name, question(*args, **kwargs))
+            key = key_of(*args, **kwargs)
             return await self._cache.get_or_await(
                 key, lambda: cast("Awaitable[Any]", method(self, *args, **kwargs))
             )

@@ -34,6 +34,8 @@ _CAUSES: Final = {
     "naive_datetime": "naive_datetime",
 }
 
+_WORDS: Final = {"missing": "give a value", "extra_forbidden": "a record has no such field"}
+"""Instead of pydantic's words, which are those of its own methods."""
 
 _NAME_CHARS: Final = 64
 _FIELDS: Final = RoutingEvent.model_fields
@@ -287,7 +289,8 @@ def _refused(which: str, error: ValidationError, record: object) -> BadArgument:
 
 
 def _words(error: ErrorDetails) -> str:
-    return ": ".join([*(str(part) for part in error["loc"][:1]), error["msg"]])
+    words = _WORDS.get(error["type"], error["msg"])
+    return ": ".join([*(str(part) for part in error["loc"][:1]), words])
 
 
 def policy_of(settings: TextSettings) -> TextPolicy:

@@ -102,6 +102,13 @@ def test_settings_of_another_type_are_refused(settings):
         Store(settings=settings)
 
 
+def test_a_wrong_argument_of_a_statistic_names_the_statistic():
+    with pytest.raises(TypeError, match=r"^Store\.get_stats\(\) .*'hours'"):
+        Store("sqlite://").get_stats(hours=2)
+    with pytest.raises(TypeError, match=r"^AsyncStore\.get_stats\(\) .*'hours'"):
+        asyncio.run(AsyncStore("sqlite://").get_stats(hours=2))
+
+
 def test_a_repository_takes_a_session():
     engine = create_engine("sqlite://")
     for session in (engine, AsyncSession(), engine.connect(), None, Session):
@@ -125,7 +132,7 @@ def test_a_repository_takes_a_scoped_session(new_url):
         (5, "records: give several records"),
         ({"provider": "p"}, "records: give several records"),
         ([{"provider": "p"}, 5], "record 1: Input should be a valid dictionary"),
-        ([{"provider": "p"}, {}], r"record 1: provider: Field required \(no_provider"),
+        ([{"provider": "p"}, {}], r"record 1: provider: give a value \(no_provider"),
         ([{"provider": "p", "modle": "s3cret"}], "record 0: modle: .*did you mean model"),
     ],
 )
