@@ -29,6 +29,7 @@ from lynkr_store.migrate.comparison import not_ours
 from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
+    BatchAttempt,
     Cursor,
     Health,
     MaintenanceReport,
@@ -54,6 +55,7 @@ __all__ = [
     "AsyncStoreProtocol",
     "BadArgument",
     "Base",
+    "BatchAttempt",
     "ClockAhead",
     "Cursor",
     "DowngradeRefused",

@@ -30,6 +30,7 @@ class Counters:
     rejected_by: Counter[str] = field(default_factory=Counter)
     rejections: tuple[Rejection, ...] = ()
     dropped_by: Counter[str] = field(default_factory=Counter)
+    queue_bytes: int = 0
     mended_by: Counter[str] = field(default_factory=Counter)
     faults_by: Counter[str] = field(default_factory=Counter)
     last_error: str | None = None

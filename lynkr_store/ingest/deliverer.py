@@ -10,6 +10,7 @@ from lynkr_store.ingest.batch import Row
 from lynkr_store.ingest.handoff import Batch, Handoff
 from lynkr_store.ingest.spool import Entry
 from lynkr_store.ingest.spooling import SPOOL_AGAIN_S, SpoolMover
+from lynkr_store.schemas import BatchAttempt
 
 _FIRST_RETRY_S: Final = 0.1  # the longest first wait; it doubles with each try
 _LAST_RETRY_S: Final = 5.0  # its maximum, after which a recovered database is noticed at the latest
@@ -45,15 +46,22 @@ class Deliverer:
         spooling: Loads batches from the spool.
         sink: Stores batches.
         clock: Returns the present in epoch milliseconds.
+        listeners: A host's functions, which are called after each attempt.
     """
 
     def __init__(
-        self, handoff: Handoff, spooling: SpoolMover, sink: Sink, clock: Callable[[], int]
+        self,
+        handoff: Handoff,
+        spooling: SpoolMover,
+        sink: Sink,
+        clock: Callable[[], int],
+        listeners: Sequence[Callable[[BatchAttempt], object]] = (),
     ) -> None:
         self._handoff = handoff
         self._spooling = spooling
         self._sink = sink
         self._clock = clock
+        self._listeners = listeners
 
     def run(self) -> None:
         """Work until nothing is left or the writer gives up; when run again, it continues."""
@@ -123,15 +131,27 @@ class Deliverer:
             if handoff.over:
                 return False
             batch.asking = True
+        began, failed = time.monotonic(), None
         try:
             with handoff.gil.delivering():
                 batch.refused = self._sink.write(batch.id, batch.rows)
         except BaseException as error:
             batch.unsure |= isinstance(error, OutcomeUnknown) or not isinstance(error, Exception)
+            failed = type(error).__name__
             raise
         finally:
             batch.asking = False
+            if self._listeners:
+                self._tell(len(batch.rows), time.monotonic() - began, failed)
         return True
+
+    def _tell(self, rows: int, duration_s: float, error: str | None) -> None:
+        attempt = BatchAttempt(rows=rows, duration_s=duration_s, error=error)
+        for listener in tuple(self._listeners):
+            try:
+                listener(attempt)
+            except BaseException as fault:  # noqa: BLE001 - a host's function ends nothing here
+                self._handoff.note_listener(fault)
 
     def _now_ms(self) -> int:
         try:

@@ -164,7 +164,7 @@ class Handoff:
                 counters.dropped_by += Counter(spool_damaged=lost)
             refused = self.queue.refused()
             counters.dropped_by += refused
-            counters.queued = len(self.queue)
+            counters.queued, counters.queue_bytes = len(self.queue), self.queue.bytes_in_use
             counters.submitted = self.taken + counters.queued + refused.total()
             return counters
 
@@ -194,6 +194,16 @@ class Handoff:
             self._faults_said.add(words)
         if news:
             say(logging.WARNING, "records wait to be written: %s", words)
+
+    def note_listener(self, error: BaseException) -> None:
+        """Count that a host's listener failed; log each kind once."""
+        words = words_of(error)
+        with self.lock:
+            self.count_fault(error)
+            news = words not in self._faults_said and len(self._faults_said) < _REPORTED_FAULTS
+            self._faults_said.add(words)
+        if news:
+            say(logging.WARNING, "a listener of on_batch failed: %s", words)
 
     def note_restart(self, error: BaseException) -> None:
         """Count that something ended one of the store's threads, which goes on."""

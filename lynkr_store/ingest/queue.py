@@ -208,6 +208,11 @@ class RecordQueue:
         except ValueError:  # if memory ran out, a few units may have been given back twice
             self._units.seek(0)
 
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of records in the queue or in the writer's memory, counted in units."""
+        return self._units.tell() * self._unit
+
     def is_half_full(self) -> bool:
         """Whether half of the rows or of the bytes are in use."""
         return 2 * len(self) >= self._max_rows or 2 * self._units.tell() >= self._max_units

@@ -13,7 +13,7 @@ from _thread import start_new_thread
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from lynkr_store.exceptions import SpoolError
 from lynkr_store.ingest.counters import Counters
@@ -32,6 +32,9 @@ from lynkr_store.process.lifecycle import (
 )
 from lynkr_store.process.threads import start_thread
 from lynkr_store.schemas.filters import checked_seconds
+
+if TYPE_CHECKING:
+    from lynkr_store.schemas import BatchAttempt
 
 CLOSE_S: Final = 5.0
 """Seconds that a close takes at most, where nothing else is said."""
@@ -66,6 +69,7 @@ class Writer(Forkable):
     Attributes:
         submit: See `lynkr_store.ingest.queue.RecordQueue.submit`.
         in_child: Called in a child of a fork by a thread that records, again until it returns True.
+        listeners: A host's functions, called with each attempt to write a batch.
     """
 
     def __init__(  # noqa: PLR0913 - each is one decision of the composition
@@ -95,6 +99,7 @@ class Writer(Forkable):
         self._forget_after_ms = forget_after_ms
         self._has_forgotten = has_forgotten
         self.in_child: Callable[[], bool] | None = None
+        self.listeners: list[Callable[[BatchAttempt], object]] = []
         self._at_ring: Callable[[], bool] | None = None
         self._reset()
 
@@ -124,7 +129,9 @@ class Writer(Forkable):
             wake_rows=min(self._batch_rows, -(-self._max_rows // 2)),
             interval_s=self._interval_s,
         )
-        deliverer = Deliverer(self._handoff, self._spooling, self._sink, self._clock)
+        deliverer = Deliverer(
+            self._handoff, self._spooling, self._sink, self._clock, self.listeners
+        )
         self._bodies = {"deliver": deliverer.run, "prepare": preparer.run}
         self._holds_spool = False
         self._started = False

@@ -18,7 +18,7 @@ from lynkr_store.schemas.events import (
     sanitize_text,
 )
 from lynkr_store.schemas.fields import RoutingFields
-from lynkr_store.schemas.health import Health, MaintenanceReport, Rejection
+from lynkr_store.schemas.health import BatchAttempt, Health, MaintenanceReport, Rejection
 from lynkr_store.schemas.rows import Cursor, Reading, RoutingRow, RoutingRowBrief
 from lynkr_store.schemas.statistics import ProviderStats, RoutingAccuracy, RoutingStats
 from lynkr_store.schemas.values import datetime_of, epoch_ms, plain, type_name
@@ -29,6 +29,7 @@ __all__ = [
     "LONG_FIELDS",
     "NAME_MAX_CHARS",
     "TEXT_FIELDS",
+    "BatchAttempt",
     "Cursor",
     "Health",
     "MaintenanceReport",

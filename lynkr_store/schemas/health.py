@@ -34,6 +34,17 @@ class Rejection(FrozenOutput):
         )
 
 
+class BatchAttempt(FrozenOutput):
+    """One attempt of the store's to write a batch, as `Store.on_batch` reports it."""
+
+    rows: int
+    """Records in the batch."""
+    duration_s: float
+    """Seconds that the attempt took."""
+    error: str | None = None
+    """The exception's class; None if the batch is written."""
+
+
 class Health(FrozenOutput):
     """The state of a store at one moment.
 
@@ -57,6 +68,8 @@ class Health(FrozenOutput):
     """Records on disk in the spool, waiting for the database."""
     pending: int
     """Records in the queue or in the current batch."""
+    queue_bytes: int = 0
+    """Memory of these records, in bytes; the setting `queue_max_bytes` limits it."""
     rejected_by: FrozenMap[int]
     """Cause to the number of records; `rejections` says more."""
     rejections: tuple[Rejection, ...] = ()

@@ -28,6 +28,7 @@ from lynkr_store.migrate import revisions
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
+    BatchAttempt,
     Health,
     MaintenanceReport,
     RoutingEvent,
@@ -202,6 +203,22 @@ class Core:
             refuse_invalid(record)
         return self._writer.submit(record) if self._settings.enabled else not self._closed
 
+    def on_batch(self, listener: Callable[[BatchAttempt], object]) -> None:
+        """Call a function after each attempt to write a batch, for metrics of durations.
+
+        The thread that writes calls it, so it must be quick. What it raises is counted in
+        ``health().faults_by`` and ends nothing. In a child of a fork it is called too.
+
+        Args:
+            listener: Takes a `BatchAttempt`.
+
+        Raises:
+            BadArgument: It cannot be called.
+        """
+        if not callable(listener):
+            raise BadArgument("listener: give a function that takes a BatchAttempt")
+        self._writer.listeners.append(listener)
+
     def _do_flush(self, timeout_s: float) -> bool:
         return self._writer.flush(timeout_s)
 
@@ -316,6 +333,7 @@ class Core:
             dropped=counters.dropped_by.total(),
             spooled=counters.spooled,
             pending=counters.pending,
+            queue_bytes=counters.queue_bytes,
             rejected_by=counters.rejected_by,
             rejections=counters.rejections,
             dropped_by=counters.dropped_by,

@@ -467,6 +467,27 @@ def test_health_says_where_the_database_stands(open_store):
     assert health.last_error is None
 
 
+def test_each_attempt_to_write_a_batch_is_told(open_store):
+    store, told = open_store(batch_max_rows=3, flush_interval_s=3600), []
+
+    def fail(_):
+        raise SystemExit
+
+    store.on_batch(fail)
+    store.on_batch(told.append)
+    for _ in range(7):
+        store.record(provider="p")
+    assert store.health().queue_bytes > 0
+    assert store.flush(30)
+    assert sum(attempt.rows for attempt in told if attempt.error is None) == 7
+    assert all(attempt.rows <= 3 and 0 < attempt.duration_s < 30 for attempt in told)
+    health = store.health()
+    assert (health.written, health.queue_bytes) == (7, 0)
+    assert health.faults_by["SystemExit"] == len(told)
+    with pytest.raises(BadArgument, match="listener: give a function"):
+        store.on_batch(None)
+
+
 BAD = [
     (lambda s: s.query(limit=-1), "limit"),
     (lambda s: s.query(limit=1.5), "limit"),

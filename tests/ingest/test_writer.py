@@ -83,6 +83,27 @@ def has_ended(writer, timeout_s=5):
     return not any(thread.is_alive() for thread in writer._threads.values())
 
 
+def test_a_listener_is_told_of_each_attempt_and_ends_nothing(make, sink, caplog):
+    writer, told = make(), []
+
+    def fail(attempt):
+        told.append(attempt)
+        raise OSError("a row's value")
+
+    writer.listeners.append(fail)
+    sink.failures = [StoreUnavailable("away")]
+    writer.submit({"provider": "p"})
+    assert writer.flush(10)
+    assert [(attempt.rows, attempt.error) for attempt in told] == [
+        (1, "StoreUnavailable"),
+        (1, None),
+    ]
+    assert writer.counters().faults_by == {"StoreUnavailable": 1, "OSError": 2}
+    assert adds_up(writer.counters())
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines.count("a listener of on_batch failed: OSError") == 1
+
+
 def test_records_arrive_in_order_and_in_batches(make, sink):
     sink.open.clear()
     writer = make(batch_rows=10)
