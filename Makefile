@@ -27,7 +27,7 @@ $(VENV)/demo.stamp: pyproject.toml
 
 $(VENV)/dev.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,litellm]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,litellm,otel]'
 	@touch $@
 
 demo: $(VENV)/demo.stamp ## record a generated sample in an embedded database and show its statistics

@@ -24,7 +24,8 @@ from tests.support.recorded import ROOT
 
 README = (ROOT / "README.md").read_text()
 DOCS = ROOT / "docs"
-NOISY = {"litellm.md": [pytest.mark.filterwarnings("ignore")]}  # of its own, at its import
+QUIET = pytest.mark.filterwarnings("ignore")
+NOISY = {"litellm.md": [QUIET], "opentelemetry.md": [QUIET]}  # at the imports of other packages
 EXAMPLES = [
     pytest.param(
         page,

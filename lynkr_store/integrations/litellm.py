@@ -10,11 +10,17 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from pydantic import ValidationError
-
-from lynkr_store import MissingDriver, Recorder, RoutingEvent
+from lynkr_store import MissingDriver, Recorder
+from lynkr_store.integrations.records import (
+    ROUTING_FIELDS,
+    Fields,
+    forget_oldest,
+    host_of,
+    is_new,
+    mapping_of,
+    without_invalid,
+)
 
 try:
     from litellm.integrations.custom_logger import CustomLogger
@@ -23,18 +29,8 @@ except ImportError as error:
     raise MissingDriver("litellm is not installed: pip install 'lynkr-store[litellm]'") from error
 
 _CALL_TYPES: Final = frozenset(each.value for each in CallTypes)
-_REMEMBERED: Final = 10_000  # attempts, so that none is recorded twice
 _STATUS_DIGITS: Final = 3
-_OURS: Final = (
-    *("tier", "base_tier", "escalation_source", "complexity_score", "agentic_type"),
-    *("routing_method", "propensity", "candidates", "pinned", "switch_reason", "cache_decision"),
-    *("quality_score", "cost_efficiency", "circuit_breaker_state"),
-)
-"""What a router of the host's may say of its choice, under ``metadata={"lynkr": {…}}``."""
-
 _numbers: Final = itertools.count(1)
-
-Fields = dict[str, Any]
 
 
 class StoreLogger(CustomLogger):
@@ -102,7 +98,7 @@ class StoreLogger(CustomLogger):
 
     def _record(self, kwargs: Any, start: Any, end: Any, *, failed: bool) -> None:
         with suppress(Exception):  # a strict store; LiteLLM must go on
-            fields = self._fields(_mapping(kwargs), start, end, failed=failed)
+            fields = self._fields(mapping_of(kwargs), start, end, failed=failed)
             if fields is not None:
                 self._store.record(fields)
 
@@ -111,10 +107,8 @@ class StoreLogger(CustomLogger):
     ) -> Fields | None:
         """The record of an attempt; None if it is recorded already."""
         try:
-            event, mine = _event_of(kwargs, start, failed=failed), object()
-            if self._seen.setdefault(event, mine) is not mine:
+            if not is_new(self._seen, _event_of(kwargs, start, failed=failed)):
                 return None
-            _forget_oldest(self._seen)
             fields = fields_of(
                 kwargs,
                 start,
@@ -123,7 +117,7 @@ class StoreLogger(CustomLogger):
                 attempt_index=self._attempt_index(kwargs),
                 keep_metadata=self._keep_metadata,
             )
-            return _without_invalid(fields)
+            return without_invalid(fields)
         except Exception:  # noqa: BLE001 - a newer LiteLLM may say it otherwise
             return _least(kwargs, failed=failed)
 
@@ -141,14 +135,8 @@ class StoreLogger(CustomLogger):
             self._attempts.pop(request, None)
         index = self._attempts.get(request, 0)
         self._attempts[request] = index + 1
-        _forget_oldest(self._attempts)
+        forget_oldest(self._attempts)
         return index
-
-
-def _forget_oldest(kept: dict[Any, Any]) -> None:
-    with suppress(RuntimeError, StopIteration):  # another thread changes it; the next call forgets
-        while len(kept) > _REMEMBERED:
-            kept.pop(next(iter(kept)), None)
 
 
 def fields_of(
@@ -165,14 +153,14 @@ def fields_of(
     Without a payload they are what the other arguments say. None means that LiteLLM does not know:
     it says 0 tokens and a cost of 0 where nothing was measured.
     """
-    payload = _mapping(kwargs.get("standard_logging_object"))
-    params = _mapping(kwargs.get("litellm_params"))
+    payload = mapping_of(kwargs.get("standard_logging_object"))
+    params = mapping_of(kwargs.get("litellm_params"))
     metadata = _metadata(kwargs)
     provider = payload.get("custom_llm_provider") or kwargs.get("custom_llm_provider")
     began, ended = _seconds(payload.get("startTime"), start), _seconds(payload.get("endTime"), end)
     fallbacks = metadata.get("attempted_fallbacks")
-    given = _mapping(metadata.get("lynkr"))
-    return {name: given[name] for name in _OURS if name in given} | {
+    given = mapping_of(metadata.get("lynkr"))
+    return {name: given[name] for name in ROUTING_FIELDS if name in given} | {
         "request_id": payload.get("litellm_call_id")
         or kwargs.get("litellm_call_id")
         or payload.get("id"),
@@ -216,29 +204,15 @@ def _least(kwargs: Mapping[str, Any], *, failed: bool) -> Fields:
 
 def _metadata(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The caller's metadata; some of LiteLLM's calls take it under another name."""
-    params = _mapping(kwargs.get("litellm_params"))
-    return {**_mapping(params.get("litellm_metadata")), **_mapping(params.get("metadata"))}
-
-
-def _without_invalid(fields: Fields) -> Fields:
-    """The fields without those that a record does not take: a wrong one must not cost the row."""
-    try:
-        RoutingEvent.model_validate(fields)
-    except ValidationError as error:
-        wrong = {found["loc"][0] for found in error.errors(include_input=False)}
-        return {"provider": "unknown"} | {k: v for k, v in fields.items() if k not in wrong}
-    return fields
+    params = mapping_of(kwargs.get("litellm_params"))
+    return {**mapping_of(params.get("litellm_metadata")), **mapping_of(params.get("metadata"))}
 
 
 def _event_of(kwargs: Mapping[str, Any], start: Any, *, failed: bool) -> tuple[Any, ...]:
     """Identify an attempt. The call's id is not enough: with fallbacks all attempts share it."""
-    payload = _mapping(kwargs.get("standard_logging_object"))
+    payload = mapping_of(kwargs.get("standard_logging_object"))
     call = payload.get("litellm_call_id") or kwargs.get("litellm_call_id")
     return call, failed, payload.get("startTime") or start
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _seconds(payload: object, argument: object) -> float | None:
@@ -272,9 +246,9 @@ def _stream(payload: Mapping[str, Any], kwargs: Mapping[str, Any], began: float 
 
 def _usage(payload: Mapping[str, Any]) -> Fields:
     """Tokens and cost; LiteLLM says 0 for failures, answers without usage and unpriced models."""
-    usage = _mapping(_mapping(payload.get("metadata")).get("usage_object"))
-    asked = _mapping(usage.get("prompt_tokens_details"))
-    answered = _mapping(usage.get("completion_tokens_details"))
+    usage = mapping_of(mapping_of(payload.get("metadata")).get("usage_object"))
+    asked = mapping_of(usage.get("prompt_tokens_details"))
+    answered = mapping_of(usage.get("completion_tokens_details"))
     fields: Fields = {
         "cache_read_tokens": _first(usage.get("cache_read_input_tokens"), asked, "cached_tokens"),
         "cache_creation_tokens": _first(
@@ -303,7 +277,7 @@ def _first(value: Any, details: Mapping[str, Any], name: str) -> Any:
 def _failure(payload: Mapping[str, Any], kwargs: Mapping[str, Any], *, failed: bool) -> Fields:
     if not failed:
         return {}
-    found = _mapping(payload.get("error_information"))
+    found = mapping_of(payload.get("error_information"))
     exception = kwargs.get("exception")
     kind = found.get("error_class") or (type(exception).__name__ if exception else "unknown")
     code = str(found.get("error_code") or "")
@@ -314,22 +288,22 @@ def _failure(payload: Mapping[str, Any], kwargs: Mapping[str, Any], *, failed: b
 
 def _answer(payload: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Fields:
     """What the answer's messages say, of chat's form or of the Responses API's."""
-    response = _mapping(payload.get("response"))
-    tools = _mapping(payload.get("model_parameters")).get("tools")
+    response = mapping_of(payload.get("response"))
+    tools = mapping_of(payload.get("model_parameters")).get("tools")
     fields: Fields = {
         "tool_count": len(tools) if isinstance(tools, Sequence) else None,
         "request_text": _last_user_text(payload.get("messages", kwargs.get("messages"))),
     }
     if choices := response.get("choices"):
-        choice = _mapping(choices[0])
-        message = _mapping(choice.get("message"))
+        choice = mapping_of(choices[0])
+        message = mapping_of(choice.get("message"))
         return fields | {
             "finish_reason": choice.get("finish_reason"),
             "tool_calls_made": len(message.get("tool_calls") or ()),
             "response_text": _text(message.get("content") or choice.get("text")),
         }
     if output := response.get("output"):
-        items = [_mapping(item) for item in output]
+        items = [mapping_of(item) for item in output]
         texts = [_text(item.get("content")) for item in items if item.get("type") == "message"]
         return fields | {
             "tool_calls_made": sum(item.get("type") == "function_call" for item in items),
@@ -342,7 +316,7 @@ def _last_user_text(messages: Any) -> str | None:
     if isinstance(messages, str):
         return messages
     for message in reversed(messages if isinstance(messages, Sequence) else ()):
-        if _mapping(message).get("role") == "user":
+        if mapping_of(message).get("role") == "user":
             return _text(message.get("content"))
     return None
 
@@ -352,7 +326,7 @@ def _text(content: Any) -> str | None:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, Sequence) else ()
-    texts = [_mapping(part).get("text") for part in parts]
+    texts = [mapping_of(part).get("text") for part in parts]
     return "\n".join(text for text in texts if isinstance(text, str)) or None
 
 
@@ -363,14 +337,14 @@ def _attributes(
     keep_metadata: Sequence[str],
 ) -> Fields:
     base = payload.get("api_base") or params.get("api_base")
-    breakdown = _mapping(payload.get("cost_breakdown"))
+    breakdown = mapping_of(payload.get("cost_breakdown"))
     found = {
         "call_type": payload.get("call_type"),
         "model_id": payload.get("model_id"),
-        "api_host": _host(base),
+        "api_host": host_of(base),
         "request_tags": metadata.get("tags"),  # not the payload's, which has headers' values
         "cost_breakdown": {k: v for k, v in breakdown.items() if isinstance(v, int | float)},
-        "litellm_overhead_time_ms": _mapping(payload.get("hidden_params")).get(
+        "litellm_overhead_time_ms": mapping_of(payload.get("hidden_params")).get(
             "litellm_overhead_time_ms"
         ),
         **{name: metadata.get(name) for name in keep_metadata},
@@ -379,12 +353,5 @@ def _attributes(
         name: value
         for name, value in found.items()
         if value not in (None, "", [], {})
-        and _without_invalid({"provider": "p", "attributes": {name: value}}).get("attributes")
+        and without_invalid({"provider": "p", "attributes": {name: value}}).get("attributes")
     }
-
-
-def _host(url: object) -> str | None:
-    try:
-        return urlsplit(url).hostname if isinstance(url, str) else None
-    except ValueError:
-        return None

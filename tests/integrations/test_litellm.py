@@ -460,7 +460,7 @@ def test_a_text_completion_has_its_answer():
 
 
 def test_what_is_remembered_is_bounded(store, monkeypatch):
-    monkeypatch.setattr("lynkr_store.integrations.litellm._REMEMBERED", 10)
+    monkeypatch.setattr("lynkr_store.integrations.records._REMEMBERED", 10)
     logger = StoreLogger(store)
     for number in range(30):
         logger.log_success_event({"litellm_call_id": str(number)}, None, None, None)

@@ -3,6 +3,7 @@
 ``fail-429`` is answered by that status, ``nousage`` without usage.
 """
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ MESSAGES_USAGE = {
     "cache_creation_input_tokens": 10,
 }
 CALL = {"id": "call-1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+
+_numbers = itertools.count(1)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -134,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
         content = [{"type": "output_text", "text": ANSWER, "annotations": []}]
         message = {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
         answer = {
-            "id": "resp-1",
+            "id": f"resp-{next(_numbers)}",  # an instrumentation merges responses of one id
             "object": "response",
             "created_at": 1,
             "status": "completed",

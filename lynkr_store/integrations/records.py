@@ -1,0 +1,85 @@
+"""What the integrations share: a record without what it does not take, and what came before."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from inspect import isawaitable
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from lynkr_store import RoutingEvent
+
+Fields = dict[str, Any]
+
+ROUTING_FIELDS: Final = (
+    *("tier", "base_tier", "escalation_source", "complexity_score", "agentic_type"),
+    *("routing_method", "propensity", "candidates", "pinned", "switch_reason", "cache_decision"),
+    *("quality_score", "cost_efficiency", "circuit_breaker_state"),
+)
+"""What a host's router may say of its choice, because no other library knows it."""
+
+_REMEMBERED: Final = 10_000
+
+_Key = TypeVar("_Key")
+_T = TypeVar("_T")
+
+
+def is_new(seen: dict[_Key, object], key: _Key) -> bool:
+    """Whether a key was not seen before; it is from now on, until 10,000 others came.
+
+    It takes no lock, which a child of a fork would inherit: each use of the dictionary is one step.
+    """
+    mine = object()
+    new = seen.setdefault(key, mine) is mine
+    forget_oldest(seen)
+    return new
+
+
+def forget_oldest(kept: dict[Any, Any]) -> None:
+    """Keep the newest 10,000 entries."""
+    with suppress(RuntimeError, StopIteration):  # another thread changes it; the next call forgets
+        while len(kept) > _REMEMBERED:
+            kept.pop(next(iter(kept)), None)
+
+
+def without_invalid(fields: Fields) -> Fields:
+    """The fields without those that a record does not take: a wrong one must not cost the row."""
+    try:
+        RoutingEvent.model_validate(fields)
+    except ValidationError as error:
+        wrong = {found["loc"][0] for found in error.errors(include_input=False)}
+        return {"provider": "unknown"} | {k: v for k, v in fields.items() if k not in wrong}
+    return fields
+
+
+def mapping_of(value: object) -> Mapping[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def host_of(url: object) -> str | None:
+    """The host's name in a URL, whose other parts may hold keys."""
+    try:
+        return urlsplit(url).hostname if isinstance(url, str) else None
+    except ValueError:
+        return None
+
+
+def answer_of(ask: Callable[[], _T | Awaitable[_T]]) -> _T:
+    """Call a store's method; an `AsyncStore`'s runs in an event loop of its own."""
+    answer = ask()
+    if not isawaitable(answer):
+        return answer
+
+    async def wait() -> _T:
+        return await answer
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(1) as executor:  # a loop runs in this thread
+        return executor.submit(asyncio.run, wait()).result()
