@@ -24,8 +24,8 @@ from lynkr_store import (
 )
 from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
+from lynkr_store.testing import RecordFactory
 from tests.conftest import ON_DISK
-from tests.factories import RecordFactory
 from tests.support.recorded import DATA, gateway_file, insert_rows, needs_data
 
 NOW = 1_750_000_000_000

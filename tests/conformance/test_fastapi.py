@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI, Query
 
 from lynkr_store import Cursor, RoutingFilter, RoutingRow, RoutingStats, Store
-from tests.factories import RecordFactory
+from lynkr_store.testing import RecordFactory
 
 
 @pytest.fixture

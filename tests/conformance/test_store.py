@@ -16,7 +16,7 @@ from lynkr_store import (
     Window,
 )
 from lynkr_store.migrate import revisions
-from tests.factories import EventFactory, RecordFactory
+from lynkr_store.testing import EventFactory, RecordFactory
 from tests.support.stores import adds_up, looked
 
 NOW = 1_750_000_000_000

@@ -44,8 +44,8 @@ from lynkr_store.db.models import RoutingTelemetry
 from lynkr_store.migrate.comparison import drift
 from lynkr_store.migrate.upgrade import downgrade, write_script
 from lynkr_store.storage import write_lock
+from lynkr_store.testing import RecordFactory
 from tests.conftest import ON_DISK
-from tests.factories import RecordFactory
 from tests.support.stores import looked
 
 NOW = 1_750_000_000_000

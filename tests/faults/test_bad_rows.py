@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import text
 
 from lynkr_store import RoutingEvent, Store, StoreSettings, writing
+from lynkr_store.testing import EventFactory
 from tests.conftest import BACKENDS, ON_DISK, POSTGRES
-from tests.factories import EventFactory
 from tests.support.stores import adds_up, eventually
 
 AT = 1_750_000_000_000

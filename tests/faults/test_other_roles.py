@@ -36,8 +36,8 @@ from lynkr_store.db.models import TELEMETRY, Base
 from lynkr_store.migrate.revisions import foreign_owners
 from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.storage import diagnosis, identities, ledger
+from lynkr_store.testing import RecordFactory
 from tests.conftest import POSTGRES
-from tests.factories import RecordFactory
 from tests.support.planted import FEW_TYPES, TYPES, plant
 from tests.support.stores import Asynchronous, adds_up, looked
 

@@ -18,7 +18,7 @@ from lynkr_store.ingest.conversion import columns_of
 from lynkr_store.ingest.queue import RecordQueue
 from lynkr_store.ingest.validation import TextPolicy, rejection_of, row_of
 from lynkr_store.schemas import FLAG_FIELDS, TEXT_FIELDS
-from tests.factories import EventFactory, RecordFactory
+from lynkr_store.testing import EventFactory, RecordFactory
 
 NOW = 1_750_000_000_000
 

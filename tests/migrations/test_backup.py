@@ -31,8 +31,8 @@ from lynkr_store import (
 )
 from lynkr_store.cli import commands
 from lynkr_store.migrate import revisions
+from lynkr_store.testing import RecordFactory
 from tests.conftest import POSTGRES
-from tests.factories import RecordFactory
 from tests.support.recorded import ROOT, gateway_file, insert_rows
 
 NAME = re.compile(r"telemetry\.db\.before-\d{4}-\d{8}T\d{6}\.\d{6}Z\.bak")

@@ -29,9 +29,9 @@ from lynkr_store import (
 )
 from lynkr_store.db.models import NOTES, TELEMETRY, Base
 from lynkr_store.migrate import revisions
+from lynkr_store.testing import RecordFactory
 from tests.cli.test_commands import done, run
 from tests.conftest import ON_DISK, POSTGRES
-from tests.factories import RecordFactory
 from tests.support.recorded import ROOT
 from tests.support.snapshot import schema_of
 from tests.support.stores import Asynchronous, adds_up, eventually

@@ -34,8 +34,8 @@ from lynkr_store.db.engines import create_store_async_engine, in_schema
 from lynkr_store.migrate import revisions, scripts
 from lynkr_store.migrate.comparison import drift, missing_indexes
 from lynkr_store.migrate.upgrade import downgrade
+from lynkr_store.testing import RecordFactory
 from tests.conftest import POSTGRES
-from tests.factories import RecordFactory
 from tests.migrations.host import application
 from tests.migrations.host.catalogue import ours, theirs
 from tests.migrations.host.furniture import (

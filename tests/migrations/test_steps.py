@@ -21,7 +21,7 @@ from lynkr_store.maintenance import indexes
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.comparison import drift, missing_indexes
 from lynkr_store.migrate.upgrade import downgrade, upgrade
-from tests.factories import RecordFactory
+from lynkr_store.testing import RecordFactory
 from tests.support.recorded import ROOT
 
 pytestmark = pytest.mark.sample(3)

@@ -23,9 +23,9 @@ from lynkr_store.cli import render
 from lynkr_store.exceptions import MissingDriver, printable
 from lynkr_store.migrate import revisions
 from lynkr_store.migrate.upgrade import upgrade
+from lynkr_store.testing import RecordFactory
 from tests.cli.test_commands import done, run
 from tests.conftest import POSTGRES
-from tests.factories import RecordFactory
 from tests.support.recorded import gateway_file
 
 NOW = 1_750_000_000_000

@@ -19,7 +19,7 @@ from lynkr_store.ingest.validation import TextPolicy, new_ids, rejection_of, row
 from lynkr_store.schemas import Reading, epoch_ms, utc
 from lynkr_store.schemas.base import construct_all
 from lynkr_store.schemas.units import half_up
-from tests.factories import EventFactory, RecordFactory
+from lynkr_store.testing import EventFactory, RecordFactory
 
 NOW = 1_750_000_000_000
 

@@ -20,8 +20,8 @@ from lynkr_store.ingest.validation import TextPolicy, row_of
 from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.storage.bulk import send
 from lynkr_store.storage.inserts import insert_all, insert_isolating
+from lynkr_store.testing import RecordFactory
 from tests.conftest import BACKENDS, POSTGRES
-from tests.factories import RecordFactory
 
 NOW = 1_750_000_000_000
 

@@ -25,7 +25,7 @@ class RecordFactory(factory.DictFactory):
     request_text = "a question"
     response_text = "an answer"
 
-    class Params:
+    class Params:  # noqa: D106 - factory-boy reads it
         failed = factory.Trait(
             status_code=503, error_type="overloaded", output_tokens=None, quality_score=20.0
         )
@@ -38,10 +38,10 @@ class RecordFactory(factory.DictFactory):
         )
 
 
-class EventFactory(factory.Factory):
+class EventFactory(factory.Factory[RoutingEvent]):
     """A `RoutingEvent`: a request that went well."""
 
-    class Meta:
+    class Meta:  # noqa: D106
         model = RoutingEvent
 
     provider = "ollama"
