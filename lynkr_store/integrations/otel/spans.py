@@ -227,7 +227,7 @@ def _failure(span: ReadableSpan, found: Mapping[str, Any]) -> Fields:
 
 
 def _finish_reasons(found: Mapping[str, Any]) -> list[Any]:
-    reasons = found.get("gen_ai.response.finish_reasons")
+    reasons = _first(found, "gen_ai.response.finish_reasons", "gen_ai.completion.0.finish_reason")
     return _list(reasons) or ([reasons] if isinstance(reasons, str) and reasons else [])
 
 
