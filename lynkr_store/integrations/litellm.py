@@ -349,9 +349,4 @@ def _attributes(
         ),
         **{name: metadata.get(name) for name in keep_metadata},
     }
-    return {
-        name: value
-        for name, value in found.items()
-        if value not in (None, "", [], {})
-        and without_invalid({"provider": "p", "attributes": {name: value}}).get("attributes")
-    }
+    return {name: value for name, value in found.items() if value not in (None, "", [], {})}

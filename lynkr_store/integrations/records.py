@@ -46,13 +46,30 @@ def forget_oldest(kept: dict[Any, Any]) -> None:
 
 
 def without_invalid(fields: Fields) -> Fields:
-    """The fields without those that a record does not take: a wrong one must not cost the row."""
+    """The fields without those that a record does not take: a wrong one must not cost the row.
+
+    Of ``attributes`` each entry stands for itself.
+    """
+    wrong = _wrong(fields)
+    if not wrong:
+        return fields
+    kept = {"provider": "unknown"} | {k: v for k, v in fields.items() if k not in wrong}
+    if "attributes" in wrong:
+        entries = mapping_of(fields["attributes"]).items()
+        kept["attributes"] = dict(entry for entry in entries if not _wrong(_only(entry))) or None
+    return kept
+
+
+def _only(entry: tuple[str, Any]) -> Fields:
+    return {"provider": "unknown", "attributes": dict([entry])}
+
+
+def _wrong(fields: Fields) -> set[int | str]:
     try:
         RoutingEvent.model_validate(fields)
     except ValidationError as error:
-        wrong = {found["loc"][0] for found in error.errors(include_input=False)}
-        return {"provider": "unknown"} | {k: v for k, v in fields.items() if k not in wrong}
-    return fields
+        return {found["loc"][0] for found in error.errors(include_input=False)}
+    return set()
 
 
 def mapping_of(value: object) -> Mapping[str, Any]:
