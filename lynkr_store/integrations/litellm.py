@@ -15,6 +15,8 @@ from lynkr_store import MissingDriver, Recorder
 from lynkr_store.integrations.records import (
     ROUTING_FIELDS,
     Fields,
+    checked_names,
+    checked_store,
     forget_oldest,
     host_of,
     is_new,
@@ -44,14 +46,17 @@ class StoreLogger(CustomLogger):
         store: A `Store` or an `AsyncStore`. The caller closes it.
         keep_metadata: Names of LiteLLM's metadata to keep in ``attributes``, such as
             ``user_api_key_team_id``. By default none is kept: they may be personal.
+
+    Raises:
+        BadArgument: It is no store, or the names are a single text.
     """
 
     def __init__(self, store: Recorder, *, keep_metadata: Collection[str] = ()) -> None:
         super().__init__()
         # LiteLLM drops a second callback whose class and public numbers and texts are the same
         self.number = next(_numbers)
-        self._store = store
-        self._keep_metadata = tuple(keep_metadata)
+        self._store = checked_store(store, "record")
+        self._keep_metadata = checked_names(keep_metadata, "keep_metadata")
         # no lock, which a child of a fork would inherit: each use of these is one atomic step
         self._seen: dict[tuple[Any, ...], object] = {}
         self._attempts: dict[tuple[Any, ...], int] = {}

@@ -1,16 +1,17 @@
 """What the integrations share: a record without what it does not take, and what came before."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from inspect import isawaitable
+from threading import Thread
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from lynkr_store import RoutingEvent
+from lynkr_store import BadArgument, RoutingEvent
 
 Fields = dict[str, Any]
 
@@ -24,6 +25,7 @@ ROUTING_FIELDS: Final = (
 _REMEMBERED: Final = 10_000
 
 _Key = TypeVar("_Key")
+_Store = TypeVar("_Store")
 _T = TypeVar("_T")
 
 
@@ -77,12 +79,36 @@ def mapping_of(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def host_of(url: object) -> str | None:
-    """The host's name in a URL, whose other parts may hold keys."""
+def host_of(address: object) -> str | None:
+    """The host's name in a URL or an address, whose other parts may hold keys."""
+    if not isinstance(address, str):
+        return None
     try:
-        return urlsplit(url).hostname if isinstance(url, str) else None
+        return urlsplit(address if "//" in address else f"//{address}").hostname
     except ValueError:
         return None
+
+
+def checked_store(store: _Store, *methods: str) -> _Store:
+    """The store.
+
+    Raises:
+        BadArgument: It lacks one of the methods.
+    """
+    if not all(callable(getattr(store, name, None)) for name in methods):
+        raise BadArgument("store: give a Store or an AsyncStore")
+    return store
+
+
+def checked_names(names: Collection[str], argument: str) -> tuple[str, ...]:
+    """The names.
+
+    Raises:
+        BadArgument: They are a single text.
+    """
+    if isinstance(names, str):
+        raise BadArgument(f"{argument}: give a list of names")
+    return tuple(names)
 
 
 def answer_of(ask: Callable[[], _T | Awaitable[_T]]) -> _T:
@@ -98,5 +124,14 @@ def answer_of(ask: Callable[[], _T | Awaitable[_T]]) -> _T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(wait())
-    with ThreadPoolExecutor(1) as executor:  # a loop runs in this thread
-        return executor.submit(asyncio.run, wait()).result()
+    # A loop runs in this thread. No executor: at the interpreter's end it takes no work.
+    result: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(asyncio.run(wait()))
+        except BaseException as error:  # noqa: BLE001 - the caller's
+            result.set_exception(error)
+
+    Thread(target=run, daemon=True, name="lynkr-store-answer").start()
+    return result.result()

@@ -495,6 +495,13 @@ def test_a_store_that_raises_does_not_stop_a_call():
     assert store.asked == 1
 
 
+def test_arguments_are_checked(store):
+    with pytest.raises(BadArgument, match="store: give a Store"):
+        StoreLogger("sqlite://")
+    with pytest.raises(BadArgument, match="keep_metadata: give a list"):
+        StoreLogger(store, keep_metadata="team")
+
+
 def test_the_fields_are_those_of_a_record():
     assert set(fields_of({}, None, None, failed=True)) <= RoutingEvent.model_fields.keys()
 

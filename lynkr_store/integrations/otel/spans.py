@@ -20,6 +20,8 @@ from lynkr_store.integrations.records import (
     ROUTING_FIELDS,
     Fields,
     answer_of,
+    checked_names,
+    checked_store,
     forget_oldest,
     host_of,
     is_new,
@@ -33,6 +35,10 @@ _OPERATIONS: Final = {
     "generate_content": "generate_content",
     "embeddings": "embeddings",
     "tool_call": "chat",  # Traceloop's word for a chat with tools
+    "chat.completions": "chat",  # and Semantic Kernel's words
+    "chat.streaming_completions": "chat",
+    "text.completions": "text_completion",
+    "text.streaming_completions": "text_completion",
 }
 """The operations that ask a model; an agent's or a tool's call makes no row."""
 _OLD_OPERATIONS: Final = {
@@ -49,16 +55,19 @@ _PROVIDERS: Final = {
     "gcp.vertex_ai": "vertex",
     "vertex_ai": "vertex",
     "moonshot_ai": "moonshot",
+    "OpenAI": "openai",  # Traceloop's older spelling
+    "Anthropic": "anthropic",
 }
 """OpenTelemetry's names of providers whose rows have another one. ``anthropic`` stays: it is not
 known to be Azure's."""
 
-_KEPT: Final = re.compile(
-    r"gen_ai\.(response\.id|evaluation\.score\.value|usage\.(text|audio|image|video)\..+)"
-    r"|server\.address"
+_NUMBERS: Final = re.compile(
+    r"gen_ai\.(evaluation\.score\.value|usage\.(text|audio|image|video)\.[\w.]{1,64})", re.ASCII
 )
-"""Attributes that have no field of their own and are kept under their names."""
-_ERROR_TYPE: Final = re.compile(r"[\w.:/-]{1,200}|<class '[\w.]{1,200}'>")
+"""Numbers that have no field of their own and are kept under their names."""
+_NAME: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+"""A name that a program gives, such as a finish reason: no text that somebody wrote."""
+_ERROR_TYPE: Final = re.compile(r"[A-Za-z_][\w.:-]{0,99}|\d{1,6}|<class '[\w.]{1,99}'>", re.ASCII)
 _OTHER: Final = "_OTHER"  # what the conventions say where there is no name of an error
 _STATUS: Final = re.compile(r"[1-5]\d\d")
 _SHUTDOWN_MS: Final = 5_000.0  # as a store's close()
@@ -68,8 +77,8 @@ class StoreSpanExporter(SpanExporter):
     """Records each GenAI span that asks a model in a store.
 
     ``provider.add_span_processor(BatchSpanProcessor(StoreSpanExporter(store)))``. Other spans make
-    no row. If two instrumentations report one call, as those of a framework and of a client library
-    do, the inner span is the row.
+    no row. If the spans of two instrumentations report one call, one directly within the other, the
+    inner span is the row.
 
     Your router may add what an instrumentation does not know, as attributes of the span such as
     ``lynkr.tier``.
@@ -78,6 +87,9 @@ class StoreSpanExporter(SpanExporter):
         store: A `Store` or an `AsyncStore`. The caller closes it, after the tracer provider.
         keep_attributes: Names of other attributes, of the span or of its resource, to keep in
             ``attributes``, such as ``service.name``. By default none is kept: they may be personal.
+
+    Raises:
+        BadArgument: It is no store, or the names are a single text.
     """
 
     def __init__(
@@ -86,11 +98,11 @@ class StoreSpanExporter(SpanExporter):
         *,
         keep_attributes: Collection[str] = (),
     ) -> None:
-        self._store = store
-        self._keep_attributes = tuple(keep_attributes)
+        self._store = checked_store(store, "record", "flush")
+        self._keep_attributes = checked_names(keep_attributes, "keep_attributes")
         self._is_shut_down = False
         self._seen: dict[tuple[int, int], object] = {}
-        self._inside: dict[tuple[int, int], str] = {}
+        self._around: dict[tuple[int, int], bool] = {}  # spans with a model's call in them
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Queue the spans' records. Never raises, never waits.
@@ -100,13 +112,16 @@ class StoreSpanExporter(SpanExporter):
         """
         if self._is_shut_down:
             return SpanExportResult.FAILURE
-        taken = [self._record(span) for span in spans]
+        try:
+            taken = [self._record(span) for span in spans]
+        except Exception:  # noqa: BLE001 - a strict store, or objects that are no spans
+            return SpanExportResult.FAILURE
         return SpanExportResult.SUCCESS if all(taken) else SpanExportResult.FAILURE
 
     def force_flush(self, timeout_millis: float | None = 30_000) -> bool:
         """Wait until the records are written; False if that takes longer, or fails."""
-        timeout_s = max(0.0, 30.0 if timeout_millis is None else timeout_millis / 1000)
         try:
+            timeout_s = max(0.0, 30.0 if timeout_millis is None else timeout_millis / 1000)
             return answer_of(lambda: self._store.flush(timeout_s))
         except Exception:  # noqa: BLE001 - it must not raise
             return False
@@ -118,24 +133,25 @@ class StoreSpanExporter(SpanExporter):
             self.force_flush(min(timeout_millis, _SHUTDOWN_MS))
 
     def _record(self, span: ReadableSpan) -> bool:
-        try:
-            fields = self._fields(span)
-            return fields is None or self._store.record(fields)
-        except Exception:  # noqa: BLE001 - a strict store, or a span of another form
-            return False
-
-    def _fields(self, span: ReadableSpan) -> Fields | None:
-        """The record of a span; None if it makes no row."""
+        """Queue the record of a span, if it makes a row; False if the store did not take it."""
         operation, context = _operation(_attributes(span)), span.context
-        if operation is None or context is None:
-            return None
-        key = (context.trace_id, context.span_id)
-        if self._inside.get(key) == operation or not is_new(self._seen, key):
-            return None
+        if operation is None or context is None or span.end_time is None:
+            return True
+        key, embeds = (context.trace_id, context.span_id), operation == "embeddings"
+        is_around = self._around.get(key) == embeds
         if span.parent is not None:
-            self._inside[span.parent.trace_id, span.parent.span_id] = operation
-            forget_oldest(self._inside)
-        return without_invalid(fields_of(span, keep_attributes=self._keep_attributes))
+            self._around[span.parent.trace_id, span.parent.span_id] = embeds
+            forget_oldest(self._around)
+        if is_around or not is_new(self._seen, key):
+            return True
+        try:
+            fields = fields_of(span, keep_attributes=self._keep_attributes)
+        except Exception:  # noqa: BLE001 - another release may say it in another form
+            fields = _times_and_ids(span)
+        taken = self._store.record(without_invalid(fields))
+        if not taken:
+            self._seen.pop(key, None)  # it may be exported again
+        return taken
 
 
 def fields_of(span: ReadableSpan, *, keep_attributes: Sequence[str] = ()) -> Fields:
@@ -146,13 +162,9 @@ def fields_of(span: ReadableSpan, *, keep_attributes: Sequence[str] = ()) -> Fie
     provider = _first(found, "gen_ai.provider.name", "gen_ai.system") or "unknown"
     given = {name: found[f"lynkr.{name}"] for name in ROUTING_FIELDS if f"lynkr.{name}" in found}
     request_type = found.get("lynkr.request_type")
-    began, ended = span.start_time, span.end_time
     return given | {
-        "request_id": span.context and f"{span.context.span_id:016x}",
-        "trace_id": span.context and f"{span.context.trace_id:032x}",
+        **_times_and_ids(span),
         "session_id": _first(found, "gen_ai.conversation.id", "session.id"),
-        "timestamp": began and began // 1_000_000,
-        "latency_ms": (ended - began) / 1_000_000 if began and ended else None,
         "provider": _PROVIDERS.get(str(provider), provider),
         "model": found.get("gen_ai.response.model") or asked,
         "requested_model": asked,
@@ -168,6 +180,17 @@ def fields_of(span: ReadableSpan, *, keep_attributes: Sequence[str] = ()) -> Fie
     }
 
 
+def _times_and_ids(span: ReadableSpan) -> Fields:
+    began, ended = span.start_time, span.end_time
+    return {
+        "provider": "unknown",
+        "request_id": span.context and f"{span.context.span_id:016x}",
+        "trace_id": span.context and f"{span.context.trace_id:032x}",
+        "timestamp": began and began // 1_000_000,
+        "latency_ms": (ended - began) / 1_000_000 if began and ended else None,
+    }
+
+
 def _attributes(span: ReadableSpan) -> Mapping[str, Any]:
     return mapping_of(span.attributes)
 
@@ -176,7 +199,10 @@ def _operation(found: Mapping[str, Any]) -> str | None:
     name = found.get("gen_ai.operation.name")
     if name is not None:
         return _OPERATIONS.get(str(name))
-    return _OLD_OPERATIONS.get(str(found.get("llm.request.type")))
+    old = found.get("llm.request.type")
+    if old is None and _first(found, "gen_ai.request.model", "gen_ai.response.model"):
+        return "chat"  # of an older release, or the SDK's limit of attributes cut the name off
+    return _OLD_OPERATIONS.get(str(old))
 
 
 def _first(found: Mapping[str, Any], *names: str) -> Any:
@@ -184,32 +210,44 @@ def _first(found: Mapping[str, Any], *names: str) -> Any:
 
 
 def _milliseconds(seconds: Any) -> Any:
-    return seconds * 1000 if isinstance(seconds, int | float) else None
+    return seconds * 1000 if type(seconds) in (int, float) else None
 
 
 def _usage(found: Mapping[str, Any]) -> Fields:
     tokens = "gen_ai.usage."
     asked = _first(found, f"{tokens}input_tokens", f"{tokens}prompt_tokens")
+    read = _first(
+        found,
+        f"{tokens}cache_read.input_tokens",
+        f"{tokens}cache_read_input_tokens",
+        f"{tokens}input_tokens.cached",
+    )
+    written = _first(
+        found,
+        f"{tokens}cache_write.input_tokens",
+        f"{tokens}cache_creation.input_tokens",
+        f"{tokens}cache_creation_input_tokens",
+    )
     return {
         "input_tokens": asked,
         "output_tokens": _first(found, f"{tokens}output_tokens", f"{tokens}completion_tokens"),
-        "cache_read_tokens": _first(
-            found,
-            f"{tokens}cache_read.input_tokens",
-            f"{tokens}cache_read_input_tokens",
-            f"{tokens}input_tokens.cached",
-        ),
-        "cache_creation_tokens": _first(
-            found,
-            f"{tokens}cache_creation.input_tokens",
-            f"{tokens}cache_creation_input_tokens",
-        ),
+        "cache_read_tokens": read,
+        "cache_creation_tokens": written,
         "reasoning_tokens": _first(
-            found, f"{tokens}reasoning.output_tokens", f"{tokens}reasoning_tokens"
+            found,
+            f"{tokens}reasoning.output_tokens",
+            f"{tokens}reasoning_tokens",
+            "llm.usage.reasoning_tokens",
         ),
-        # the conventions say that the input's tokens include cached ones
-        "cache_tokens_included": None if asked is None else True,
+        "cache_tokens_included": _cache_is_included(asked, read, written),
     }
+
+
+def _cache_is_included(asked: Any, read: Any, written: Any) -> bool | None:
+    """True, as the conventions say, unless the numbers refute it; None without any."""
+    if not isinstance(asked, int):
+        return None
+    return asked >= sum(tokens for tokens in (read, written) if isinstance(tokens, int))
 
 
 def _failure(span: ReadableSpan, found: Mapping[str, Any]) -> Fields:
@@ -226,33 +264,34 @@ def _failure(span: ReadableSpan, found: Mapping[str, Any]) -> Fields:
     return {"error_type": kind and str(kind), "status_code": status}
 
 
-def _finish_reasons(found: Mapping[str, Any]) -> list[Any]:
+def _finish_reasons(found: Mapping[str, Any]) -> list[str]:
     reasons = _first(found, "gen_ai.response.finish_reasons", "gen_ai.completion.0.finish_reason")
-    return _list(reasons) or ([reasons] if isinstance(reasons, str) and reasons else [])
+    several = _list(reasons) or [reasons]
+    return [each for each in several if isinstance(each, str) and _NAME.fullmatch(each)]
 
 
-def _list(value: Any) -> list[Any]:
-    """A list that an attribute holds, as a sequence or as JSON text."""
+def _list(value: Any) -> list[Any] | None:
+    """A list that an attribute holds, as a sequence or as JSON text; None if it holds none."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
-            return []
-    return list(value) if isinstance(value, list | tuple) else []
+        except (ValueError, RecursionError):
+            return None
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _messages(span: ReadableSpan, found: Mapping[str, Any]) -> Fields:
     """The last user's message and the answer, if the instrumentation sends them."""
     asked = _list(found.get("gen_ai.input.messages")) or _old_messages(span, found, "prompt")
-    answers = _list(found.get("gen_ai.output.messages"))
+    answers = _list(found.get("gen_ai.output.messages")) or []
     users = [message for message in asked if mapping_of(message).get("role") == "user"]
     texts = map(_text, answers or _old_messages(span, found, "completion"))
     calls = [part for answer in answers for part in _parts(answer, "tool_call")]
-    tools = found.get("gen_ai.tool.definitions")
+    tools = _list(found.get("gen_ai.tool.definitions"))
     return {
         "request_text": _text(users[-1]) if users else None,
         "response_text": "\n".join(filter(None, texts)) or None,
-        "tool_count": None if tools is None else len(_list(tools)),
+        "tool_count": None if tools is None else len(tools),
         "tool_calls_made": len(calls) if answers else None,
     }
 
@@ -266,7 +305,7 @@ def _old_messages(span: ReadableSpan, found: Mapping[str, Any], kind: str) -> li
             return messages
     flat: dict[int, dict[str, Any]] = {}
     for key, value in found.items():
-        if at := re.fullmatch(rf"gen_ai\.{kind}\.(\d+)\.(role|content)", key):
+        if at := re.fullmatch(rf"gen_ai\.{kind}\.(\d{{1,6}})\.(role|content)", key):
             flat.setdefault(int(at[1]), {})[at[2]] = value
     return [flat[at] for at in sorted(flat)]
 
@@ -281,7 +320,7 @@ def _text(message: Any) -> str | None:
 
 def _parts(message: Any, kind: str) -> list[Mapping[str, Any]]:
     known = mapping_of(message)
-    parts = map(mapping_of, _list(known.get("parts") or known.get("content")))
+    parts = map(mapping_of, _list(known.get("parts") or known.get("content")) or ())
     return [part for part in parts if part.get("type") == kind]
 
 
@@ -292,12 +331,17 @@ def _kept(
     keep_attributes: Sequence[str],
 ) -> Fields:
     resource = mapping_of(getattr(span.resource, "attributes", None))
-    address = host_of(found.get("gen_ai.openai.api_base"))
+    response_id = found.get("gen_ai.response.id")
     kept = {
         "gen_ai.operation.name": operation,
+        "gen_ai.response.id": response_id if _NAME.fullmatch(str(response_id)) else None,
         "gen_ai.response.finish_reasons": _finish_reasons(found)[1:],
-        "server.address": address,
-        **{name: value for name, value in found.items() if _KEPT.fullmatch(name)},
+        "server.address": host_of(_first(found, "server.address", "gen_ai.openai.api_base")),
+        **{
+            name: value
+            for name, value in found.items()
+            if type(value) in (int, float) and _NUMBERS.fullmatch(name)
+        },
         **{name: found.get(name, resource.get(name)) for name in keep_attributes},
     }
     return {name: value for name, value in kept.items() if value not in (None, "", [], ())}
