@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from decimal import Decimal
+from difflib import get_close_matches
+from functools import lru_cache
 from types import NoneType
 from typing import Annotated, Any, Final, Self
 
@@ -15,9 +17,10 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PlainValidator,
     PrivateAttr,
+    ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from lynkr_store.schemas import values
 from lynkr_store.schemas.base import FrozenInput
@@ -296,11 +299,41 @@ class RoutingEvent(FrozenInput):
         if not issubclass(type(data), Mapping):
             return handler(data)
         causes: list[str] = []
-        event = handler({name: _sanitize(name, value, causes) for name, value in data.items()})
+        try:
+            event = handler({name: _sanitize(name, value, causes) for name, value in data.items()})
+        except ValidationError as error:
+            raise _with_similar_names(error) from None
         event._mended = tuple(causes)  # noqa: SLF001 - its own instance
         return event
 
 
+@lru_cache(maxsize=256)  # a service that misspells a field does so in each record
+def similar_field(name: str) -> str:
+    """``; did you mean model?`` for a name that is similar to a field's, else nothing."""
+    similar = get_close_matches(name, RoutingEvent.model_fields, n=1)
+    return "".join(f"; did you mean {each}?" for each in similar)
+
+
+def _with_similar_names(error: ValidationError) -> ValidationError:
+    """The same error, in which an unknown name is answered by a similar one."""
+    found = error.errors(include_url=False)
+    if all(each["type"] != "extra_forbidden" for each in found):
+        return error
+    lines = []
+    for each in found:
+        words: Any = each["msg"]
+        if each["type"] == "extra_forbidden":
+            words = f"a record has no such field{similar_field(str(each['loc'][0])[:_SHORT])}"
+        kind: Any = each["type"]
+        lines.append(
+            InitErrorDetails(
+                type=PydanticCustomError(kind, words), loc=each["loc"], input=each["input"]
+            )
+        )
+    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+
+
+_SHORT: Final = 64  # characters of a name that may be a field's
 _USUAL: Final = frozenset({str, int, float, bool, NoneType})
 
 

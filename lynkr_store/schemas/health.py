@@ -1,14 +1,13 @@
 """What operators read: the state of the store, and what maintenance did."""
 
 from datetime import datetime
-from difflib import get_close_matches
 from typing import Annotated
 
 from pydantic import Field
 
 from lynkr_store.backend import Backend
 from lynkr_store.schemas.base import FrozenMap, FrozenOutput
-from lynkr_store.schemas.events import RoutingEvent
+from lynkr_store.schemas.events import RoutingEvent, similar_field
 
 
 class Rejection(FrozenOutput):
@@ -26,12 +25,8 @@ class Rejection(FrozenOutput):
         """In words; for an unknown name with the field whose name is similar."""
         where = f": {self.field}" if self.field else ""
         given = f" ({self.value_type})" if self.value_type else ""
-        similar = []
-        if self.field and self.field not in RoutingEvent.model_fields:
-            similar = get_close_matches(self.field, RoutingEvent.model_fields, n=1)
-        return f"{self.cause}{where}{given}" + "".join(
-            f"; did you mean {name}?" for name in similar
-        )
+        unknown = self.field and self.field not in RoutingEvent.model_fields
+        return f"{self.cause}{where}{given}{similar_field(self.field or '') if unknown else ''}"
 
 
 class BatchAttempt(FrozenOutput):

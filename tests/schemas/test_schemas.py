@@ -294,3 +294,14 @@ def test_results_pickle_copy_hash_and_ignore_what_a_newer_release_adds():
     assert json.loads(stats.model_dump_json())["avg_latency_by_provider"] == {"a": 2, "b": 1}
     assert type(stats.to_gateway()["avgLatencyByProvider"]) is dict
     assert pickle.loads(pickle.dumps(stored())) == stored()  # noqa: S301
+
+
+def test_an_unknown_name_is_answered_by_a_similar_one():
+    with pytest.raises(ValidationError) as refused:
+        RoutingEvent(modle="s3cret", latency_ms="fast", **{"x" * 100_000: 1})
+    said = {error["loc"][0]: (error["type"], error["msg"]) for error in refused.value.errors()}
+    assert said["modle"] == ("extra_forbidden", "a record has no such field; did you mean model?")
+    assert said["latency_ms"] == ("wrong_type", "give a number")
+    assert said["x" * 100_000] == ("extra_forbidden", "a record has no such field")
+    assert said["provider"][0] == "missing"
+    assert "s3cret" not in str(refused.value)
