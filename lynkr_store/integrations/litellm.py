@@ -101,6 +101,32 @@ class StoreLogger(CustomLogger):
         """LiteLLM calls it for an attempt that failed, made by a coroutine."""
         self._record(kwargs, start_time, end_time, failed=True)
 
+    async def async_post_call_failure_deployment_hook(
+        self,
+        request_data: Any,
+        exception: Any,
+        call_type: Any,  # noqa: ARG002 - LiteLLM passes it by position
+        fallback_depth: Any = None,  # noqa: ARG002 - LiteLLM passes it by name
+    ) -> None:
+        """LiteLLM calls it for every attempt that failed, made by a coroutine.
+
+        The attempts of a request to the proxy share one logging object, which reports the first
+        failure alone by the hook above. This one records the others.
+        """
+        with suppress(Exception):  # another release's logging object
+            logging = request_data["litellm_logging_obj"]
+            kwargs = logging.model_call_details
+            reported = not logging.should_run_logging(event_type="async_failure")
+            if reported and logging.should_run_callback(
+                callback=self,
+                litellm_params=kwargs["litellm_params"],
+                event_hook="async_failure_handler",
+            ):
+                began, ended = kwargs["api_call_start_time"], datetime.now()  # noqa: DTZ005 - as LiteLLM
+                if began <= kwargs["end_time"]:  # an earlier attempt's: this one sent nothing
+                    began = ended
+                self._record(_of_failure(kwargs, exception), began, ended, failed=True)
+
     def _record(self, kwargs: Any, start: Any, end: Any, *, failed: bool) -> None:
         with suppress(Exception):  # a strict store; LiteLLM must go on
             fields = self._fields(mapping_of(kwargs), start, end, failed=failed)
@@ -144,6 +170,19 @@ class StoreLogger(CustomLogger):
         return index
 
 
+def _of_failure(details: Mapping[str, Any], exception: Any) -> Fields:
+    """A hook's arguments for a failed attempt of which LiteLLM makes no payload."""
+    metadata = _metadata(details)
+    payload = {
+        "call_type": details.get("call_type"),
+        "model_group": metadata.get("model_group"),
+        "model_id": mapping_of(metadata.get("model_info")).get("id"),
+        "model_parameters": details.get("optional_params"),
+        "error_information": {"error_code": getattr(exception, "status_code", None)},
+    }
+    return {**details, "exception": exception, "standard_logging_object": payload}
+
+
 def fields_of(
     kwargs: Mapping[str, Any],
     start: datetime | None,
@@ -163,6 +202,9 @@ def fields_of(
     metadata = _metadata(kwargs)
     provider = payload.get("custom_llm_provider") or kwargs.get("custom_llm_provider")
     began, ended = _seconds(payload.get("startTime"), start), _seconds(payload.get("endTime"), end)
+    called = kwargs.get("api_call_start_time")
+    if began and attempt_index and isinstance(called, datetime):
+        began = max(began, called.timestamp())  # the proxy's stream: since the first attempt
     fallbacks = metadata.get("attempted_fallbacks")
     given = mapping_of(metadata.get("lynkr"))
     return {name: given[name] for name in ROUTING_FIELDS if name in given} | {

@@ -5,7 +5,8 @@ import json
 import time
 import warnings
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import pairwise
 
 import pytest
 
@@ -17,6 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it and its dependencies say at their import
     import litellm
     from litellm.caching import Cache
+    from litellm.utils import Rules, function_setup
 
     from lynkr_store.integrations.litellm import StoreLogger, fields_of
 
@@ -316,6 +318,35 @@ def test_a_router_s_retries_and_fallbacks_are_attempts_of_one_request(store, ser
     assert {row.session_id for row in rows} == {"s-1"}
     assert len({row.trace_id for row in rows}) == 1
     assert len({row.request_id for row in rows}) == 3
+    check_private(store)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_attempts_that_share_a_logging_object_are_all_rows(store, server, stream):
+    """The proxy makes one for each request, and it reports the first failure alone."""
+    started = datetime.now()  # noqa: DTZ005 - as LiteLLM does
+    asked = {"model": "first", "messages": MESSAGES, "stream": stream, "litellm_call_id": "call-1"}
+    logging, _ = function_setup("acompletion", Rules(), started, **asked)
+    routed = router(server, fallbacks=[{"first": ["third", "second"]}], num_retries=1)
+
+    async def ask():
+        answer = await routed.acompletion(**asked, litellm_logging_obj=logging)
+        if stream:
+            async for _ in answer:
+                pass
+
+    in_a_loop(store, ask, 5)
+    rows = rows_of(store, 5)
+    assert [row.attempt_index for row in rows] == [*range(5)]
+    assert [row.retry_count for row in rows] == [0, 1, 0, 1, 0]
+    assert [row.was_fallback for row in rows] == [False, False, True, True, True]
+    assert [row.model for row in rows] == [*["fail-500"] * 2, *["fail-503"] * 2, "gpt-4o-mini"]
+    assert [row.status_code for row in rows] == [500, 500, 503, 503, None]
+    assert {row.requested_model for row in rows} == {"first"}
+    assert {row.request_id for row in rows} == {"call-1"}
+    for earlier, later in pairwise(rows):
+        ended = earlier.timestamp + timedelta(milliseconds=earlier.latency_ms)
+        assert ended < later.timestamp + timedelta(milliseconds=2)  # both are rounded
     check_private(store)
 
 
