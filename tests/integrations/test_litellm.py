@@ -37,8 +37,9 @@ def server():
 
 
 @pytest.fixture
-def store():
-    with Store("sqlite://", settings=StoreSettings(flush_interval_s=0.01)) as store:
+def store(new_url):
+    settings = StoreSettings(flush_interval_s=0.01)
+    with Store(new_url("sqlite-file", at_head=True), settings=settings) as store:
         yield store
 
 

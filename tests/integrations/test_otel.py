@@ -44,8 +44,9 @@ def server():
 
 
 @pytest.fixture
-def store():
-    with Store("sqlite://", settings=StoreSettings(flush_interval_s=0.01)) as store:
+def store(new_url):
+    settings = StoreSettings(flush_interval_s=0.01)
+    with Store(new_url("sqlite-file", at_head=True), settings=settings) as store:
         yield store
 
 
@@ -69,7 +70,7 @@ INSTRUMENTATIONS = [
             reason="it needs OpenTelemetry 1.43",
         ),
     ),
-    "traceloop",
+    pytest.param("traceloop", marks=pytest.mark.slow),
 ]
 
 
@@ -189,6 +190,7 @@ SAYS = {
 """What each says in its own way, or not at all."""
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("how", ["sync", "async"])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_is_one_row(reported, call, how):
@@ -286,6 +288,7 @@ def test_the_older_names(store, tracer):
 NEW = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "openai"}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("attributes", "expected"),
     [

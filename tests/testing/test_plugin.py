@@ -96,6 +96,7 @@ def test_a_hosts_tests_pass_and_leave_nothing(tmp_path, new_url, server):
         assert left.all() == []
 
 
+@pytest.mark.slow
 def test_without_a_server_its_tests_are_skipped_and_say_why(tmp_path):
     done = run_host(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -103,6 +104,7 @@ def test_without_a_server_its_tests_are_skipped_and_say_why(tmp_path):
     assert "set LYNKR_STORE_TEST_PG_URL to the URL of a PostgreSQL database" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_plugin_is_not_loaded_unasked(tmp_path):
     (tmp_path / "test_nothing.py").write_text(
         "import sys\n\ndef test_nothing():\n    assert 'lynkr_store' not in sys.modules\n"
