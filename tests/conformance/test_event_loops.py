@@ -24,6 +24,8 @@ from tests.support.stores import adds_up, eventually
 
 NOW = 1_750_000_000_000
 ALL = Window(since=0)
+pytestmark = pytest.mark.sample(2)
+
 WAIT_S = 60
 
 

@@ -132,6 +132,7 @@ def test_several_heads_are_an_error_with_the_remedy(url, engine):
     check_that_every_call_says(url, SchemaError, f"{VERSION} has more than one row.*delete all but")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("odd", ["''", "'" + "x" * 5_000 + "'", "x'ff00'", "NULL"])
 def test_what_is_no_revision_s_name_is_refused(url, engine, odd):
     if engine.dialect.name == "sqlite":
@@ -178,6 +179,7 @@ IN_THE_PLACE = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("table", ["routing_telemetry", "ROUTING_Telemetry"])
 @pytest.mark.parametrize("statement", IN_THE_PLACE)
 def test_a_view_in_the_place_of_the_records_is_refused_before_it_is_read(
@@ -201,6 +203,7 @@ def test_a_view_in_the_place_of_a_roll_up_is_refused_before_it_is_read(tmp_path,
         Store(url, read_only=True)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("statement", IN_THE_PLACE)
 @pytest.mark.parametrize("table", [VERSION, "lynkr_store_revisions"])
 def test_a_view_in_the_place_of_the_version_is_refused_before_it_is_read(
@@ -216,6 +219,7 @@ def test_a_view_in_the_place_of_the_version_is_refused_before_it_is_read(
         upgrade(url)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("column", ["latency_ms INTEGER", "provider TEXT NOT NULL"])
 @pytest.mark.parametrize("kind", ["VIRTUAL", "STORED"])
 def test_a_generated_column_is_refused_before_it_is_read(tmp_path, column, kind):
