@@ -24,10 +24,11 @@ BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
 
+OF_MIGRATIONS = "tests/migrations/"
+_OLDER = 3
+
 EACH_BACKEND = ("tests/conformance/test_store.py", "tests/queries/")
 """What every store and every list must do: there the ordinary run has each test on all backends."""
-
-OF_FAULTS = "tests/faults/"
 
 # LiteLLM asks the network for prices when it is imported, unless this is set
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The ordinary run takes
 
-    - of the PostgreSQL servers the newest alone; the slow run has the others (see `_is_repeated`);
+    - of the PostgreSQL servers the newest alone; the slow run has the others (see `_repeated`);
     - of a test with several values each on one backend, the backends in turn;
     - of a test without other values all backends in the files of `EACH_BACKEND`, elsewhere one;
     - of a test that is marked with `sample(n)` one of every n values.
@@ -52,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(server in item.name for server in POSTGRES[:-1]):
             item.add_marker(pytest.mark.slow)
-    items[:] = [item for item in items if not _is_repeated(item)]
+    repeated = _repeated(items)
+    items[:] = [item for item in items if item not in repeated]
     ordinary = [item for item in items if not item.get_closest_marker("slow")]
     for cases in _grouped(ordinary, _test_of):
         left = _sample(cases)
@@ -61,14 +63,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-def _is_repeated(item: pytest.Item) -> bool:
-    """Whether an older server is left out: two of three cases of the faults, which are ours.
+def _repeated(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases that are left out on an older server: two of three of each test.
 
-    What the servers' releases differ in is how they read SQL and name errors. Each of a test's
-    cases runs on the newest server, and one of three on the older one too.
+    What the servers' releases differ in is how they read SQL and name errors. Each test runs on
+    each of them, and all of its cases on the newest. Migrations have all cases on all of them.
     """
-    older = any(server in item.name for server in POSTGRES[:-1])
-    return older and item.nodeid.startswith(OF_FAULTS) and zlib.crc32(item.nodeid.encode()) % 3 > 0
+    older = [
+        item
+        for item in items
+        if any(server in item.name for server in POSTGRES[:-1])
+        and not item.nodeid.startswith(OF_MIGRATIONS)
+    ]
+    repeated: set[pytest.Item] = set()
+    for cases in _grouped(older, _test_of):
+        first = zlib.crc32(_test_of(cases[0]).encode())
+        repeated |= {*cases} - {*cases[first % min(_OLDER, len(cases)) :: _OLDER]}
+    return repeated
 
 
 def _sample(cases: list[pytest.Item]) -> list[pytest.Item]:

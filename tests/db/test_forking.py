@@ -29,7 +29,10 @@ from lynkr_store.storage import write_lock
 from lynkr_store.storage.read_only import create_reading_engine
 from tests.support.stores import Asynchronous, eventually
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
+    pytest.mark.sample(2),
+]
 
 WAIT_S = 60
 

@@ -25,7 +25,7 @@ from tests.cli.test_commands import done, run
 from tests.conftest import EXTERNAL, POSTGRES
 from tests.support.stores import adds_up, eventually
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(5)
 
 SEQUENCE = "routing_telemetry_id_seq"
 GREATEST = 2**63 - 1

@@ -8,6 +8,7 @@ CPython may run a handler: between a lock's release and the end of its `with` it
 
 import asyncio
 import itertools
+import shutil
 import sqlite3
 import threading
 from queue import SimpleQueue
@@ -217,9 +218,12 @@ def test_an_interrupted_flush_holds_nothing_up(stride):
 
 @pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 11])
 @pytest.mark.parametrize("spool", [False, True])
-def test_an_interrupted_close_is_finished_at_the_end_of_the_interpreter(tmp_path, stride, spool):
+def test_an_interrupted_close_is_finished_at_the_end_of_the_interpreter(
+    tmp_path, sqlite_at_head, stride, spool
+):
     for moment in moments(stride):
         path = tmp_path / f"{moment}.db"
+        shutil.copy(sqlite_at_head, path)
         options = {"spool_path": tmp_path / f"{moment}.spool"} if spool else {}
         store = Store(settings=StoreSettings(url=f"sqlite:///{path}", **options))
         for n in range(100):

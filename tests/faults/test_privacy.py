@@ -29,6 +29,8 @@ from lynkr_store.schemas import LONG_FIELDS, TEXT_FIELDS
 from tests.conftest import EXTERNAL, ON_DISK, POSTGRES
 from tests.support.stores import adds_up, eventually, looked
 
+pytestmark = pytest.mark.sample(2)
+
 AT = 1_750_000_000_000
 MARK = "Zq7Secret"
 """Stands in every text and name of the records here."""

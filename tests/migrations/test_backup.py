@@ -35,6 +35,8 @@ from lynkr_store.testing import RecordFactory
 from tests.conftest import POSTGRES
 from tests.support.recorded import ROOT, gateway_file, insert_rows
 
+pytestmark = pytest.mark.sample(2)
+
 NAME = re.compile(r"telemetry\.db\.before-\d{4}-\d{8}T\d{6}\.\d{6}Z\.bak")
 
 

@@ -22,7 +22,7 @@ from tests.support.recorded import OWN_INDEXES, ROOT, gateway_file, insert_rows
 from tests.support.stores import eventually
 from tests.support.upgrading import WAYS, launch, run, snapshot
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(5)
 
 REVISIONS = sorted(path.name[:4] for path in (ROOT / "migrations" / "versions").glob("0*.py"))
 ROWS = [

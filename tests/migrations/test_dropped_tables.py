@@ -36,7 +36,7 @@ from tests.support.recorded import ROOT
 from tests.support.snapshot import schema_of
 from tests.support.stores import Asynchronous, adds_up, eventually
 
-pytestmark = pytest.mark.sample(4)
+pytestmark = pytest.mark.sample(8)
 
 NOW = 1_750_000_000_000
 DAY_MS = 86_400_000

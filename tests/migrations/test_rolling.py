@@ -52,7 +52,7 @@ from tests.support.recorded import ROOT
 from tests.support.snapshot import schema_of
 from tests.support.stores import Asynchronous, adds_up, eventually, looked
 
-pytestmark = pytest.mark.sample(2)
+pytestmark = pytest.mark.sample(4)
 
 LINE = list(scripts.script_directory().walk_revisions())[::-1]
 HEAD = LINE[-1].revision

@@ -49,7 +49,7 @@ from tests.support.recorded import gateway_file
 from tests.support.snapshot import FOLDER, schema_of
 from tests.support.stores import Asynchronous, looked
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(6)
 
 SCHEMA = "telemetry"
 PLACES = [

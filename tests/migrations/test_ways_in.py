@@ -41,7 +41,7 @@ from tests.migrations.host import application
 from tests.support.recorded import ROOT
 from tests.support.snapshot import FOLDER, schema_of
 
-pytestmark = pytest.mark.sample(3)
+pytestmark = pytest.mark.sample(6)
 
 INI = str(ROOT / "alembic.ini")
 SCHEMA = "telemetry"

@@ -358,6 +358,8 @@ def _recovery(story: dict[str, Any], fatal: int, say: Say) -> None:
     # what is recorded now waits behind what the spool has
     assert store.record(request_id=f"{fatal}-after", provider="p")
     assert store.flush(WAIT_S)
+    while store._writer.counters().spooled:  # on a slow machine it enters the spool too
+        time.sleep(_POLL_S)
     store.close(WAIT_S)
     say(recovery=_told(store.health()))
 
