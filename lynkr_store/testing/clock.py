@@ -3,7 +3,9 @@
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-_START_MS: Final = 1_750_000_000_000  # 2025-06-15 15:06:40 UTC, as the factories' first record
+_START_MS: Final = 1_750_043_200_000
+"""2025-06-16 03:06:40 UTC: twelve hours after the factories' first record. Each record is a second
+later than the one before, so the last 24 hours have 43,200 of them."""
 
 
 class Clock:

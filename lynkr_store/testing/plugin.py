@@ -16,11 +16,12 @@ from sqlalchemy import text
 from lynkr_store import Store, StoreSettings, create_store_engine
 from lynkr_store.testing import Clock
 
+_NOT_OF_THE_ENVIRONMENT: Final = {"enabled": True, "schema_name": None}
 _SERVER: Final = "LYNKR_STORE_TEST_PG_URL"
 
 
 def _settings(options: dict[str, Any]) -> StoreSettings:
-    return StoreSettings(**options)
+    return StoreSettings(**_NOT_OF_THE_ENVIRONMENT | options)
 
 
 @pytest.fixture

@@ -48,6 +48,8 @@ def test_a_misspelt_field_is_an_error(lynkr_sqlite_store):
 def test_the_clock_moves(lynkr_clocked_store, lynkr_clock):
     lynkr_clocked_store.add_many([{"provider": "p"}])
     assert lynkr_clocked_store.query()[0].timestamp == lynkr_clock.now
+    lynkr_clocked_store.add_many(RecordFactory.build_batch(3))
+    assert lynkr_clocked_store.get_stats().total_requests == 4
     lynkr_clock.advance(timedelta(hours=25))
     assert lynkr_clocked_store.get_stats() is None
 
@@ -75,7 +77,7 @@ def run_host(tmp_path, *arguments, **variables):
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "pytest", "-rs", "-q", *arguments],
         cwd=tmp_path,
-        env=kept | variables,
+        env=kept | {"LYNKR_STORE_ENABLED": "false", "LYNKR_STORE_SCHEMA": "s"} | variables,
         capture_output=True,
         text=True,
         timeout=300,
