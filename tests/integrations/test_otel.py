@@ -562,10 +562,16 @@ def test_an_export_never_raises(store, caplog):
 
     exporter = StoreSpanExporter(Strict("sqlite://"))
     spanned(provider_of(exporter).get_tracer("test"), NEW)
-    assert exporter.export([object()]) is SpanExportResult.FAILURE
-    assert exporter.export(None) is SpanExportResult.FAILURE
     assert exporter.export([]) is SpanExportResult.SUCCESS
     assert "Exception" not in caplog.text
+
+
+def test_a_span_that_cannot_be_read_costs_no_other(store, tracer):
+    span = tracer.start_span("call", attributes=NEW)
+    span.end()
+    exporter = StoreSpanExporter(store)
+    assert exporter.export([object(), span, None]) is SpanExportResult.FAILURE
+    rows_of(store, 2)
 
 
 def test_after_shutdown_nothing_is_taken(store):

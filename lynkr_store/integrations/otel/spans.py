@@ -112,10 +112,7 @@ class StoreSpanExporter(SpanExporter):
         """
         if self._is_shut_down:
             return SpanExportResult.FAILURE
-        try:
-            taken = [self._record(span) for span in spans]
-        except Exception:  # noqa: BLE001 - a strict store, or objects that are no spans
-            return SpanExportResult.FAILURE
+        taken = [self._is_taken(span) for span in spans or ()]
         return SpanExportResult.SUCCESS if all(taken) else SpanExportResult.FAILURE
 
     def force_flush(self, timeout_millis: float | None = 30_000) -> bool:
@@ -131,6 +128,12 @@ class StoreSpanExporter(SpanExporter):
         if not self._is_shut_down:
             self._is_shut_down = True
             self.force_flush(min(timeout_millis, _SHUTDOWN_MS))
+
+    def _is_taken(self, span: ReadableSpan) -> bool:
+        try:
+            return self._record(span)
+        except Exception:  # noqa: BLE001 - a strict store, or an object that is no span
+            return False
 
     def _record(self, span: ReadableSpan) -> bool:
         """Queue the record of a span, if it makes a row; False if the store did not take it."""
