@@ -185,6 +185,7 @@ def test_the_gateways_own_file_gives_its_own_answers(tmp_path: Path) -> None:
         check_gateway_file(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", POSTGRES)
 def test_the_same_rows_in_postgres_give_the_same_answers(backend: str, new_url: Any) -> None:
     url = new_url(backend, at_head=True)

@@ -27,6 +27,8 @@ from tests.support.interrupts import Interruption, interrupted, moments
 from tests.support.stores import adds_up, eventually
 from tests.test_cache import waits
 
+pytestmark = pytest.mark.sample(3)
+
 OURS = (str(lynkr_store.__path__[0]),)
 WITH_THREADING = (*OURS, threading.__file__)
 EVERY = [pytest.param(1, marks=pytest.mark.slow), 7]

@@ -107,6 +107,7 @@ def some_and_all(step):
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
+@pytest.mark.slow
 @each_backend
 @some_and_all(5)
 def test_what_a_flush_confirmed_survives_a_kill_at_any_moment(place, backend, step, capsys):

@@ -542,6 +542,7 @@ def test_a_process_with_its_parents_store_loses_nothing(program, url):
     assert stored(url) == once(parent=10, c0=10, c1=10, c2=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_master_that_forks_and_recycles_workers_loses_nothing(program, url, kind, tmp_path):
     log = tmp_path / "log"

@@ -256,6 +256,7 @@ def everything(url: str, schema: str | None, monkeypatch) -> None:
         command(url, "downgrade", revision, "--drop-data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)
 @pytest.mark.parametrize(
     "types", [FEW_TYPES, pytest.param(TYPES, marks=pytest.mark.slow)], ids=["few", "all"]
@@ -305,6 +306,7 @@ def rights() -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roles", POSTGRES, indirect=True)
 def test_a_role_with_the_rights_that_the_readme_gives_can_do_everything_but_upgrade(roles, caplog):
     roles.execute(*rights())

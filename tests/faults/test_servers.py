@@ -65,6 +65,7 @@ SERVERS = {
 
 
 @pytest.mark.sample(3)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_server_that_is_told_to_end_stores_what_it_recorded(server, new_url, tmp_path):
     url, at = new_url("sqlite-file", at_head=True), str(tmp_path / "socket")

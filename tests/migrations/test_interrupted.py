@@ -140,6 +140,7 @@ def test_an_upgrade_killed_at_any_statement_is_whole_or_was_not(
         assert ["-journal"] in [death["left"] for death in deaths], "nothing had to be taken back"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ON_DISK)
 @some_and_all
 def test_a_build_of_indexes_killed_at_any_statement_is_resumed(start, backend, step, capsys):

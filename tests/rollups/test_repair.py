@@ -27,6 +27,8 @@ from tests.conftest import POSTGRES
 from tests.rollups.test_rollups import answered, from_rows, opener, put
 from tests.support.stores import eventually
 
+pytestmark = pytest.mark.sample(3)
+
 NOW = 1_750_000_000_000
 START = floor_to(DAY_MS, NOW) - DAY_MS
 MINUTE_MS = 60_000
