@@ -120,6 +120,7 @@ class Handoff:
         self._losses = LossLog()
         self._rejections = RejectionLog()
         self._faults_said: set[str] = set()
+        self._listeners_said: set[str] = set()
         self._retry_now = False
 
     def ring(self) -> None:
@@ -187,23 +188,20 @@ class Handoff:
 
     def note_fault(self, error: BaseException) -> None:
         """Count a fault of a batch; log each kind once in an outage."""
-        words = words_of(error)
-        with self.lock:
-            self.count_fault(error)
-            news = words not in self._faults_said and len(self._faults_said) < _REPORTED_FAULTS
-            self._faults_said.add(words)
-        if news:
-            say(logging.WARNING, "records wait to be written: %s", words)
+        self._note_once(error, self._faults_said, "records wait to be written: %s")
 
     def note_listener(self, error: BaseException) -> None:
         """Count that a host's listener failed; log each kind once."""
+        self._note_once(error, self._listeners_said, "a listener of on_batch failed: %s")
+
+    def _note_once(self, error: BaseException, said: set[str], line: str) -> None:
         words = words_of(error)
         with self.lock:
             self.count_fault(error)
-            news = words not in self._faults_said and len(self._faults_said) < _REPORTED_FAULTS
-            self._faults_said.add(words)
+            news = words not in said and len(said) < _REPORTED_FAULTS
+            said.add(words)
         if news:
-            say(logging.WARNING, "a listener of on_batch failed: %s", words)
+            say(logging.WARNING, line, words)
 
     def note_restart(self, error: BaseException) -> None:
         """Count that something ended one of the store's threads, which goes on."""

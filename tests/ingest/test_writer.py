@@ -11,6 +11,7 @@ from lynkr_store import BadArgument, RoutingEvent
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.ingest.validation import TextPolicy
 from lynkr_store.ingest.writer import Writer
+from tests.support.stores import eventually
 
 
 class Sink:
@@ -100,8 +101,14 @@ def test_a_listener_is_told_of_each_attempt_and_ends_nothing(make, sink, caplog)
     ]
     assert writer.counters().faults_by == {"StoreUnavailable": 1, "OSError": 2}
     assert adds_up(writer.counters())
+    for _ in range(3):
+        writer.submit({"provider": "p"})
+        assert writer.flush(10)
+    assert writer.counters().faults_by["OSError"] == 5
     lines = [record.getMessage() for record in caplog.records]
     assert lines.count("a listener of on_batch failed: OSError") == 1
+    eventually(lambda: "records are written again" in caplog.text)
+    assert caplog.text.count("records are written again") == 1, "of the sink, and of no listener"
 
 
 def test_records_arrive_in_order_and_in_batches(make, sink):
@@ -149,13 +156,6 @@ def test_a_full_batch_does_not_wait_for_the_interval(make, sink):
     for _ in range(3):
         writer.submit({"provider": "p"})
     assert sink.entered.wait(5)
-
-
-def eventually(holds, timeout_s=20):
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.001)
 
 
 def test_what_does_not_fit_is_dropped_and_counted(make, sink, monkeypatch):
