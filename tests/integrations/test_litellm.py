@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from lynkr_store import BadArgument, RoutingEvent, Store, StoreSettings
-from tests.support.model_server import ANSWER, UPSTREAM, serving
+from tests.support.model_server import ANSWER, UPSTREAM
 from tests.support.stores import adds_up, eventually
 
 with warnings.catch_warnings():
@@ -28,19 +28,6 @@ KEY = "sk-a-secret"
 QUESTION = "why is it so?"
 MESSAGES = [{"role": "system", "content": "be kind"}, {"role": "user", "content": QUESTION}]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as url:
-        yield url
-
-
-@pytest.fixture
-def store(new_url):
-    settings = StoreSettings(flush_interval_s=0.01)
-    with Store(new_url("sqlite-file", at_head=True), settings=settings) as store:
-        yield store
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import pytest
 
 from lynkr_store import AsyncStore, BadArgument, RoutingEvent, Store, StoreSettings
 from tests.support.instrumented import CALLS, KEY, PERSON, QUESTION
-from tests.support.model_server import ANSWER, UPSTREAM, serving
+from tests.support.model_server import ANSWER, UPSTREAM
 from tests.support.recorded import ROOT
 from tests.support.stores import adds_up
 
@@ -35,19 +35,6 @@ with warnings.catch_warnings():
     from lynkr_store.integrations.otel.spans import fields_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the instrumentations' own code
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as url:
-        yield url
-
-
-@pytest.fixture
-def store(new_url):
-    settings = StoreSettings(flush_interval_s=0.01)
-    with Store(new_url("sqlite-file", at_head=True), settings=settings) as store:
-        yield store
 
 
 def provider_of(exporter, processor=SimpleSpanProcessor, **resource):
