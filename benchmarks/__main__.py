@@ -15,7 +15,17 @@ from typing import Final
 
 from benchmarks.harness import Result, save, show
 
-PARTS: Final = ("ingest", "size", "stats", "lists", "retention", "changes", "cache", "importing")
+PARTS: Final = (
+    "ingest",
+    "size",
+    "stats",
+    "lists",
+    "retention",
+    "changes",
+    "copying",
+    "cache",
+    "importing",
+)
 QUICK: Final = 0.02
 
 

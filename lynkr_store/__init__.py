@@ -11,6 +11,7 @@ from lynkr_store.exceptions import (
     AdoptionRefused,
     BadArgument,
     ClockAhead,
+    CopyDiffers,
     DowngradeRefused,
     LynkrStoreError,
     MissingDriver,
@@ -30,6 +31,8 @@ from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
     BatchAttempt,
+    CopyReport,
+    CopyStep,
     Cursor,
     Health,
     MaintenanceReport,
@@ -47,6 +50,7 @@ from lynkr_store.settings import StoreSettings
 from lynkr_store.store.aio import AsyncStore
 from lynkr_store.store.protocols import AsyncStoreProtocol, Recorder, StoreProtocol
 from lynkr_store.store.sync import Store
+from lynkr_store.transfer.copying import copy
 from lynkr_store.version import __version__
 
 __all__ = [
@@ -57,6 +61,9 @@ __all__ = [
     "Base",
     "BatchAttempt",
     "ClockAhead",
+    "CopyDiffers",
+    "CopyReport",
+    "CopyStep",
     "Cursor",
     "DowngradeRefused",
     "Health",
@@ -92,6 +99,7 @@ __all__ = [
     "UpgradeTimeout",
     "Window",
     "__version__",
+    "copy",
     "create_store_engine",
     "not_ours",
     "upgrade",

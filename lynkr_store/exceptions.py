@@ -85,6 +85,10 @@ class RowRejected(LynkrStoreError, ValueError):
     """
 
 
+class CopyDiffers(LynkrStoreError):
+    """What was copied is not what the source has; the message names the first differences."""
+
+
 class ClockAhead(LynkrStoreError):
     """The clock is far ahead of everything in the database, and may be wrong.
 

@@ -23,7 +23,7 @@ ORDER = (
     {"migrate"},
     {"storage"},
     {"rollups"},
-    {"queries", "maintenance"},
+    {"queries", "maintenance", "transfer"},
     {"store"},
     {"cli", "__init__"},
     {"__main__", "integrations", "testing"},

@@ -20,12 +20,18 @@ import typer
 from rich.console import Console
 from sqlalchemy import Engine
 
-from lynkr_store.cli import render
+from lynkr_store.cli import progress, render
 from lynkr_store.db.dialect import disposing, parse_url
 from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.errors import translated
 from lynkr_store.db.urls import file_of
-from lynkr_store.exceptions import ClockAhead, LynkrStoreError, SchemaError, StoreUnavailable
+from lynkr_store.exceptions import (
+    ClockAhead,
+    CopyDiffers,
+    LynkrStoreError,
+    SchemaError,
+    StoreUnavailable,
+)
 from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.queries.repository import LOOK_BACK
@@ -36,6 +42,7 @@ from lynkr_store.settings import DatabaseSettings, StoreSettings
 from lynkr_store.storage import identities
 from lynkr_store.storage.read_only import inspecting_engine
 from lynkr_store.store.sync import Store
+from lynkr_store.transfer import copying
 from lynkr_store.version import __version__
 
 _LOOK_S: Final = 10.0  # a person waits longer for the first probe than a poll does
@@ -118,7 +125,7 @@ def main() -> None:
             app()
         except StoreUnavailable as error:
             _fail(error, Exit.UNREACHABLE)
-        except (SchemaError, ClockAhead) as error:
+        except (SchemaError, ClockAhead, CopyDiffers) as error:
             _fail(error, Exit.NO)
         except (LynkrStoreError, ValueError) as error:
             _fail(error, Exit.WRONG_USE)
@@ -490,6 +497,46 @@ def maintain(
         if report.retention_waits:
             render.say(f"retention waits: {report.retention_waits}")
     if report.retention_waits:
+        sys.exit(Exit.NO)
+
+
+@app.command()
+def copy(
+    source: Annotated[
+        str, typer.Argument(help="A database's URL, or a file; - is standard input.")
+    ],
+    target: Annotated[str, typer.Argument(help="The same; - is standard output.")],
+    *,
+    source_schema: Annotated[
+        str | None, typer.Option(help="PostgreSQL: the schema of the source's tables.")
+    ] = None,
+    target_schema: Annotated[
+        str | None, typer.Option(help="PostgreSQL: the schema of the target's tables.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Copy all rows into another database or file, and compare the result with the source.
+
+    Run again, also after an interruption, it copies only what is new. Files: SQLite, JSON Lines
+    (.jsonl, .ndjson, -), Parquet (.parquet). Exit 1 if rows could not be copied, or differ.
+    """
+    with progress.shown() as show:
+        report = copying.copy(
+            source,
+            target,
+            source_schema=source_schema,
+            target_schema=target_schema,
+            on_progress=show,
+        )
+    if target == "-":  # standard output is the copy
+        for line in render.copy_lines(report):
+            render.warn(line)
+    elif as_json:
+        render.say_json(report.model_dump(mode="json"))
+    else:
+        for line in render.copy_lines(report):
+            render.say(line)
+    if report.left_out:
         sys.exit(Exit.NO)
 
 

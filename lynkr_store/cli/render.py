@@ -22,6 +22,7 @@ from rich.text import Text
 
 from lynkr_store.exceptions import BadArgument, printable
 from lynkr_store.schemas import (
+    CopyReport,
     Health,
     ProviderStats,
     RoutingAccuracy,
@@ -146,6 +147,25 @@ def warn(text: str, label: str = "") -> None:
     parts = Text.assemble((f"{label}:", "red"), " ", words) if label else words
     with suppress(OSError):  # standard error was closed
         Console(stderr=True).print(parts, highlight=False, soft_wrap=True)
+
+
+def copy_lines(report: CopyReport) -> Iterator[str]:
+    """What a copy did, in words."""
+    others = f"{report.savings_copied:,} savings events, {report.rollups_copied:,} roll-ups"
+    yield f"copied: {report.rows_copied:,} rows, {others}"
+    for what, number in report.coerced.items():
+        yield f"changed: {what}: {number:,}"
+    for cause, number in report.left_out.items():
+        yield f"left out: {number:,} rows because of {cause}"
+    if report.rows_only_in_target:
+        yield (
+            f"only in the target: {report.rows_only_in_target:,} rows, which the source has "
+            "removed since they were copied"
+        )
+    yield (
+        f"verified: {report.rows_verified:,} rows (UTC days: {report.days_verified:,}) have the "
+        "source's counts and sums"
+    )
 
 
 def say_json(value: object) -> None:

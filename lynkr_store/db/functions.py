@@ -126,6 +126,25 @@ def _count_sqlite(element: count_of, compiler: SQLCompiler, **kw: Any) -> str:
     return f"count({compiler.process(element.clauses, **kw)})"
 
 
+class byte_length(FunctionElement[int]):  # noqa: N801
+    """The length of a text in bytes: of its UTF-8, unless an SQLite file has another encoding."""
+
+    type = BigInteger()
+    name = "byte_length"
+    inherit_cache = True
+
+
+@compiles(byte_length, "postgresql")
+def _byte_length_postgresql(element: byte_length, compiler: SQLCompiler, **kw: Any) -> str:
+    text = compiler.process(element.clauses, **kw)
+    return f"CAST(pg_catalog.octet_length({text}) AS BIGINT)"
+
+
+@compiles(byte_length, "sqlite")
+def _byte_length_sqlite(element: byte_length, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
+
+
 class each_id(FunctionElement[int]):  # noqa: N801
     """The ids that a scalar subquery of ``id`` selects, one in each row, in the column ``value``.
 

@@ -13,8 +13,10 @@ rename files.
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 Identity = tuple[int, int]
 
@@ -89,6 +91,25 @@ def make_private(path: Path) -> bool:
     except AttributeError:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
     return True
+
+
+@contextmanager
+def alone(file: IO[bytes], path: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same from writing a file, on POSIX systems.
+
+    Raises:
+        OSError: Another process writes it.
+    """
+    try:
+        import fcntl  # noqa: PLC0415 - other systems lack it
+    except ImportError:  # pragma: no cover
+        yield
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EBUSY, "another process writes it", str(path)) from None
+    yield
 
 
 def make_directory(path: Path) -> None:

@@ -394,7 +394,7 @@ def recount(connection: Connection, start: int) -> int | None:
     if connection.scalar(fold_sql.deleted_upto(), {"start": start}) is not None:
         return None
     connection.execute(fold_sql.drop_buckets(starts))
-    _write(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
+    write_rollups(connection, [row for row in _summed(quarters) if row["span_ms"] == QUARTER_MS])
     if _requests_of(connection, QUARTER_MS, [start]) != _requests(quarters):
         raise RollupsRefused
     for span in BUCKET_LENGTHS_MS[1:]:
@@ -402,13 +402,13 @@ def recount(connection: Connection, start: int) -> int | None:
     return _requests(quarters)
 
 
-_Rollup = dict[str, int]
-"""A row of the roll-ups."""
+Rollup = dict[str, int]
+"""A row of the roll-ups: its keys and measures."""
 
 
-def _summed(quarters: Sequence[RowMapping]) -> list[_Rollup]:
+def _summed(quarters: Sequence[RowMapping]) -> list[Rollup]:
     """Sum the measures of quarters into roll-ups of every length, to be added to existing ones."""
-    sums: dict[tuple[int, int, int], _Rollup] = {}
+    sums: dict[tuple[int, int, int], Rollup] = {}
     for quarter in quarters:
         measured = {name: int(quarter[name] or 0) for name in MEASURES}
         for span in BUCKET_LENGTHS_MS:
@@ -427,7 +427,7 @@ def _requests(quarters: Sequence[RowMapping]) -> int:
     return sum(int(quarter["requests"]) for quarter in quarters)
 
 
-def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
+def _add(connection: Connection, sums: Sequence[Rollup]) -> None:
     """Add to the roll-ups, and verify that they gained what was added.
 
     Raises:
@@ -438,7 +438,7 @@ def _add(connection: Connection, sums: Sequence[_Rollup]) -> None:
         for span in BUCKET_LENGTHS_MS
     }
     before = {span: _requests_of(connection, span, starts[span]) for span in BUCKET_LENGTHS_MS}
-    _write(connection, sums)
+    write_rollups(connection, sums)
     for span in BUCKET_LENGTHS_MS:
         added = sum(each["requests"] for each in sums if each["span_ms"] == span)
         if _requests_of(connection, span, starts[span]) != before[span] + added:
@@ -452,7 +452,8 @@ def _requests_of(connection: Connection, span_ms: int, starts: Sequence[int]) ->
     return connection.scalar(fold_sql.requests_of_buckets(), asked) or 0
 
 
-def _write(connection: Connection, sums: Sequence[_Rollup]) -> None:
+def write_rollups(connection: Connection, sums: Sequence[Rollup]) -> None:
+    """Add measures to roll-ups, and create those that do not exist."""
     if not sums:
         return
     backend = backend_of(connection)

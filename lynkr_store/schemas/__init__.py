@@ -5,6 +5,7 @@ Inputs forbid unknown names; outputs ignore them. Every value is frozen, includi
 """
 
 from lynkr_store.schemas.base import utc
+from lynkr_store.schemas.copying import CopyReport, CopyStep
 from lynkr_store.schemas.events import (
     FLAG_FIELDS,
     JSON_FIELDS,
@@ -30,6 +31,8 @@ __all__ = [
     "NAME_MAX_CHARS",
     "TEXT_FIELDS",
     "BatchAttempt",
+    "CopyReport",
+    "CopyStep",
     "Cursor",
     "Health",
     "MaintenanceReport",

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
 import warnings
 from contextlib import closing, redirect_stderr, redirect_stdout
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import typer.main
+from sqlalchemy import delete
 
 from lynkr_store import (
     ProviderStats,
@@ -21,8 +23,11 @@ from lynkr_store import (
     StoreSettings,
     Window,
     __version__,
+    create_store_engine,
+    writing,
 )
-from lynkr_store.cli import commands
+from lynkr_store.cli import commands, progress
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate import revisions
 from lynkr_store.testing import RecordFactory
 from tests.conftest import ON_DISK
@@ -331,7 +336,64 @@ def test_the_schema_is_an_option_of_every_command(postgres_url):
         assert "CREATE SCHEMA" not in done("upgrade", "--sql", "--url", url, "--schema", "")
         assert done("downgrade", "base", "--drop-data", *given) == "at revision base\n"
     for command in typer.main.get_command(commands.app).commands.values():
-        assert any("--schema" in option.opts for option in command.params), command.name
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert options & {"--schema", "--target-schema"}, command.name
+
+
+def test_a_copy_says_what_it_did(url, tmp_path):
+    said = done("copy", url, tmp_path / "rows.jsonl")
+    assert said.splitlines() == [
+        "copied: 6 rows, 0 savings events, 0 roll-ups",
+        "verified: 6 rows (UTC days: 1) have the source's counts and sums",
+    ]
+    assert json.loads(done("copy", url, tmp_path / "rows.jsonl", "--json"))["rows_verified"] == 6
+
+
+def test_a_copy_shows_how_far_it_has_come(url, tmp_path, monkeypatch):
+    assert "rows/s" in run("copy", url, tmp_path / "1.jsonl", FORCE_COLOR="1").stderr
+    assert run("copy", url, tmp_path / "2.jsonl").stderr == ""
+    monkeypatch.setattr(progress, "_INTERVAL_S", 0)
+    lines = run("copy", url, tmp_path / "3.jsonl").stderr.splitlines()
+    assert lines[0] == "rows: 6 of about 6"
+
+
+def test_a_copy_to_standard_output_tells_the_rest_on_standard_error(url):
+    command = [sys.executable, "-m", "lynkr_store", "copy", url, "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [json.loads(line)["id"] for line in done.stdout.split("\n") if line] == [*range(1, 7)]
+    assert done.stderr.startswith("copied: 6 rows")
+
+
+def test_a_copy_that_leaves_rows_out_says_no(new_url, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"provider":"p","request_id":"r","timestamp":1750000000000,"tool_count":1.5}\n'
+        '{"provider":"p","request_id":"r"}\n'
+    )
+    finished = run("copy", path, new_url("sqlite-file", at_head=True))
+    assert finished.returncode == 1
+    assert finished.stdout.splitlines()[1:3] == [
+        "changed: tool_count: rounded: 1",
+        "left out: 1 rows because of timestamp",
+    ]
+
+
+def test_a_copy_whose_rows_differ_says_no(url, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    done("copy", url, path)
+    path.write_text(path.read_text().replace('"input_tokens":', '"input_tokens":9', 1))
+    finished = run("copy", url, path)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: 1 rows of the target have other values")
+
+
+def test_rows_that_the_source_removed_are_told(url, tmp_path):
+    done("copy", url, tmp_path / "rows.jsonl")
+    engine = create_store_engine(url)
+    with writing(engine).begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.id == 1))
+    engine.dispose()
+    assert "only in the target: 1 rows" in done("copy", url, tmp_path / "rows.jsonl")
 
 
 def test_a_command_works_where_stores_are_switched_off(url):

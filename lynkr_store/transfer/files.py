@@ -1,0 +1,168 @@
+"""The files and streams that a copy reads and writes, with the same names."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO, Any, Final, Protocol, runtime_checkable
+
+from lynkr_store.exceptions import BadArgument, StoreUnavailable
+from lynkr_store.ingest.batch import Columns
+from lynkr_store.process.files import alone, make_private
+from lynkr_store.transfer import json_lines, parquet
+
+Write = Callable[[Columns], None]
+"""Writes portable rows."""
+
+
+@runtime_checkable
+class FileRows(Protocol):
+    """Rows of a file in the order of their ids."""
+
+    name: str
+    read_again: bool
+    """Whether the rows can be read more than once."""
+
+    def pages(self) -> Iterator[Columns]:
+        """All rows as they are, page by page."""
+
+    def total(self, done: int) -> int | None:
+        """About how many rows there are, when so many are read; None if that is not known."""
+
+    def last_row(self) -> dict[str, Any] | None:
+        """The last row that an earlier copy wrote; None without a file."""
+
+    def appending(self) -> AbstractContextManager[Write]:
+        """Write rows after those that are there."""
+
+
+class JsonLinesFile:
+    """A file of JSON Lines. An interrupted copy continues after its last whole line."""
+
+    read_again = True
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        self._read = 0
+
+    def pages(self) -> Iterator[Columns]:
+        """All rows as they are, page by page."""
+        with _explained(self._path), self._path.open("rb") as file:
+            for page in json_lines.read_lines(file, self.name):
+                self._read = file.tell() if file.seekable() else 0
+                yield page
+
+    def total(self, done: int) -> int | None:
+        """Estimated from the bytes that the rows so far took."""
+        return int(done * self._path.stat().st_size / self._read) if self._read else None
+
+    def last_row(self) -> dict[str, Any] | None:
+        """The last whole row."""
+        with _explained(self._path):
+            return json_lines.last_row(self._path) if self._path.exists() else None
+
+    @contextmanager
+    def appending(self) -> Iterator[Write]:
+        """Write lines after those that are there."""
+        with _explained(self._path):
+            make_private(self._path)
+            with self._path.open("r+b") as file, alone(file, self._path):
+                json_lines.cut_incomplete(file)
+                yield lambda columns: _write(file, json_lines.lines_of(columns))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+class ParquetFile:
+    """A file of Parquet. It is written next to its place and put there when it is complete."""
+
+    read_again = True
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+
+    def pages(self) -> Iterator[Columns]:
+        """All rows as they are, page by page."""
+        with _explained(self._path):
+            yield from parquet.read(self._path)
+
+    def total(self, done: int) -> int | None:  # noqa: ARG002 - it is exact
+        """The number of rows."""
+        return parquet.count(self._path)
+
+    def last_row(self) -> dict[str, Any] | None:
+        """The last row."""
+        row = None
+        if self._path.exists():
+            for page in self.pages():
+                row = {name: values[-1] for name, values in page.items()}
+        return row
+
+    @contextmanager
+    def appending(self) -> Iterator[Write]:
+        """Write the file anew, with these rows after those that are there."""
+        with _explained(self._path), parquet.written(self._path) as write:
+            yield write
+
+
+class StandardStreams:
+    """Standard input or output, as JSON Lines."""
+
+    name = "-"
+    read_again = False
+
+    def pages(self) -> Iterator[Columns]:
+        """All rows as they are, page by page."""
+        yield from json_lines.read_lines(sys.stdin.buffer, "standard input")
+
+    def total(self, done: int) -> int | None:  # noqa: ARG002
+        """Not known."""
+        return None
+
+    def last_row(self) -> dict[str, Any] | None:
+        """None: every row is written."""
+        return None
+
+    @contextmanager
+    def appending(self) -> Iterator[Write]:
+        """Write lines to standard output."""
+        yield lambda columns: _write(sys.stdout.buffer, json_lines.lines_of(columns))
+        sys.stdout.buffer.flush()
+
+
+_BY_SUFFIX: Final[dict[str, Callable[[Path], FileRows]]] = {
+    ".jsonl": JsonLinesFile,
+    ".ndjson": JsonLinesFile,
+    ".parquet": ParquetFile,
+}
+
+
+def file_named(name: str) -> FileRows | None:
+    """The file or stream that a place's name means; None for the name of a database."""
+    if name == "-":
+        return StandardStreams()
+    path = Path(name)
+    made = None if "://" in name else _BY_SUFFIX.get(path.suffix.lower())
+    return made and made(path)
+
+
+def _write(file: IO[bytes], lines: bytes) -> None:
+    file.write(lines)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Have an error of the operating system name the file and the remedy."""
+    try:
+        yield
+    except (BrokenPipeError, BadArgument):
+        raise
+    except FileNotFoundError:
+        raise StoreUnavailable(f"{path} does not exist: give a file's path") from None
+    except OSError as error:
+        raise StoreUnavailable(
+            f"{path}: {error.strerror or error}; mend that, then run the copy again: it continues"
+        ) from None

@@ -1,0 +1,211 @@
+"""Compares what was copied with its source: sums first, and rows where those differ."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, Final, NamedTuple
+
+from lynkr_store.exceptions import CopyDiffers
+from lynkr_store.ingest.batch import Columns, RowBatch, by_column
+from lynkr_store.schemas import utc
+from lynkr_store.transfer.portable import Converter
+from lynkr_store.transfer.sums import Sums, added, sums_of
+from lynkr_store.transfer.tables import NOTHING, PAGE_ROWS, TableRows
+
+_CHUNK_ROWS: Final = 20_000
+"""Rows whose sums one statement computes: within a second, and so within its time limit."""
+_TOLD: Final = 5  # rows that a message names
+
+_Row = dict[str, Any]
+
+
+class Verified(NamedTuple):
+    """What a verification found.
+
+    Attributes:
+        rows: The rows that both have.
+        days: Their UTC days.
+        gone: Rows that only the target has.
+        refused: Rows that were missing and that the target refused again, by cause.
+    """
+
+    rows: int
+    days: int
+    gone: int
+    refused: Counter[str]
+
+
+def verify_tables(
+    source: TableRows, target: TableRows, upto: int, on_rows: Callable[[int], None]
+) -> Verified:
+    """Compare all rows with ``id <= upto`` of two tables, and write those that are missing.
+
+    Args:
+        source: Where the rows come from.
+        target: Where they were copied to.
+        upto: The last id that was copied.
+        on_rows: Called after each step with the number of rows so far.
+
+    Raises:
+        CopyDiffers: Rows of the target have other values.
+    """
+    rows, gone, days = 0, 0, set[int]()
+    refused: Counter[str] = Counter()
+    after = NOTHING
+    while after < upto:
+        bound = source.bound(after, upto, _CHUNK_ROWS)
+        theirs = target.sums(after, bound)
+        if source.sums(after, bound) != theirs:
+            differences = compare(
+                _converted(source, after, bound), _converted(target, after, bound)
+            )
+            gone += differences.gone
+            for page in differences.missing_pages():
+                refused += target.add(page)
+            theirs = target.sums(after, bound)
+        rows += _rows_in(theirs)
+        days |= {day for day, _ in theirs}
+        after = bound
+        on_rows(rows)
+    return Verified(rows - gone, len(days), gone, refused)
+
+
+class Differences:
+    """How the rows of a target differ from those of its source.
+
+    Attributes:
+        missing: Rows that only the source has.
+        gone: The number of rows that only the target has.
+    """
+
+    def __init__(self) -> None:
+        self.missing: list[_Row] = []
+        self.gone = 0
+
+    def missing_pages(self) -> Iterator[Columns]:
+        """The missing rows, by column."""
+        for at in range(0, len(self.missing), PAGE_ROWS):
+            yield by_column(self.missing[at : at + PAGE_ROWS])
+
+
+def compare(source: Iterable[Columns], target: Iterable[Columns]) -> Differences:
+    """Compare portable rows one by one, both in the order of their ids.
+
+    Raises:
+        CopyDiffers: Rows of the target have other values than the source's.
+    """
+    found = Differences()
+    changed: list[tuple[int, tuple[str, ...]]] = []
+    ours, theirs = _rows(source), _rows(target)
+    one, other = next(ours, None), next(theirs, None)
+    while one is not None or other is not None:
+        if other is None or (one is not None and one["id"] < other["id"]):
+            assert one is not None  # noqa: S101 - one of the two is there
+            found.missing.append(one)
+            one = next(ours, None)
+        elif one is None or other["id"] < one["id"]:
+            found.gone += 1
+            other = next(theirs, None)
+        else:
+            names = tuple(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
+            if names:
+                changed.append((one["id"], tuple(sorted(names))))
+            one, other = next(ours, None), next(theirs, None)
+    if changed:
+        told = "; ".join(f"id {row_id}: {', '.join(names)}" for row_id, names in changed[:_TOLD])
+        raise CopyDiffers(
+            f"{len(changed):,} rows of the target have other values than the source's ({told}): "
+            "one of the two was changed after the copy, and nothing was overwritten. To have the "
+            "source's values, delete these rows from the target, and copy again"
+        )
+    return found
+
+
+def verify_file(
+    file_pages: Callable[[], Iterable[Columns]],
+    table: TableRows,
+    upto: int,
+    on_rows: Callable[[int], None],
+    *,
+    file_is_source: bool,
+) -> tuple[Verified, list[Columns]]:
+    """Compare all rows with ``id <= upto`` of a file and a table.
+
+    Returns:
+        What was found, and the rows that the target lacks.
+
+    Raises:
+        CopyDiffers: Rows of the target have other values.
+    """
+    of_file: Sums = {}
+    for page in file_pages():
+        of_file = added(of_file, sums_of(page, table.table))
+    there = _sums(table, NOTHING, upto, on_rows)
+    found = Differences()
+    if of_file != there:
+        both = file_pages(), _converted(table, NOTHING, upto)
+        found = compare(*(both if file_is_source else reversed(both)))
+    in_target = there if file_is_source else of_file
+    verified = Verified(
+        _rows_in(in_target) - found.gone, _days_in(in_target), found.gone, Counter()
+    )
+    return verified, list(found.missing_pages())
+
+
+def verify_stream(
+    passed: Sums, table: TableRows, after: int, upto: int, on_rows: Callable[[int], None]
+) -> Verified:
+    """Compare the rows that passed through a stream with those of a table, by their sums.
+
+    Raises:
+        CopyDiffers: The sums differ; the message names the first day and column.
+    """
+    there = _sums(table, after, upto, on_rows)
+    if passed != there:
+        there = _converted_sums(table, after, upto)
+    different = [key for key in passed.keys() | there.keys() if passed.get(key) != there.get(key)]
+    if different:
+        day, what = min(different)
+        raise CopyDiffers(
+            f"the sums of what passed differ from the database's, first on {utc(day):%Y-%m-%d} "
+            f"({what}): rows were refused, changed or deleted during the copy"
+        )
+    return Verified(_rows_in(there), _days_in(there), 0, Counter())
+
+
+def _sums(table: TableRows, after: int, upto: int, on_rows: Callable[[int], None]) -> Sums:
+    """The sums of a table's rows with ``after < id <= upto``, in short statements."""
+    found: Sums = {}
+    while after < upto:
+        bound = table.bound(after, upto, _CHUNK_ROWS)
+        found = added(found, table.sums(after, bound))
+        after = bound
+        on_rows(_rows_in(found))
+    return found
+
+
+def _converted_sums(table: TableRows, after: int, upto: int) -> Sums:
+    """The same sums, of the values as a copy converts them."""
+    found: Sums = {}
+    for page in _converted(table, after, upto):
+        found = added(found, sums_of(page, table.table))
+    return found
+
+
+def _rows_in(sums: Sums) -> int:
+    return sum(number for (_, what), number in sums.items() if what == "rows")
+
+
+def _days_in(sums: Sums) -> int:
+    return len({day for day, _ in sums})
+
+
+def _converted(table: TableRows, after: int, upto: int) -> Iterator[Columns]:
+    return map(Converter(table.table).convert, table.pages(after, upto))
+
+
+def _rows(pages: Iterable[Columns]) -> Iterator[_Row]:
+    for page in pages:
+        names = list(page)
+        rows = RowBatch(names, list(chain.from_iterable(zip(*page.values(), strict=True))))
+        yield from rows
