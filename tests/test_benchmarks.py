@@ -223,6 +223,22 @@ LINES = {
         "maintenance: counts",
         "maintenance: scrub",
     ],
+    "copying": ["copy, fold, compare"],
+    "capacity": [
+        "table, without texts",
+        "idx_telemetry_provider",
+        "idx_telemetry_session_id",
+        "idx_telemetry_tier",
+        "idx_telemetry_timestamp",
+        "ix_routing_telemetry_model_timestamp",
+        "ix_routing_telemetry_provider_failed_timestamp",
+        "ix_routing_telemetry_tier_timestamp",
+        "routing_telemetry",
+        "roll-up, with its index",
+        "roll-ups",
+        "fold",
+        "cleanup of half",
+    ],
     "cache": [
         "get_stats, cached",
         "get_stats of a window, cached",
@@ -235,7 +251,7 @@ LINES = {
 }
 
 
-LONG = {"changes", "importing", "ingest", "lists", "retention", "stats"}
+LONG = {"capacity", "changes", "copying", "importing", "ingest", "lists", "retention", "stats"}
 
 
 @pytest.mark.parametrize(
