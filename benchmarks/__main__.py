@@ -23,6 +23,7 @@ PARTS: Final = (
     "retention",
     "changes",
     "copying",
+    "following",
     "capacity",
     "cache",
     "importing",

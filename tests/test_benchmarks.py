@@ -224,6 +224,7 @@ LINES = {
         "maintenance: scrub",
     ],
     "copying": ["copy, fold, compare"],
+    "following": ["follow: rows that are there", "follow: record() to given, poll_s=0.05"],
     "capacity": [
         "table, without texts",
         "idx_telemetry_provider",
@@ -251,7 +252,17 @@ LINES = {
 }
 
 
-LONG = {"capacity", "changes", "copying", "importing", "ingest", "lists", "retention", "stats"}
+LONG = {
+    "capacity",
+    "changes",
+    "copying",
+    "following",
+    "importing",
+    "ingest",
+    "lists",
+    "retention",
+    "stats",
+}
 
 
 @pytest.mark.parametrize(

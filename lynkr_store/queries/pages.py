@@ -137,7 +137,7 @@ def rows(
             until_ms = None
         else:
             before = None
-    prefixes, rest, values = _split_criteria(criteria)
+    prefixes, rest, values = _split_criteria(criteria, _index_for(criteria))
     values["limit"] = limit
     if since_ms is not None:
         values["since"] = since_ms
@@ -157,11 +157,59 @@ def rows(
     return _rows(key), values
 
 
+def next_ids(after: int, limit: int) -> tuple[Select[int, int, int], dict[str, Any]]:
+    """How far the rows after an id go, whichever they are.
+
+    Returns:
+        The statement, and its parameters. Its row is the greatest of the next ``limit`` ids, the
+        last one up to which no number is missing between them, and the greatest id of the table;
+        each is NULL if there is none.
+    """
+    return _next_ids(), {"after": after, "limit": limit}
+
+
+@cache
+def _next_ids() -> Select[int, int, int]:
+    after = bindparam("after", type_=BigInteger)
+    ids = select(_t.id).where(_t.id > after).order_by(_t.id).limit(_LIMIT).subquery()
+    numbered = select(ids.c.id, func.row_number().over(order_by=ids.c.id).label("number"))
+    following = numbered.subquery()
+    joined = following.c.id - following.c.number == after
+    return select(
+        func.max(following.c.id),
+        func.max(following.c.id).filter(joined),
+        select(func.max(_t.id)).scalar_subquery(),
+    )
+
+
+def rows_between(
+    criteria: RoutingFilter, after: int, upto: int, *, include_text: bool
+) -> tuple[Select[*tuple[Any, ...]], dict[str, Any]]:
+    """Rows whose ids are greater than ``after`` and at most ``upto``, by id.
+
+    Returns:
+        The statement, and its parameters.
+    """
+    _, rest, values = _split_criteria(criteria, ())
+    return _rows_between(rest, include_text=include_text), values | {"after": after, "upto": upto}
+
+
+@lru_cache
+def _rows_between(
+    rest: tuple[tuple[str, bool], ...], *, include_text: bool
+) -> Select[*tuple[Any, ...]]:
+    page = _page(RoutingRow if include_text else RoutingRowBrief)
+    ids = (
+        _t.id > bindparam("after", type_=BigInteger),
+        _t.id <= bindparam("upto", type_=BigInteger),
+    )
+    return page.where(*ids, *_matching(rest, indexed=False)).order_by(_t.id)
+
+
 def _split_criteria(
-    criteria: RoutingFilter,
+    criteria: RoutingFilter, index: Iterable[str]
 ) -> tuple[tuple[tuple[str, int | None], ...], tuple[tuple[str, bool], ...], dict[str, Any]]:
     """The conditions for an index's first columns, the other conditions, and the values."""
-    index = _index_for(criteria)
     prefixes: dict[str, int | None] = dict.fromkeys(index)
     rest: dict[str, bool] = {}
     values: dict[str, Any] = {}

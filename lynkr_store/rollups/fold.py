@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, assert_never
 
-from sqlalchemy import Connection, RowMapping, text
+from sqlalchemy import Connection, RowMapping
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
-from lynkr_store.db.models import TELEMETRY, measure_columns
+from lynkr_store.db.models import measure_columns
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
 from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, ceil_to, floor_to
 from lynkr_store.rollups.state import NOTHING_FOLDED, WATERMARK, read_state, removed_before
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
-from lynkr_store.storage import bulk, identities, progress
+from lynkr_store.storage import bulk, identities, progress, settled
 from lynkr_store.storage.write_lock import PAUSE_S
 
 OpenTransaction = Callable[[], AbstractContextManager[Connection]]
@@ -130,12 +130,8 @@ def _ids_restarted(connection: Connection, watermark: int) -> bool:
 def settled_id(write_transaction: OpenTransaction, read: OpenTransaction) -> int | None:
     """An id up to which no further row can appear; None if waiting for it would take too long.
 
-    SQLite's writers take turns, so this is the greatest id. PostgreSQL assigns ids before their
-    transactions commit. A transaction that was assigned an id below the greatest visible one
-    already holds a writer's lock on the table. So the id is settled when every transaction that
-    holds such a lock now has ended. This function locks nothing itself: a lock that waits for
-    writers would make later writers queue behind it, and a lock with a short timeout would never be
-    granted during a long VACUUM.
+    SQLite's writers take turns, so this is the greatest id. On PostgreSQL it is settled when the
+    transactions that may have written have ended: see `storage.settled`.
     """
     with read() as connection:
         newest: int = connection.scalar(fold_sql.newest_id()) or NOTHING_FOLDED
@@ -149,27 +145,17 @@ def settled_id(write_transaction: OpenTransaction, read: OpenTransaction) -> int
             assert_never(backend)
 
 
-_WRITERS: Final = text(
-    "SELECT virtualtransaction FROM pg_catalog.pg_locks WHERE locktype = 'relation' AND granted "
-    "AND relation = CAST(pg_catalog.to_regclass(CAST(:name AS TEXT)) AS OID) "
-    "AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
-    "AND mode NOT IN ('AccessShareLock', 'RowShareLock', 'ShareUpdateExclusiveLock') "
-    "AND pid IS DISTINCT FROM pg_backend_pid()"
-)
-
-
 def _wait_for_writers(write_transaction: OpenTransaction) -> bool:
     """Wait until the transactions that may write now have ended; new ones may begin meanwhile."""
     deadline = time.monotonic() + _PATIENCE_S
-    writers: set[str] | None = None
-    while writers is None or writers:
-        if writers is not None:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL_S)
+    with write_transaction() as connection:
+        writers = settled.writers(connection)
+    while writers:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
         with write_transaction() as connection:
-            now = set(connection.scalars(_WRITERS, {"name": TELEMETRY.name}))
-        writers = now if writers is None else writers & now
+            writers = settled.still_open(writers, settled.writers(connection))
     return True
 
 

@@ -260,6 +260,21 @@ def checked_limit(limit: object, name: str = "limit", least: int = 0) -> int:
     return rows
 
 
+def checked_after(after: object) -> int | None:
+    """A row's id; None for None.
+
+    Raises:
+        BadArgument: Not a whole number of 64 bits.
+    """
+    if after is None:
+        return None
+    words = "give a row's id, 0 for all rows, or None for those that are stored from now on"
+    row_id = _checked("after", words, values.whole, after)
+    if not values.INT64_MIN <= row_id <= values.INT64_MAX:
+        raise BadArgument(f"after: {words}")
+    return row_id
+
+
 def checked_age(older_than: object, name: str = "older_than") -> timedelta:
     """An age.
 
@@ -299,6 +314,18 @@ def checked_seconds(seconds: object, name: str) -> float:
     found = _checked(name, words, values.real, seconds)
     if not found >= 0:
         raise BadArgument(f"{name}: {words}")
+    return found
+
+
+def checked_interval(seconds: object, name: str) -> float:
+    """Seconds between two reads.
+
+    Raises:
+        BadArgument: Not more than 0, NaN, or not a number.
+    """
+    found = checked_seconds(seconds, name)
+    if found == 0:
+        raise BadArgument(f"{name}: give seconds, more than 0")
     return found
 
 

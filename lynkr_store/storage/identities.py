@@ -26,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import Backend
+from lynkr_store.db import catalogue
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import CHANGES, DIMENSIONS, SAVINGS, TELEMETRY
 from lynkr_store.migrate.adoption import is_autoincrement
@@ -58,6 +59,7 @@ SELECT given.name AS model,
        n.nspname AS schema, q.relname AS sequence, CAST(q.oid AS bigint) AS sequence_id,
        CAST(CAST(q.oid AS regclass) AS text) AS sequence_name,
        s.seqmax AS greatest_number, s.seqincrement AS increment, s.seqcycle AS cycles,
+       s.seqcache AS block,
        EXISTS (SELECT FROM pg_catalog.pg_depend o
                WHERE o.classid = 'pg_catalog.pg_class'::regclass::oid AND o.objid = q.oid
                AND o.refclassid = 'pg_catalog.pg_class'::regclass::oid
@@ -178,9 +180,11 @@ def gives_upto(connection: Connection, row_id: int, table: Table = TELEMETRY) ->
     backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:
-            given = connection.exec_driver_sql(
-                "SELECT seq FROM main.sqlite_sequence WHERE name = ?", (table.name,)
-            ).scalar()
+            given = None  # a file that is opened read-only may lack AUTOINCREMENT
+            if catalogue.tables(connection, ["sqlite_sequence"]):
+                given = connection.exec_driver_sql(
+                    "SELECT seq FROM main.sqlite_sequence WHERE name = ?", (table.name,)
+                ).scalar()
             return max(given or 0, connection.scalar(select(func.max(table.c.id))) or 0) < row_id
         case Backend.POSTGRESQL:
             return any(
@@ -190,6 +194,29 @@ def gives_upto(connection: Connection, row_id: int, table: Table = TELEMETRY) ->
             )
         case _:
             assert_never(backend)
+
+
+def not_in_order(connection: Connection, table: Table = TELEMETRY) -> str | None:
+    """What makes later rows get lower ids, and the remedy; None if ids ascend.
+
+    PostgreSQL: a sequence that descends, or that each session takes numbers from in blocks. Then a
+    transaction may store a row with a number that an earlier one took.
+    """
+    if backend_of(connection) is not Backend.POSTGRESQL:
+        return None
+    for found in _found(connection, [table]):
+        if found.sequence is None:
+            continue
+        by = f"{found.sequence_name}, which assigns {found.name}'s ids,"
+        alter = f"run ALTER SEQUENCE {found.sequence_name}"
+        if found.increment < 0:
+            return f"{by} descends: {alter} INCREMENT BY 1 NO MAXVALUE"
+        if found.block > 1:
+            return (
+                f"{by} gives each session a block of {found.block} numbers: {alter} CACHE 1, then "
+                "have every writer connect again"
+            )
+    return None
 
 
 def _found(connection: Connection, tables: Sequence[Table]) -> Sequence[Any]:

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
+from sqlalchemy.orm import Session
+
 from lynkr_store.backend import Backend
 from lynkr_store.cache import cached
 from lynkr_store.db.dialect import parse_url, writing
@@ -19,6 +21,7 @@ from lynkr_store.ingest.writer import CLOSE_S, checked_timeout
 from lynkr_store.maintenance.run import BUDGET_S
 from lynkr_store.process.lifecycle import on_fork
 from lynkr_store.process.waiting import Event, SharedCall, Workers, in_thread
+from lynkr_store.queries.following import Follower, Page, Tail
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
     Cursor,
@@ -38,11 +41,11 @@ from lynkr_store.schemas.filters import (
 )
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.text_policy import set_policy
-from lynkr_store.store.base import Core
+from lynkr_store.store.base import PAGE_ROWS, POLL_S, Core, new_follower, provider_key, window_key
+from lynkr_store.store.following import AsyncFollowing
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
-from lynkr_store.store.base import PAGE_ROWS, provider_key, window_key
 
 _T = TypeVar("_T")
 
@@ -202,6 +205,52 @@ class AsyncStore(Core):
                 yield row
             before = page[-1].cursor
 
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: Literal[True] = True,
+    ) -> AsyncIterator[RoutingRow]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: Literal[False],
+    ) -> AsyncIterator[RoutingRowBrief]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: bool,
+    ) -> AsyncIterator[RoutingRowBrief]: ...
+
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: bool = True,
+    ) -> AsyncIterator[RoutingRowBrief]:
+        """See `Store.follow`. Without ``after`` it begins when the first row is awaited.
+
+        Cancelling the wait for a row loses none: the next call continues.
+        """
+        self._require_open()
+        follower = new_follower(criteria, after, poll_s, include_text=include_text)
+        return AsyncFollowing(
+            partial(self._follow, follower), follower.poll_s, lambda: self._closed
+        )
+
     @cached(window_key)
     async def get_stats(self, window: Window | None = None) -> RoutingStats | None:
         """See `Store.get_stats`."""
@@ -223,7 +272,8 @@ class AsyncStore(Core):
         """See `Store.add_many`."""
         if self._database.backend is Backend.SQLITE:  # aiosqlite would log the values
             return await self._adding.run(self._do_add_many, records)
-        return await self._run(lambda r: r.add_many(records), to_write=True)
+        add = partial(self._answer, lambda r: r.add_many(records))
+        return await self._run(add, to_write=True)
 
     async def cleanup(
         self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
@@ -265,10 +315,15 @@ class AsyncStore(Core):
     async def _read(self, body: Callable[[RoutingRepository], _T]) -> _T:
         if self._engines is None:
             return await self._reading.run(self._do_read, body)
-        return await self._run(body)
+        return await self._run(partial(self._answer, body))
 
-    async def _run(self, body: Callable[[RoutingRepository], _T], *, to_write: bool = False) -> _T:
-        """Run the body in one transaction, and commit it when the body returns."""
+    async def _follow(self, follower: Follower, tail: Tail | None) -> Page:
+        if self._engines is None:
+            return await self._reading.run(self._do_follow, follower, tail)
+        return await self._run(partial(self._page, follower, tail))
+
+    async def _run(self, task: Callable[[Session], _T], *, to_write: bool = False) -> _T:
+        """Run the task in one transaction, and commit it when the task returns."""
         from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
 
         assert self._engines  # noqa: S101 - PostgreSQL's, or the host's
@@ -280,7 +335,7 @@ class AsyncStore(Core):
                 async with (writing(engine) if to_write else engine).connect() as connection:
                     try:
                         async with AsyncSession(connection) as session, session.begin():
-                            return await session.run_sync(self._answer, body)
+                            return await session.run_sync(task)
                     finally:
                         if self._closed or engine.pool is not pool:  # see `closed_if_disposed`
                             await connection.invalidate()

@@ -26,6 +26,7 @@ from lynkr_store.maintenance import run
 from lynkr_store.maintenance.background import BackgroundMaintenance
 from lynkr_store.migrate import revisions
 from lynkr_store.process.lifecycle import SigtermHandler, on_fork
+from lynkr_store.queries.following import Follower, Page, Tail
 from lynkr_store.queries.repository import RoutingRepository
 from lynkr_store.schemas import (
     BatchAttempt,
@@ -36,9 +37,13 @@ from lynkr_store.schemas import (
 )
 from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import (
+    RoutingFilter,
     Window,
+    checked_after,
     checked_age,
     checked_clock,
+    checked_criteria,
+    checked_interval,
     checked_provider,
     checked_seconds,
     checked_window,
@@ -61,6 +66,7 @@ _NOTHING: Final = {  # the options of a store that is not enabled
 }
 
 PAGE_ROWS: Final = 1_000  # rows of iter_records in memory at a time
+POLL_S: Final = 0.5  # between two reads of follow; the writer's flush_interval_s is as long
 
 
 class Core:
@@ -233,10 +239,14 @@ class Core:
 
     def _do_read(self, body: Callable[[RoutingRepository], _T]) -> _T:
         self._open()
-        return self._do(self._database.engine, body)
+        return self._do(self._database.engine, partial(self._answer, body))
 
-    def _do(self, engine: Engine, body: Callable[[RoutingRepository], _T]) -> _T:
-        """Run the body in one transaction, which is committed when it returns."""
+    def _do_follow(self, follower: Follower, tail: Tail | None) -> Page:
+        self._open()
+        return self._do(self._database.engine, partial(self._page, follower, tail))
+
+    def _do(self, engine: Engine, task: Callable[[Session], _T]) -> _T:
+        """Run the task in one transaction, which is committed when it returns."""
         with (
             self._database.explained(),
             translated(),
@@ -244,9 +254,14 @@ class Core:
             Session(engine) as session,
             session.begin(),
         ):
-            return self._answer(session, body)
+            return task(session)
 
-    def _answer(self, session: Session, body: Callable[[RoutingRepository], _T]) -> _T:
+    def _page(self, follower: Follower, tail: Tail | None, session: Session) -> Page:
+        page = follower.read(session, tail)
+        self._writer.note_unreadable(page.unreadable)
+        return page
+
+    def _answer(self, body: Callable[[RoutingRepository], _T], session: Session) -> _T:
         repository = RoutingRepository(
             session, clock=self._clock, policy=self._policy, before_statistic=_plan_for_any
         )
@@ -258,7 +273,8 @@ class Core:
         self._open(to_write=True)
         if not self._settings.enabled:
             return 0
-        added = self._do(self._database.writing, lambda r: r.add_many(records))
+        add = partial(self._answer, lambda r: r.add_many(records))
+        added = self._do(self._database.writing, add)
         self._database.require_file()
         return added
 
@@ -450,6 +466,18 @@ def _spool_maker(settings: StoreSettings, url: URL) -> Callable[[], Spool]:
             "a path of its own"
         )
     return lambda: Spool(path, settings.spool_max_bytes)
+
+
+def new_follower(
+    criteria: RoutingFilter | None, after: int | None, poll_s: float, *, include_text: bool
+) -> Follower:
+    """What `follow` was asked for, checked."""
+    return Follower(
+        checked_criteria(criteria),
+        checked_after(after),
+        min(checked_interval(poll_s, "poll_s"), threading.TIMEOUT_MAX),
+        include_text,
+    )
 
 
 def window_key(window: Window | None = None) -> Hashable:

@@ -89,6 +89,44 @@ class StoreProtocol(Recorder, Protocol):
     ) -> Iterator[RoutingRow]:
         """See `Store.iter_records`."""
 
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: Literal[True] = True,
+    ) -> Iterator[RoutingRow]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: Literal[False],
+    ) -> Iterator[RoutingRowBrief]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: bool,
+    ) -> Iterator[RoutingRowBrief]: ...
+
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: bool = True,
+    ) -> Iterator[RoutingRowBrief]:
+        """See `Store.follow`."""
+
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:
         """See `RoutingRepository.get_stats`."""
 
@@ -160,6 +198,44 @@ class AsyncStoreProtocol(Recorder, Protocol):
         page_rows: int = ...,
     ) -> AsyncIterator[RoutingRow]:
         """See `Store.iter_records`."""
+
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: Literal[True] = True,
+    ) -> AsyncIterator[RoutingRow]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: Literal[False],
+    ) -> AsyncIterator[RoutingRowBrief]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: bool,
+    ) -> AsyncIterator[RoutingRowBrief]: ...
+
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = ...,
+        include_text: bool = True,
+    ) -> AsyncIterator[RoutingRowBrief]:
+        """See `Store.follow`."""
 
     async def get_stats(self, window: Window | None = None) -> RoutingStats | None:
         """See `RoutingRepository.get_stats`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -27,7 +28,8 @@ from lynkr_store.schemas.filters import (
     checked_limit,
 )
 from lynkr_store.settings import StoreSettings
-from lynkr_store.store.base import PAGE_ROWS, Core, provider_key, window_key
+from lynkr_store.store.base import PAGE_ROWS, POLL_S, Core, new_follower, provider_key, window_key
+from lynkr_store.store.following import Following
 
 
 class Store(Core):
@@ -183,6 +185,72 @@ class Store(Core):
         while page := self.query(criteria, window, limit=page_rows, before=before):
             yield from page
             before = page[-1].cursor
+
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: Literal[True] = True,
+    ) -> Iterator[RoutingRow]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: Literal[False],
+    ) -> Iterator[RoutingRowBrief]: ...
+    @overload
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: bool,
+    ) -> Iterator[RoutingRowBrief]: ...
+
+    def follow(
+        self,
+        criteria: RoutingFilter | None = None,
+        *,
+        after: int | None = None,
+        poll_s: float = POLL_S,
+        include_text: bool = True,
+    ) -> Iterator[RoutingRowBrief]:
+        """Rows as they are stored, by ascending id, without end; like ``tail -f``.
+
+        No row is left out because its transaction was committed late. On PostgreSQL, where ids are
+        assigned before the commit, a row waits while a transaction that may still store one with a
+        lower id is open. Continue after the last row, also in another process, with
+        ``after=row.id``.
+
+        Between two reads the iterator holds no connection and no transaction, so it need not be
+        closed. After an error the same iterator continues where it was. When the store is closed,
+        the iteration ends.
+
+        Args:
+            criteria: Which rows; all by default.
+            after: The id after which to begin, 0 for all rows. None begins after the greatest id at
+                the time of the call.
+            poll_s: Seconds between two reads while no rows are stored.
+            include_text: False returns rows of a type without the two texts, and reads less.
+
+        Raises:
+            BadArgument: An argument is not valid, another thread waits for the same iterator, or
+                ids that were read are assigned again, because the table was reset or replaced.
+            UnsupportedDatabase: PostgreSQL: the server is a standby, or the sequence of the ids
+                descends or has a cache.
+            StoreUnavailable: The database cannot be reached; the call for the next row tries again
+                after ``poll_s`` seconds.
+            StoreClosed: The store was closed before the call.
+        """
+        follower = new_follower(criteria, after, poll_s, include_text=include_text)
+        return Following(partial(self._do_follow, follower), follower.poll_s, lambda: self._closed)
 
     @cached(window_key)
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:

@@ -3,7 +3,8 @@
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Any, Self
 
 from lynkr_store import AsyncStore, Health
@@ -50,15 +51,27 @@ class Asynchronous:
             answer = attribute(*args, **kwargs)
             if inspect.isasyncgen(answer):
                 return iter(self._runner.run(_listed(answer)))
+            if isinstance(answer, AsyncIterator):
+                return self._each(answer)
             return self._runner.run(answer) if inspect.isawaitable(answer) else answer
 
         return call
+
+    def _each(self, rows: AsyncIterator[Any]) -> Iterator[Any]:
+        """One after the other, since they have no end."""
+        with suppress(StopAsyncIteration):
+            while True:
+                yield self._runner.run(_next(rows))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+async def _next(rows: AsyncIterator[Any]) -> Any:
+    return await anext(rows)
 
 
 async def _listed(generator: Any) -> list[Any]:

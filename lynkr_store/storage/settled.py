@@ -1,0 +1,47 @@
+"""Finds out on PostgreSQL which open transactions may still store a row with a lower id.
+
+PostgreSQL assigns ids before their transactions commit. A transaction that was assigned an id below
+one that is visible already holds a writer's lock on the table, or on the sequence that assigned the
+id. So an id is settled when every transaction that holds such a lock after the id was seen has
+ended. Nothing is locked here: a lock that waits for writers would make later writers queue behind
+it, and a lock with a short timeout would never be granted during a long VACUUM.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from sqlalchemy import Connection, text
+
+from lynkr_store.db.models import TELEMETRY
+
+Writers = Mapping[str, int | None]
+"""Open transactions that may have written, and the process id of each one's server process.
+
+A transaction that was prepared for a two-phase commit has none."""
+
+# Every statement that stores rows takes this mode, and so does nextval(); both keep it until the
+# transaction ends. Whoever holds a stronger lock and has stored rows holds this one too. Casts: see
+# `identities`.
+_WRITERS: Final = text(
+    "SELECT virtualtransaction, pid FROM pg_catalog.pg_locks "
+    "WHERE locktype = 'relation' AND granted AND mode = 'RowExclusiveLock' AND relation IN ("
+    "CAST(pg_catalog.to_regclass(CAST(:name AS TEXT)) AS OID), "
+    "CAST(CAST(pg_catalog.pg_get_serial_sequence(CAST(:name AS TEXT), 'id') AS REGCLASS) AS OID)) "
+    "AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
+    "AND pid IS DISTINCT FROM pg_backend_pid()"
+)
+
+
+def writers(connection: Connection) -> Writers:
+    """The open transactions of others that may have been assigned an id.
+
+    They are those of this moment, also if the connection's transaction sees the rows of an earlier
+    one. So read the rows that they may have stored in a later transaction.
+    """
+    found = connection.execute(_WRITERS, {"name": TELEMETRY.name})
+    return {row.virtualtransaction: row.pid for row in found}
+
+
+def still_open(before: Writers, now: Writers) -> Writers:
+    """Those of ``before`` that have not ended; one that was prepared meanwhile keeps its name."""
+    return {name: now[name] for name in before.keys() & now.keys()}
