@@ -11,6 +11,7 @@ from lynkr_store.db import psycopg_async
 from lynkr_store.db.dialect import backend_named, parse_url
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.db.postgresql import (
+    APPLICATION,
     NETWORK,
     PREPARE,
     PREPARE_AFTER,
@@ -132,8 +133,8 @@ def _engine_options(
         case Backend.SQLITE:
             return {}
         case Backend.POSTGRESQL:
-            own_network = {k: v for k, v in NETWORK.items() if k not in target.query}
-            arguments: dict[str, Any] = {"connect_timeout": connect_timeout_s, **own_network}
+            own = {k: v for k, v in (NETWORK | APPLICATION).items() if k not in target.query}
+            arguments: dict[str, Any] = {"connect_timeout": connect_timeout_s, **own}
             arguments |= parameters(target)
             settings = transaction_settings(arguments["options"], statement_timeout_s, schema)
             return {

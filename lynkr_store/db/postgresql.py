@@ -49,6 +49,8 @@ NETWORK: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,  # ms
 }
+# The server shows it in pg_stat_activity; the URL's application_name and PGAPPNAME override it.
+APPLICATION: Final = {"fallback_application_name": "lynkr-store"}
 
 
 def options_of(schema: str | None) -> dict[str, str | None]:

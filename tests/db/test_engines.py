@@ -15,7 +15,16 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 
 import pytest
 from rich.console import Console
-from sqlalchemy import URL, QueuePool, StaticPool, create_engine, inspect, text
+from sqlalchemy import (
+    URL,
+    Engine,
+    QueuePool,
+    StaticPool,
+    create_engine,
+    event,
+    inspect,
+    text,
+)
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
@@ -402,6 +411,43 @@ def test_the_servers_options_are_kept_with_ours(postgres_url):
         shown = [connection.scalar(text(f"SHOW {name}")) for name in names]
     engine.dispose()
     assert shown == ["5MB", "7s", "off"]
+
+
+OWN = "lynkr-store"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "variable", "shown"),
+    [("", "", OWN), ("&application_name=host", "other", "host"), ("", "other", "other")],
+)
+def test_the_server_shows_whose_sessions_they_are(
+    postgres_url, monkeypatch, parameter, variable, shown
+):
+    if variable:
+        monkeypatch.setenv("PGAPPNAME", variable)
+    url, seen = postgres_url + parameter, set()
+
+    def name_of(connection):
+        seen.add(connection.exec_driver_sql("SHOW application_name").scalar())
+
+    with Store(url, settings=StoreSettings(upgrade_on_open=True)) as store:
+        event.listen(Engine, "commit", name_of)  # of the migration, which has its own connection
+        try:
+            store.check()
+        finally:
+            event.remove(Engine, "commit", name_of)
+        with store.engine.begin() as connection:
+            name_of(connection)
+
+    async def read():
+        async with AsyncStore(url) as store:
+            await store.query()
+            engine = await store._engines.engine()
+            async with engine.begin() as connection:
+                await connection.run_sync(name_of)
+
+    asyncio.run(read())
+    assert seen == {shown}
 
 
 def test_url_and_engine_exclude_each_other(tmp_path):

@@ -87,10 +87,12 @@ def schemas_with_tables(url):
         return dict(found.fetchall())
 
 
+# pgbouncer itself sets each client's application_name
 LEFT_BY_OTHERS = """
 SELECT name, setting FROM pg_settings
- WHERE source = 'session' OR name IN ('search_path', 'client_encoding', 'TimeZone',
-    'statement_timeout', 'lock_timeout', 'idle_in_transaction_session_timeout', 'jit')
+ WHERE (source = 'session' AND name <> 'application_name') OR name IN ('search_path',
+    'client_encoding', 'TimeZone', 'statement_timeout', 'lock_timeout',
+    'idle_in_transaction_session_timeout', 'jit')
 UNION ALL SELECT 'prepared', name FROM pg_prepared_statements
 UNION ALL SELECT 'locked', locktype FROM pg_locks WHERE locktype = 'advisory' ORDER BY 1, 2
 """
