@@ -198,6 +198,12 @@ class StoreSettings(TextSettings, DatabaseSettings):
     maintenance_interval_s: Annotated[float, Field(ge=0.001, le=_YEAR_S, allow_inf_nan=False)] = 300
     """Seconds between two runs of the store's own maintenance thread, which folds new rows into the
     roll-ups; 10,000 written rows make it run sooner."""
+    read_connections: Annotated[int, Field(ge=3, le=10**4)] = 4
+    """PostgreSQL: the greatest number of connections of a store, without the one of its writer. Its
+    own work (maintenance, the probe of ``health()``) uses two of them at most, which an
+    `AsyncStore` keeps free for it. When all are in use, a read waits up to 30 seconds for one."""
+    idle_connection_s: Annotated[float, Field(ge=0.1, le=_YEAR_S, allow_inf_nan=False)] = 60.0
+    """PostgreSQL: seconds after which a connection that nobody uses is closed."""
     connect_timeout_s: Annotated[int, Field(ge=1, le=_YEAR_S)] = 5
     """Seconds to wait for a PostgreSQL server to accept a connection."""
     statement_timeout_s: Annotated[

@@ -10,6 +10,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.db import psycopg_async
 from lynkr_store.db.dialect import backend_named, parse_url
 from lynkr_store.db.forking import keep_out_of_children
+from lynkr_store.db.pools import WAIT_S, AsyncBoundedPool, BoundedPool, IdleCloser
 from lynkr_store.db.postgresql import (
     APPLICATION,
     NETWORK,
@@ -46,6 +47,8 @@ def create_store_engine(
     connect_timeout_s: int = 5,
     statement_timeout_s: float = 30.0,
     schema: str | None = None,
+    connections: int = 4,
+    idle_connection_s: float = 60.0,
     echo: bool = False,
 ) -> Engine:
     """An Engine with the store's options; it opens nothing before its first connection.
@@ -56,6 +59,9 @@ def create_store_engine(
         statement_timeout_s: PostgreSQL: seconds after which the server cancels a statement.
         schema: PostgreSQL: the schema of the store's tables; None or ``""``: the server's default,
             normally ``public``.
+        connections: PostgreSQL: the greatest number of connections. When all are in use, a thread
+            waits up to 30 seconds for one.
+        idle_connection_s: PostgreSQL: seconds after which a connection that nobody uses is closed.
         echo: Log statements, without their values.
 
     Raises:
@@ -65,7 +71,9 @@ def create_store_engine(
     """
     target = parse_url(url)
     try:
-        options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
+        options = _engine_options(
+            target, connect_timeout_s, statement_timeout_s, schema, connections
+        )
         if is_memory(target):
             # the connection is the database: threads share it one at a time and never close it
             options |= {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}
@@ -74,6 +82,8 @@ def create_store_engine(
     except ImportError as missing:
         raise _missing_driver(missing, "postgres") from missing
     _listen(engine)
+    if isinstance(engine.pool, BoundedPool):
+        IdleCloser(engine, idle_connection_s)
     return engine
 
 
@@ -83,9 +93,12 @@ def create_store_async_engine(
     connect_timeout_s: int = 5,
     statement_timeout_s: float = 30.0,
     schema: str | None = None,
+    connections: int = 4,
     echo: bool = False,
 ) -> Any:
     """The asynchronous twin of `create_store_engine`, over aiosqlite or psycopg.
+
+    It closes no idle connections by itself; see `lynkr_store.db.event_loops.OneLoopsEngine`.
 
     Returns:
         An ``sqlalchemy.ext.asyncio.AsyncEngine``.
@@ -102,8 +115,11 @@ def create_store_async_engine(
     try:
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - an extra
 
-        options = _engine_options(target, connect_timeout_s, statement_timeout_s, schema)
+        options = _engine_options(
+            target, connect_timeout_s, statement_timeout_s, schema, connections
+        )
         if backend is Backend.POSTGRESQL:
+            options["poolclass"] = AsyncBoundedPool
             options["connect_args"]["async_creator_fn"] = psycopg_async.connect
         engine = create_async_engine(
             without_secrets(target).set(drivername=_ASYNC_DRIVER[backend]),
@@ -125,7 +141,11 @@ def _missing_driver(missing: ImportError, extra: str) -> MissingDriver:
 
 
 def _engine_options(
-    target: URL, connect_timeout_s: int, statement_timeout_s: float, schema: str | None
+    target: URL,
+    connect_timeout_s: int,
+    statement_timeout_s: float,
+    schema: str | None,
+    connections: int,
 ) -> dict[str, Any]:
     schema = checked_schema(schema)
     backend = backend_named(target.get_backend_name())
@@ -138,6 +158,11 @@ def _engine_options(
             arguments |= parameters(target)
             settings = transaction_settings(arguments["options"], statement_timeout_s, schema)
             return {
+                "poolclass": BoundedPool,
+                "pool_size": connections,
+                "max_overflow": 0,
+                "pool_timeout": WAIT_S,
+                "pool_use_lifo": True,  # so that those that are not needed become idle
                 # if the server restarted or a proxy hung up, the pool reconnects without an error
                 "pool_pre_ping": True,
                 "execution_options": {

@@ -84,6 +84,10 @@ _MISSING: Final = (
     "schema of their own, make the engine with it (create_store_engine(url, schema=…)) or set the "
     "role's search_path"
 )
+_NONE_FREE: Final = (
+    "all connections were in use for too long: allow more (LYNKR_STORE_READ_CONNECTIONS, or the "
+    "pool_size of your own engine), or read less at a time"
+)
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
 
@@ -190,8 +194,8 @@ def translated(*, of_rows: bool = True) -> Iterator[None]:
         if safe:
             raise unavailable from error
         raise_alone(unavailable)
-    except TimeoutError as error:  # no connection was free in the pool
-        raise StoreUnavailable(f"the database failed: {type(error).__name__}") from error
+    except TimeoutError as error:
+        raise StoreUnavailable(_NONE_FREE) from error
     except SQLAlchemyError as error:
         raise_alone(StoreUnavailable(f"the database failed: {type(error).__name__}"))
     except sqlite3.Error as error:  # raised by the driver's connection itself, without SQLAlchemy

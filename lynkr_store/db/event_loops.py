@@ -1,4 +1,4 @@
-"""Decides which event loop uses which asynchronous engine.
+"""Decides which event loop uses an asynchronous engine.
 
 The connections of an engine's pool, and the pool's locks and queues, belong to the event loop that
 used them first. See https://docs.sqlalchemy.org/en/21/orm/extensions/asyncio.html, "Using multiple
@@ -7,12 +7,14 @@ asyncio event loops".
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import NullPool, Pool
+from sqlalchemy.util import greenlet_spawn
 
+from lynkr_store.db.pools import BoundedPool
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.process.lifecycle import Forkable
 from lynkr_store.process.waiting import Event
@@ -28,35 +30,42 @@ _inherited: list[object] = []  # keeps the garbage collector from closing the pa
 _owners: "weakref.WeakKeyDictionary[Pool, AbstractEventLoop]" = weakref.WeakKeyDictionary()
 
 
-class EnginePerLoop(Forkable):
-    """Gives each event loop an engine of its own, whose connections are closed when the loop ends.
+class OneLoopsEngine(Forkable):
+    """Gives an engine to one event loop at a time; its connections are closed when the loop ends.
 
-    The next loop reuses the engine of a loop that ended, with its compiled statements.
+    It is one engine, so that all loops together open no more connections than its pool has.
 
     Args:
-        make: Makes an engine. It is called once at the start, so that a missing driver is noticed.
+        engine: Has an `AsyncBoundedPool`.
+        idle_s: Seconds after which a connection that nobody uses is closed.
     """
 
-    def __init__(self, make: "Callable[[], AsyncEngine]") -> None:
-        self._make = make
-        self._spare = [make()]
-        self._held: dict[AbstractEventLoop, tuple[AsyncEngine, AsyncGenerator[None]]] = {}
+    def __init__(self, engine: "AsyncEngine", idle_s: float) -> None:
+        self._engine = engine
+        self._idle_s = idle_s
+        self._reset()
 
-    async def engine(self) -> "AsyncEngine":
-        """The engine of the running loop."""
+    def _reset(self) -> None:
+        self._spare = [self._engine]
+        self._held: dict[AbstractEventLoop, tuple[AsyncEngine, AsyncGenerator[None]]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def engine(self) -> "AsyncEngine | None":
+        """The engine, if no other loop has it."""
         loop = asyncio.get_running_loop()
         if (held := self._held.get(loop)) is None:
-            try:
-                engine = self._spare.pop()
-            except IndexError:
-                engine = self._make()
-            end = self._at_end()
-            # no await since the check above, so that two tasks of the loop get the same engine
-            held = self._held[loop] = engine, end
-            await anext(end)
             for other in list(self._held):  # a copy: other threads add to it
                 if other.is_closed():
                     await self._leave(other)
+            if (held := self._held.get(loop)) is None:  # another task of this loop has taken it
+                try:
+                    engine = self._spare.pop()
+                except IndexError:
+                    return None
+                end = self._at_end()
+                held = self._held[loop] = engine, end
+                loop.call_later(self._idle_s, self._close_idle, loop)
+                await anext(end)
         return held[0]
 
     async def close(self) -> None:
@@ -69,8 +78,21 @@ class EnginePerLoop(Forkable):
 
     def after_fork_in_child(self) -> None:
         """Forget the parent's loops: none of them runs in the child."""
-        _inherited.append(self._held)
-        self._held = {}
+        _inherited.append((self._held, self._closing))
+        self._reset()
+
+    def _close_idle(self, loop: "AbstractEventLoop") -> None:
+        """Close idle connections, and look again later; a timer of the loop calls this."""
+        if held := self._held.get(loop):
+            task = loop.create_task(self._close_idle_of(held[0], loop))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _close_idle_of(self, engine: "AsyncEngine", loop: "AbstractEventLoop") -> None:
+        pool, wait_s = engine.pool, None
+        if isinstance(pool, BoundedPool):
+            wait_s = await greenlet_spawn(pool.close_idle, self._idle_s)
+        loop.call_later(wait_s or self._idle_s, self._close_idle, loop)
 
     async def _at_end(self) -> AsyncGenerator[None]:
         """Stay suspended until the loop ends: `asyncio.run` closes the loop's generators.
@@ -119,7 +141,7 @@ class HostsEngine:
             raise BadArgument(
                 "engine: it was used in another event loop, to which its connections belong; use "
                 "it in one loop, 'await engine.dispose()' before that loop ends, or give the "
-                "store a url instead, and it makes an engine for each loop"
+                "store a url instead, and any loop may read"
             )
         return self._engine
 
@@ -127,4 +149,4 @@ class HostsEngine:
         """Do nothing: the host disposes its engine."""
 
 
-Engines = EnginePerLoop | HostsEngine
+Engines = OneLoopsEngine | HostsEngine

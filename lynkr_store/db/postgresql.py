@@ -182,16 +182,26 @@ def transaction_settings(
     return settings | {"client_encoding": "UTF8"} | path_of(schema)
 
 
-def by_itself(engine: Engine) -> Connection:
-    """A PostgreSQL connection outside the pool that commits each statement alone.
+@contextmanager
+def closed_after(engine: Engine) -> Iterator[Connection]:
+    """A connection that nobody uses afterwards; until it is closed the pool counts it."""
+    with engine.connect() as connection:
+        try:
+            yield connection
+        finally:
+            connection.invalidate()
+
+
+@contextmanager
+def by_itself(engine: Engine) -> Iterator[Connection]:
+    """A PostgreSQL connection that commits each statement alone, and is closed afterwards.
 
     No search path is set for its statements, so they must name their tables with the schema.
     """
-    connection = engine.connect()
-    # on the connection, because an engine's own isolation level would override another engine's
-    connection.execution_options(isolation_level="AUTOCOMMIT", **options_of(None))
-    connection.detach()
-    return connection
+    with closed_after(engine) as connection:
+        # on the connection, because an engine's own isolation level would override another engine's
+        connection.execution_options(isolation_level="AUTOCOMMIT", **options_of(None))
+        yield connection
 
 
 def require_utf8(connection: Connection) -> None:

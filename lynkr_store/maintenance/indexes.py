@@ -15,7 +15,7 @@ from lynkr_store.db import catalogue
 from lynkr_store.db.dialect import backend_of, driver_of, writing
 from lynkr_store.db.errors import sqlstate_of, translated
 from lynkr_store.db.models import INDEXES, PROGRESS, TELEMETRY
-from lynkr_store.db.postgresql import by_itself, is_direct
+from lynkr_store.db.postgresql import by_itself, closed_after, is_direct
 from lynkr_store.migrate.comparison import missing_indexes
 from lynkr_store.migrate.lock import is_in_the_way, pause
 from lynkr_store.storage.write_lock import GAP_S
@@ -165,11 +165,10 @@ def _build_lock(engine: Engine, deadline: float) -> Iterator[bool]:
     takes none, and each statement here uses the simple protocol, which leaves no portal open.
     """
     wait_s = max(_LEAST_WAIT_S, deadline - time.monotonic())
-    with engine.connect() as connection:
+    with closed_after(engine) as connection:
         connection.execution_options(
             isolation_level="READ COMMITTED"
         )  # whatever a host's engine sets
-        connection.detach()
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(wait_s * 1000)}")
         if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_SINCE:

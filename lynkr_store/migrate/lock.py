@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, writing
 from lynkr_store.db.errors import is_busy, sqlstate_of
-from lynkr_store.db.postgresql import make_schema, require_schema, schema_of
+from lynkr_store.db.postgresql import closed_after, make_schema, require_schema, schema_of
 from lynkr_store.db.sqlite import ensure_begun
 from lynkr_store.db.urls import is_memory
 from lynkr_store.exceptions import UpgradeTimeout
@@ -100,11 +100,10 @@ def _in_turn(engine: Engine, body: Callable[[Connection], None], deadline: float
     The lock is polled for, each time in a new transaction: a statement that waits for it would
     hold a snapshot, and CREATE INDEX CONCURRENTLY waits for snapshots.
     """
-    with engine.connect() as connection:  # a writing connection would require the schema
+    with closed_after(engine) as connection:  # a writing connection would require the schema
         connection.execution_options(
             isolation_level="READ COMMITTED"
         )  # a host may have set another
-        connection.detach()
         while not _had_turn(connection, engine, body, deadline):
             time.sleep(_POLL_S)
 

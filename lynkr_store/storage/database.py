@@ -54,10 +54,13 @@ class Database(Forkable):
         engine: The host's own Engine, which is used and left open. Before a fork, and when an
             SQLite file was removed, its idle connections are closed.
         read_only: Alter nothing; a gateway's file is read as it is.
+        connections: PostgreSQL: the most connections of ``engine``, unless it is the host's.
 
     Attributes:
         engine: For reading.
         writing: The same for Sessions that write.
+        of_writer: The engine of the writer's thread. On PostgreSQL it has one connection of its
+            own, so that the writer never waits for readers, unless the engine is the host's.
         missing_columns: Read-only: columns of this release that the file lacks, read as NULL.
     """
 
@@ -67,6 +70,7 @@ class Database(Forkable):
         engine: Engine | None = None,
         *,
         read_only: bool = False,
+        connections: int | None = None,
     ) -> None:
         self._owned = engine is None
         self.read_only = read_only
@@ -76,18 +80,30 @@ class Database(Forkable):
         elif read_only and parse_url(settings.url).get_backend_name() == Backend.SQLITE:
             self.engine, self.missing_columns = open_read_only(settings)
         else:
-            self.engine = _own_engine(settings, read_only=read_only)
-        if self._owned:
-            set_policy(self.engine, policy_of(settings))
+            most = settings.read_connections if connections is None else connections
+            self.engine = _own_engine(settings, most, read_only=read_only)
         self.backend = backend_of(self.engine)
+        self.of_writer = self.engine
+        if self._owned and self.backend is Backend.POSTGRESQL and not read_only:
+            self.of_writer = _own_engine(settings, 1, read_only=False)
+        if self._owned:
+            for each in self._engines:
+                set_policy(each, policy_of(settings))
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
-        self.writing = writing(self.engine)
-        if self.backend is Backend.POSTGRESQL:
-            # whatever a host's engine is set to: a batch is one transaction, and its second try
-            # must see what the first committed meanwhile
-            self.writing = self.writing.execution_options(isolation_level="READ COMMITTED")
+        self.writing = self._to_write(self.engine)
         self._reset()
+
+    @property
+    def _engines(self) -> tuple[Engine, ...]:
+        return tuple(dict.fromkeys((self.engine, self.of_writer)))
+
+    def _to_write(self, engine: Engine) -> Engine:
+        if self.backend is Backend.SQLITE:
+            return writing(engine)
+        # whatever a host's engine is set to: a batch is one transaction, and its second try must
+        # see what the first committed meanwhile
+        return writing(engine).execution_options(isolation_level="READ COMMITTED")
 
     def _reset(self) -> None:
         self._opened = False
@@ -109,8 +125,12 @@ class Database(Forkable):
         """Whether the schema was found to be this release's, in the file that is still there."""
         return self._opened and not self._file.is_other()
 
-    def open(self, *, patience_s: float = -1) -> None:
+    def open(self, *, patience_s: float = -1, engine: Engine | None = None) -> None:
         """Make sure once that the schema is this release's; create, adopt or upgrade it if so set.
+
+        Args:
+            patience_s: Seconds to wait for another thread that opens it, after which this one does.
+            engine: `of_writer`, if the writer's thread opens it.
 
         Raises:
             StoreUnavailable: The database cannot be reached, or the file is none.
@@ -127,7 +147,7 @@ class Database(Forkable):
             if not self._opened:
                 before = self._file.forget()
                 with translated(of_rows=False):
-                    self._check_schema()
+                    self._check_schema(engine or self.engine)
                 if not self._file.remember(before):
                     self._lose_file()
                     raise StoreUnavailable("the file was removed or replaced while it was opened")
@@ -190,13 +210,13 @@ class Database(Forkable):
                 self.check_again()
             raise
 
-    def _check_schema(self) -> None:
+    def _check_schema(self, engine: Engine) -> None:
         if self.read_only and self.backend is Backend.SQLITE:
-            with self.connected(self.engine) as connection:
+            with self.connected(engine) as connection:
                 revisions.standing(connection)  # its view has what is missing
             return
         try:
-            with self.connected(self.engine) as connection:
+            with self.connected(engine) as connection:
                 require_utf8(connection)
                 if not self._opened_once and (foreign := revisions.foreign_owners(connection)):
                     say(logging.WARNING, "%s", " ".join(foreign))
@@ -209,24 +229,28 @@ class Database(Forkable):
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # it was downgraded on purpose while this store was in use
-            with self.closed_if_disposed():
-                bring_to(self.engine, wait_s=_UPGRADE_WAIT_S)
+            with self.closed_if_disposed(engine):
+                bring_to(engine, wait_s=_UPGRADE_WAIT_S)
         except DatabaseError as error:
             if is_no_database(error):
                 raise StoreUnavailable(
-                    f"url: {self.engine.url.database} is not an SQLite database; give another path"
+                    f"url: {engine.url.database} is not an SQLite database; give another path"
                 ) from error
             raise
 
     @contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self, engine: Engine | None = None) -> Iterator[Connection]:
         """A transaction that reads."""
-        with self.connected(self.engine) as connection, connection.begin():
+        with self.connected(engine or self.engine) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def write_transaction(
-        self, expected_s: float = 0.02, *, wal_pages: int = WAL_PAGES
+        self,
+        expected_s: float = 0.02,
+        *,
+        wal_pages: int = WAL_PAGES,
+        engine: Engine | None = None,
     ) -> Iterator[Connection]:
         """A transaction that may write, which is committed at the end.
 
@@ -236,12 +260,13 @@ class Database(Forkable):
         Args:
             expected_s: Seconds for which the lock will be held, about: as long as the last time.
             wal_pages: Pages in SQLite's WAL from which on the commit moves them to the file.
+            engine: `of_writer`, if the writer's thread asks.
 
         Raises:
             OutcomeUnknown: The connection was lost while the commit was under way.
         """
         lock = self._write_lock
-        engine = writing_at_once(self.engine) if lock else self.writing
+        engine = writing_at_once(self.engine) if lock else self._to_write(engine or self.engine)
         with lock.turn() if lock else nullcontext(), self.connected(engine) as connection:
             if lock:
                 lock.begin(connection, expected_s, wal_pages)
@@ -273,7 +298,7 @@ class Database(Forkable):
             StoreUnavailable: The file that was opened is gone.
         """
         self.require_file()
-        with self.closed_if_disposed(), engine.connect() as connection:
+        with self.closed_if_disposed(engine), engine.connect() as connection:
             try:
                 yield connection
             except Exception as error:
@@ -282,21 +307,22 @@ class Database(Forkable):
                 raise
 
     @contextmanager
-    def closed_if_disposed(self) -> Iterator[None]:
+    def closed_if_disposed(self, engine: Engine | None = None) -> Iterator[None]:
         """Close connections taken inside at the end, if the engine was disposed meanwhile.
 
         Disposing an engine, by `dispose` or by the host whose engine it is, closes idle
         connections; one in use goes back to a pool that the engine no longer has.
         """
-        pool, process = self.engine.pool, os.getpid()
+        engine = engine or self.engine
+        pool, process = engine.pool, os.getpid()
         try:
             yield
         finally:
             # In a child of a fork, what the old pool has is the parent's, and stays open.
-            if self.engine.pool is not pool and os.getpid() == process:
+            if engine.pool is not pool and os.getpid() == process:
                 pool.dispose()
             if self._disposed:
-                self.engine.pool.dispose()  # of a connection that was made afterwards
+                engine.pool.dispose()  # of a connection that was made afterwards
 
     def _lose_file(self) -> None:
         """Start with the file that the path names by now: the opened one is gone from there."""
@@ -309,7 +335,7 @@ class Database(Forkable):
         self._reset()
 
     def dispose(self) -> None:
-        """Close the engine's connections, unless it is the host's.
+        """Close the engines' connections, unless they are the host's.
 
         A thread of its own does it. What a signal's handler raises comes up in the main thread, at
         a moment at which the pool's lock, a `threading.Condition`, can stay held; the next call,
@@ -318,19 +344,25 @@ class Database(Forkable):
         self._disposed = self._owned
         if not self._owned:
             return
-        thread = start_thread(self.engine.dispose, "dispose")
+        thread = start_thread(self._dispose_engines, "dispose")
         if thread is None:
-            self.engine.dispose()
+            self._dispose_engines()
         else:
             thread.join()
 
+    def _dispose_engines(self) -> None:
+        for engine in self._engines:
+            engine.dispose()
 
-def _own_engine(settings: StoreSettings, *, read_only: bool) -> Engine:
+
+def _own_engine(settings: StoreSettings, connections: int, *, read_only: bool) -> Engine:
     engine = create_store_engine(
         settings.url,
         connect_timeout_s=settings.connect_timeout_s,
         statement_timeout_s=settings.statement_timeout_s,
         schema=settings.schema_name,
+        connections=connections,
+        idle_connection_s=settings.idle_connection_s,
         echo=settings.echo,
     )
     return engine.execution_options(postgresql_readonly=True) if read_only else engine

@@ -47,6 +47,7 @@ class DatabaseSink(Forkable):
 
     def __init__(self, database: Database, clock: Callable[[], int]) -> None:
         self._database = database
+        self._engine = database.of_writer
         self._clock = clock
         self.on_written: Callable[[int], None] = lambda _: None
         self._reset()
@@ -68,13 +69,13 @@ class DatabaseSink(Forkable):
         """
         with translated():
             try:
-                self._database.open(patience_s=_OPEN_WAIT_S)
+                self._open()
                 refused = self._whole_or_parts(batch_id, rows)
             except DBAPIError as error:
                 if fault_of(error) is Fault.UNCLEAR:
                     # the schema may have been changed: check it again, to name the remedy
                     self._database.forget_schema()
-                    with self._database.read() as connection:
+                    with self._database.read(self._engine) as connection:
                         words = hindrance(connection)
                     if words:
                         raise_alone(StoreUnavailable(words))
@@ -91,10 +92,13 @@ class DatabaseSink(Forkable):
             StoreUnavailable: The database cannot be reached.
         """
         with translated():
-            self._database.open(patience_s=_OPEN_WAIT_S)
-            with self._database.read() as connection:
+            self._open()
+            with self._database.read(self._engine) as connection:
                 before = connection.scalar(select(progress.value_of(FORGOTTEN)))
         return before is not None and at_ms - DAY_MS < before  # a day for clocks that are set
+
+    def _open(self) -> None:
+        self._database.open(patience_s=_OPEN_WAIT_S, engine=self._engine)
 
     def _whole_or_parts(self, batch_id: str, rows: Sequence[Row]) -> Counter[str]:
         if batch_id != self._batch:
@@ -113,7 +117,9 @@ class DatabaseSink(Forkable):
     ) -> Counter[str] | None:
         """Store a batch, or a part of one, in one transaction; None where it must go in parts."""
         wal_pages = MANY_WAL_PAGES if len(rows) >= _MANY_ROWS else WAL_PAGES
-        transaction = self._database.write_transaction(self._held_s, wal_pages=wal_pages)
+        transaction = self._database.write_transaction(
+            self._held_s, wal_pages=wal_pages, engine=self._engine
+        )
         with transaction as connection:
             began = time.monotonic()
             if of:

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
@@ -13,7 +12,7 @@ from lynkr_store.cache import cached
 from lynkr_store.db.dialect import parse_url, writing
 from lynkr_store.db.engines import check_host_engine, create_store_async_engine, in_schema
 from lynkr_store.db.errors import translated
-from lynkr_store.db.event_loops import EnginePerLoop, Engines, HostsEngine
+from lynkr_store.db.event_loops import Engines, HostsEngine, OneLoopsEngine
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import BadArgument, LynkrStoreError
 from lynkr_store.ingest.validation import policy_of
@@ -53,13 +52,18 @@ _THREADS: Final = 4
 """Threads that read an SQLite database for coroutines: with the writer thread's connection they use
 the five connections that the engine keeps. Another four add records, and may wait for the lock."""
 
+_UPKEEP: Final = 2
+"""PostgreSQL connections for what no event loop does: maintenance, of which building an index takes
+two, the probe, and the calls of further event loops."""
+
 
 class AsyncStore(Core):
     """`Store` for asyncio: the same names, with ``await``; `record` stays a plain call.
 
-    Any number of event loops may use it. On PostgreSQL it reads through psycopg, with connections
-    for each loop; on SQLite it reads in a few threads of its own. It writes as `Store` does, in the
-    writer's thread on a connection of its own. Other calls that wait also run in threads of the
+    Any number of event loops may use it. On PostgreSQL it reads through psycopg's asynchronous
+    connections, which belong to the first loop that reads, until that loop ends. For other loops
+    meanwhile, and on SQLite, it reads in a few threads of its own. It writes as `Store` does, in
+    the writer's thread on a connection of its own. Other calls that wait also run in threads of the
     store: the event loop's default executor is not used, because other code may fill it.
 
     Args:
@@ -91,12 +95,13 @@ class AsyncStore(Core):
             if read_only:
                 raise BadArgument("read_only: give a url, not an engine")
             url = _shareable_url(engine)
-        super().__init__(url, None, settings, clock, read_only=read_only)
+        super().__init__(url, None, settings, clock, read_only=read_only, connections=_UPKEEP)
         self._engines: Engines | None = None
         if engine is not None and self._settings.enabled:
             self._engines = HostsEngine(self._prepared(engine))
         elif self._database.backend is Backend.POSTGRESQL:
-            self._engines = EnginePerLoop(partial(_new_engine, self._settings, read_only=read_only))
+            own = _new_engine(self._settings, read_only=read_only)
+            self._engines = OneLoopsEngine(own, self._settings.idle_connection_s)
             on_fork(self._engines)
         self._opening = SharedCall("open")
         self._reading = Workers(_THREADS, "read")
@@ -270,10 +275,13 @@ class AsyncStore(Core):
 
     async def add_many(self, records: Iterable[RoutingEvent | Mapping[str, Any]]) -> int:
         """See `Store.add_many`."""
-        if self._database.backend is Backend.SQLITE:  # aiosqlite would log the values
+        engine = None
+        if self._database.backend is not Backend.SQLITE:  # aiosqlite would log the values
+            engine = await self._engine()
+        if engine is None:
             return await self._adding.run(self._do_add_many, records)
         add = partial(self._answer, lambda r: r.add_many(records))
-        return await self._run(add, to_write=True)
+        return await self._run(engine, add, to_write=True)
 
     async def cleanup(
         self, older_than: timedelta = timedelta(days=30), *, trust_clock: bool = False
@@ -313,22 +321,32 @@ class AsyncStore(Core):
         return self._health()
 
     async def _read(self, body: Callable[[RoutingRepository], _T]) -> _T:
-        if self._engines is None:
+        engine = await self._engine()
+        if engine is None:
             return await self._reading.run(self._do_read, body)
-        return await self._run(partial(self._answer, body))
+        return await self._run(engine, partial(self._answer, body))
 
     async def _follow(self, follower: Follower, tail: Tail | None) -> Page:
-        if self._engines is None:
+        engine = await self._engine()
+        if engine is None:
             return await self._reading.run(self._do_follow, follower, tail)
-        return await self._run(partial(self._page, follower, tail))
+        return await self._run(engine, partial(self._page, follower, tail))
 
-    async def _run(self, task: Callable[[Session], _T], *, to_write: bool = False) -> _T:
+    async def _engine(self) -> "AsyncEngine | None":
+        """The engine that the running loop may use; None if it has to use a thread."""
+        return None if self._engines is None else await self._engines.engine()
+
+    async def _run(
+        self,
+        engine: "AsyncEngine",
+        task: Callable[[Session], _T],
+        *,
+        to_write: bool = False,
+    ) -> _T:
         """Run the task in one transaction, and commit it when the task returns."""
         from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415 - needs the extra
 
-        assert self._engines  # noqa: S101 - PostgreSQL's, or the host's
         await self._be_open(to_write=to_write)
-        engine = await self._engines.engine()
         pool = engine.pool
         try:
             with translated():
@@ -359,6 +377,7 @@ def _new_engine(settings: StoreSettings, *, read_only: bool) -> "AsyncEngine":
         connect_timeout_s=settings.connect_timeout_s,
         statement_timeout_s=settings.statement_timeout_s,
         schema=settings.schema_name,
+        connections=settings.read_connections - _UPKEEP,
         echo=settings.echo,
     )
     if read_only:

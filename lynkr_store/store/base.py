@@ -80,6 +80,7 @@ class Core:
         clock: Callable[[], int] | None,
         *,
         read_only: bool = False,
+        connections: int | None = None,
     ) -> None:
         if url is not None and engine is not None:
             raise BadArgument("url, engine: give one of the two")
@@ -95,7 +96,7 @@ class Core:
         self._clock = epoch_ms_now if clock is None else checked_clock(clock)
         self._policy = policy_of(settings)
         self._plain = settings.enabled and not settings.strict
-        self._database = Database(settings, engine, read_only=read_only)
+        self._database = Database(settings, engine, read_only=read_only, connections=connections)
         self._sink = DatabaseSink(self._database, self._clock)
         make_spool = None
         if settings.spool_path and not read_only:

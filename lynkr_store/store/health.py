@@ -15,6 +15,7 @@ from lynkr_store.db import catalogue
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
+from lynkr_store.db.pools import is_full
 from lynkr_store.exceptions import StoreUnavailable
 from lynkr_store.maintenance import retention_sql
 from lynkr_store.migrate import revisions
@@ -136,6 +137,8 @@ def _look(database: Database) -> Look:
         path = Path(engine.url.database)
         if identity_of(path) is None and "uri" not in engine.url.query:
             raise StoreUnavailable(f"{path} does not exist; the store creates it on first use")
+    if is_full(engine):  # busy readers are no outage: take the writer's, between two batches
+        engine = database.of_writer
     with database.connected(engine) as connection:
         revision = revisions.current(connection)
         there = catalogue.tables(connection, (TELEMETRY.name, PROGRESS.name))

@@ -259,7 +259,7 @@ MOMENT = """
                 if "sqlite" not in url:
                     forked.wait(60)
 
-        engine = store._database.engine
+        engine = store._database.of_writer
         for name in ("begin", "before_cursor_execute", "after_cursor_execute", "savepoint",
                      "release_savepoint", "commit"):
             event.listen(engine, name, on)

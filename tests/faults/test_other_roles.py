@@ -407,7 +407,7 @@ def test_a_temporary_table_of_the_session_hides_none_of_the_stores(postgres_url,
             if kind == "sync"
             else Asynchronous(AsyncStore(settings=settings), runner)
         )
-        engines = [store._database.engine]
+        engines = [store._database.engine, store._database.of_writer]
         if kind == "async":
             engines.append(store._engines._spare[0].sync_engine)
         for engine in engines:

@@ -199,7 +199,7 @@ def test_texts_that_are_not_captured_are_in_no_file_and_no_line(
 
     with Store(settings=settings) as store:
 
-        @event.listens_for(store.engine, "before_cursor_execute")
+        @event.listens_for(store._database.of_writer, "before_cursor_execute")
         def on_execute(connection, cursor, statement, parameters, context, executemany):
             assert TEXT not in repr(parameters)
             look()  # while a transaction is under way

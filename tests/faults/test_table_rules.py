@@ -388,10 +388,10 @@ def test_a_table_that_returns_during_the_diagnosis_costs_no_row(postgres):
         assert store.flush(30)
         execute(engine, *VIEW)
 
-        @event.listens_for(store.engine, "handle_error")
+        @event.listens_for(store._database.of_writer, "handle_error")
         def back(context):
             if context.original_exception.sqlstate == "42P01":
-                event.remove(store.engine, "handle_error", back)
+                event.remove(store._database.of_writer, "handle_error", back)
                 execute(engine, "ALTER TABLE base RENAME TO routing_telemetry")
 
         assert store.record(provider="p", tier="T")

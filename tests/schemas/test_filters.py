@@ -169,6 +169,8 @@ ENDS = {
     "text_retention_days": (5e-324, 36_525),
     "rollup_retention_days": (5e-324, 36_525),
     "maintenance_interval_s": (0.001, 31_622_400),
+    "read_connections": (3, 10_000),
+    "idle_connection_s": (0.1, 31_622_400),
     "connect_timeout_s": (1, 31_622_400),
     "statement_timeout_s": (0.001, 2_147_483),
 }
