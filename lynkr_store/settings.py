@@ -121,6 +121,10 @@ class DatabaseSettings(_Settings):
 
     url: Annotated[str, Field(repr=False)] = DEFAULT_URL
     """The database: ``sqlite:///path``, ``sqlite://`` (in memory) or ``postgresql://…``."""
+    migrate_url: Annotated[str | None, Field(repr=False)] = None
+    """PostgreSQL: another URL of the same database, for changes of the schema alone: if ``url``
+    leads to a pooler, or its role may not create tables. Where an argument gives ``url``, the
+    environment's is not used."""
     schema_name: Annotated[
         str | None,
         Field(validation_alias="LYNKR_STORE_SCHEMA"),
@@ -128,6 +132,13 @@ class DatabaseSettings(_Settings):
     ] = None
     """PostgreSQL: the schema that holds all of the store's tables, created if permitted. None or
     ``""``: the server's search_path decides. Environment variable: ``LYNKR_STORE_SCHEMA``."""
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            if "url" in values:  # the environment's would lead to another database
+                values.setdefault("migrate_url", None)
+            super().__init__(**values)
 
 
 class TextSettings(_Settings):

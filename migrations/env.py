@@ -5,17 +5,16 @@ It does not configure logging. If the library itself runs the upgrade, it uses t
 """
 
 import logging
-import os
 from configparser import InterpolationError
 from contextlib import nullcontext
 from typing import Any
 
 from alembic import command, context
-from sqlalchemy import Connection
+from sqlalchemy import URL, Connection
 
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.dialect import disposing, parse_url
+from lynkr_store.db.dialect import disposing, parse_url, url_to_migrate
 from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.postgresql import require_utf8, schema_of, script_lines, within
 from lynkr_store.db.sqlite import ensure_begun
@@ -42,9 +41,13 @@ revisions = [(module, module.upgrade, module.downgrade) for module in modules]
 """The unwrapped functions: a migration that a lock blocks is tried again, and wraps them again."""
 
 
-def _url() -> str:
-    given = context.get_x_argument(as_dictionary=True).get("url")
-    return given or os.environ.get("LYNKR_STORE_URL") or _url_of_ini_file()
+def _url() -> str | URL:
+    if given := context.get_x_argument(as_dictionary=True).get("url"):
+        return given
+    settings = DatabaseSettings()
+    if settings.model_fields_set & {"url", "migrate_url"}:
+        return url_to_migrate(settings)
+    return _url_of_ini_file()
 
 
 def _url_of_ini_file() -> str:

@@ -21,7 +21,7 @@ from rich.console import Console
 from sqlalchemy import Engine
 
 from lynkr_store.cli import progress, render
-from lynkr_store.db.dialect import disposing, parse_url
+from lynkr_store.db.dialect import disposing, parse_url, url_to_migrate
 from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.errors import translated
 from lynkr_store.db.urls import file_of
@@ -178,7 +178,7 @@ def upgrade(
     ] = False,
 ) -> None:
     """Create, adopt or upgrade the database's schema."""
-    settings = DatabaseSettings(**_place(url, schema))
+    settings = _to_migrate(url, schema)
     if sql:
         _show_script(settings, revision, down=False)
         return
@@ -218,7 +218,7 @@ def downgrade(
     sql: _Sql = False,
 ) -> None:
     """Undo revisions."""
-    settings = DatabaseSettings(**_place(url, schema))
+    settings = _to_migrate(url, schema)
     if sql:
         _show_script(settings, revision, down=True)
         return
@@ -544,6 +544,13 @@ def _place(url: str | None, schema: str | None) -> dict[str, Any]:
     """The options that were given, which override the environment's."""
     given = {"url": url or None, "schema_name": schema}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _to_migrate(url: str | None, schema: str | None) -> DatabaseSettings:
+    """The options of a change of the schema; the URL that was given is also the one to migrate."""
+    settings = DatabaseSettings(**_place(url, schema))
+    text = url_to_migrate(settings).render_as_string(hide_password=False)
+    return settings.model_copy(update={"url": text})
 
 
 def _store_settings(url: str | None, schema: str | None) -> StoreSettings:

@@ -14,8 +14,10 @@ from lynkr_store.db.urls import (
     read_url,
 )
 from lynkr_store.exceptions import (
+    BadArgument,
     UnsupportedDatabase,
 )
+from lynkr_store.settings import DatabaseSettings
 
 BEGIN: Final = "lynkr_store_begin"  # the execution option that chooses SQLite's BEGIN
 AT_ONCE: Final = "lynkr_store_at_once"  # the option that makes it fail instead of waiting
@@ -48,6 +50,39 @@ def parse_url(url: str | Path | URL) -> URL:
     if path and not path.startswith("file:"):
         parsed = parsed.set(database=str(Path(path).absolute()))
     return parsed
+
+
+def checked_migrate_url(migrate_url: str | None, backend: Backend) -> URL | None:
+    """The URL for changes of the schema of a database of this backend; None if none was given.
+
+    Raises:
+        BadArgument: It, or the database, is not PostgreSQL's.
+    """
+    if not migrate_url:
+        return None
+    try:
+        url = parse_url(migrate_url)
+    except BadArgument as error:
+        raise type(error)(f"migrate_{error}") from None
+    if backend != Backend.POSTGRESQL or url.get_backend_name() != Backend.POSTGRESQL:
+        raise BadArgument(
+            "migrate_url: it is for PostgreSQL, as another URL of the database that url leads to; "
+            f"url leads to {backend.value}, and migrate_url to {url.get_backend_name()}"
+        )
+    return url
+
+
+def url_to_migrate(settings: DatabaseSettings) -> URL:
+    """The URL by which the schema is changed: ``migrate_url``, else ``url``.
+
+    Raises:
+        UnsupportedDatabase: Not a URL, another database, or a driver that is not supported.
+        BadArgument: The two lead to databases of different kinds.
+    """
+    url = parse_url(settings.url)
+    given = "url" in settings.model_fields_set  # else it need not be there to migrate
+    backend = backend_named(url.get_backend_name()) if given else Backend.POSTGRESQL
+    return checked_migrate_url(settings.migrate_url, backend) or url
 
 
 def backend_of(engine: Engine | Connection) -> Backend:

@@ -12,7 +12,14 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DatabaseError, DBAPIError
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.dialect import backend_of, parse_url, writing, writing_at_once
+from lynkr_store.db.dialect import (
+    backend_of,
+    checked_migrate_url,
+    disposing,
+    parse_url,
+    writing,
+    writing_at_once,
+)
 from lynkr_store.db.engines import check_host_engine, create_store_engine, in_schema
 from lynkr_store.db.errors import is_busy, is_no_database, translated
 from lynkr_store.db.forking import keep_out_of_children
@@ -83,6 +90,8 @@ class Database(Forkable):
             most = settings.read_connections if connections is None else connections
             self.engine = _own_engine(settings, most, read_only=read_only)
         self.backend = backend_of(self.engine)
+        self._migrate_url = checked_migrate_url(settings.migrate_url, self.backend)
+        self._schema_name = settings.schema_name
         self.of_writer = self.engine
         if self._owned and self.backend is Backend.POSTGRESQL and not read_only:
             self.of_writer = _own_engine(settings, 1, read_only=False)
@@ -229,14 +238,35 @@ class Database(Forkable):
         except SchemaBehind:
             if self.read_only or not self._upgrade or self._opened_once:
                 raise  # it was downgraded on purpose while this store was in use
-            with self.closed_if_disposed(engine):
-                bring_to(engine, wait_s=_UPGRADE_WAIT_S)
+            self._upgrade_by(engine)
         except DatabaseError as error:
             if is_no_database(error):
                 raise StoreUnavailable(
                     f"url: {engine.url.database} is not an SQLite database; give another path"
                 ) from error
             raise
+
+    def _upgrade_by(self, engine: Engine) -> None:
+        if self._migrate_url is None:
+            with self.closed_if_disposed(engine):
+                bring_to(engine, wait_s=_UPGRADE_WAIT_S)
+            return
+        try:
+            with (
+                translated(of_rows=False),
+                disposing(
+                    create_store_engine(self._migrate_url, schema=self._schema_name)
+                ) as other,
+            ):
+                bring_to(other, wait_s=_UPGRADE_WAIT_S)
+        except StoreUnavailable as error:
+            raise StoreUnavailable(f"migrate_url: {error}") from error
+        with self.connected(engine) as connection:
+            if revisions.standing(connection).revision is None:
+                raise SchemaBehind(
+                    "migrate_url: the database that it leads to was upgraded, and the one that url "
+                    "leads to was not: give URLs of one database"
+                )
 
     @contextmanager
     def read(self, engine: Engine | None = None) -> Iterator[Connection]:

@@ -59,6 +59,7 @@ _T = TypeVar("_T")
 
 _NOTHING: Final = {  # the options of a store that is not enabled
     "url": "sqlite://",
+    "migrate_url": None,
     "schema_name": None,
     "spool_path": None,
     "handle_sigterm": False,
@@ -88,7 +89,7 @@ class Core:
         if not isinstance(settings, StoreSettings):
             raise BadArgument("settings: give a StoreSettings")
         if url is not None:
-            settings = settings.model_copy(update={"url": url_text(url)})
+            settings = settings.model_copy(update={"url": url_text(url), "migrate_url": None})
         if not settings.enabled:
             settings, engine = settings.model_copy(update=_NOTHING), None
             read_only = False
