@@ -347,6 +347,9 @@ def health_table(health: Health) -> Table:
     table = _table("", _VALUE)
     table.add_row("backend", health.backend)
     table.add_row("reachable", "yes" if health.reachable else "no")
+    if health.server is not None:
+        table.add_row("server", _printable(health.server))
+        table.add_row("takes writes", "yes" if health.writable else "no")
     table.add_row("revision", _printable(health.revision))
     table.add_row("this release's", health.head)
     for name, size in (

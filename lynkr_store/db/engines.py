@@ -9,6 +9,7 @@ from sqlalchemy.pool import SingletonThreadPool
 from lynkr_store.backend import Backend
 from lynkr_store.db import psycopg_async
 from lynkr_store.db.dialect import backend_named, parse_url
+from lynkr_store.db.failover import leave_read_only
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.db.pools import WAIT_S, AsyncBoundedPool, BoundedPool, IdleCloser
 from lynkr_store.db.postgresql import (
@@ -224,4 +225,5 @@ def _listen(engine: Engine) -> None:
         event.listen(engine, "begin", on_begin)
     else:
         event.listen(engine, "begin", set_up_transaction)
+        leave_read_only(engine)
     keep_out_of_children(engine)

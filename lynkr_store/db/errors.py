@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 )
 
 from lynkr_store.backend import VERSION_TABLE
+from lynkr_store.db.failover import READ_ONLY
 from lynkr_store.db.models import Base
 from lynkr_store.exceptions import SchemaError, StoreUnavailable, raise_alone
 
@@ -87,6 +88,11 @@ _MISSING: Final = (
 _NONE_FREE: Final = (
     "all connections were in use for too long: allow more (LYNKR_STORE_READ_CONNECTIONS, or the "
     "pool_size of your own engine), or read less at a time"
+)
+_TAKES_NO_WRITES: Final = (
+    "the server takes no writes (read-only transaction): it is a standby, or "
+    "default_transaction_read_only is on. Promote it or switch that off; with several servers, "
+    "name all of them (?host=h1:5432&host=h2:5432&target_session_attrs=read-write)"
 )
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
@@ -241,10 +247,12 @@ def _words_of_code(driver: Any, *, of_rows: bool) -> tuple[str, bool]:
 def _words_of_state(error: DBAPIError, line: str, *, of_rows: bool) -> tuple[str, bool]:
     driver: Any = error.driver_exception
     state, diagnosis = driver.sqlstate, driver.diag
+    if state == READ_ONLY:
+        return _TAKES_NO_WRITES, not diagnosis.context
     if not state:  # psycopg's own: the connection failed, or it cannot send or read a value
         own = isinstance(error, OperationalError | InterfaceError)
         if own and driver.pgconn is not None:  # an attempt to connect failed
-            line = f"{line}; {_CHECK_URL}"
+            line = f"{_of_each_host(error) or line}; {_CHECK_URL}"
         return (line, True) if own else (type(driver).__name__, False)
     database = state.startswith(_DATABASE_STATES)
     # COPY repeats the row's line in the context, but not in the message of a database's error; any
@@ -254,3 +262,9 @@ def _words_of_state(error: DBAPIError, line: str, *, of_rows: bool) -> tuple[str
     if not bare or (of_rows and not state.startswith(_SAID_STATES)):
         return f"{type(driver).__name__} ({state})", False
     return line, database and not diagnosis.context
+
+
+def _of_each_host(error: DBAPIError) -> str:
+    """Why each of several hosts was not connected to, as psycopg lists it below the last reason."""
+    lines = str(error.orig).splitlines()
+    return "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))

@@ -86,6 +86,12 @@ class Health(FrozenOutput):
     """The revision that this release works with."""
     reachable: bool
     """Whether the last probe reached the database."""
+    server: str | None = None
+    """PostgreSQL: the server that answered the last probe, as ``host:port``, or a pooler in front
+    of it; None before the first. The writer may be connected to another one of the URL's hosts."""
+    writable: bool | None = None
+    """PostgreSQL: whether that server takes writes; False on a standby, or if its
+    ``default_transaction_read_only`` is on. None before the first probe."""
     probe_age_s: float | None
     """Seconds since the last probe; None before the first."""
     last_error: str | None

@@ -17,7 +17,9 @@ from sqlalchemy.exc import DBAPIError
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.errors import sqlstate_of
+from lynkr_store.db.failover import READ_ONLY
 from lynkr_store.db.models import TELEMETRY
+from lynkr_store.db.postgresql import SETTINGS
 from lynkr_store.db.sqlite import overwriting
 from lynkr_store.ingest.batch import Row, RowBatch
 from lynkr_store.ingest.gil import long_call
@@ -186,8 +188,11 @@ def _copy(connection: Connection, rows: RowBatch) -> int:
 def _is_lost(connection: Connection, error: Any) -> bool:
     """Whether the error means that the connection is lost, although the driver may not know yet.
 
-    The server ended the session, or the error is the driver's own, about a closed socket.
+    The server ended the session, or the error is the driver's own, about a closed socket. On the
+    store's engine also if the server is read-only; see `lynkr_store.db.failover`.
     """
+    if error.sqlstate == READ_ONLY and SETTINGS in connection.get_execution_options():
+        return True
     own = isinstance(error, connection.dialect.loaded_dbapi.OperationalError)
     return error.diag.severity_nonlocalized in _ENDS_SESSION or (own and error.sqlstate is None)
 

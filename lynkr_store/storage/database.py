@@ -22,6 +22,7 @@ from lynkr_store.db.dialect import (
 )
 from lynkr_store.db.engines import check_host_engine, create_store_engine, in_schema
 from lynkr_store.db.errors import is_busy, is_no_database, translated
+from lynkr_store.db.failover import read_anywhere
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.db.models import LEDGER, TELEMETRY
 from lynkr_store.db.postgresql import require_utf8
@@ -96,6 +97,8 @@ class Database(Forkable):
         if self._owned and self.backend is Backend.POSTGRESQL and not read_only:
             self.of_writer = _own_engine(settings, 1, read_only=False)
         if self._owned:
+            if self.backend is Backend.POSTGRESQL:
+                read_anywhere(self.engine)
             for each in self._engines:
                 set_policy(each, policy_of(settings))
         upgrade = settings.upgrade_on_open

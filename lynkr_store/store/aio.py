@@ -14,6 +14,7 @@ from lynkr_store.db.dialect import parse_url, writing
 from lynkr_store.db.engines import check_host_engine, create_store_async_engine, in_schema
 from lynkr_store.db.errors import translated
 from lynkr_store.db.event_loops import Engines, HostsEngine, OneLoopsEngine
+from lynkr_store.db.failover import read_anywhere
 from lynkr_store.db.forking import keep_out_of_children
 from lynkr_store.exceptions import BadArgument, LynkrStoreError
 from lynkr_store.ingest.validation import policy_of
@@ -383,6 +384,7 @@ def _new_engine(settings: StoreSettings, *, read_only: bool) -> "AsyncEngine":
     )
     if read_only:
         engine = engine.execution_options(postgresql_readonly=True)
+    read_anywhere(engine.sync_engine)
     set_policy(engine.sync_engine, policy_of(settings))
     return engine
 

@@ -361,6 +361,8 @@ class Core:
             revision=look and look.revision,
             head=revisions.head(),
             reachable=self._probe.reachable,
+            server=look and look.server,
+            writable=look and look.writable,
             probe_age_s=looked and now - looked.at,
             last_error=error,
             last_error_age_s=None if at is None else now - at,

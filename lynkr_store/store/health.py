@@ -12,7 +12,7 @@ from sqlalchemy.exc import DataError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.dialect import backend_of
+from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
 from lynkr_store.db.pools import is_full
@@ -41,6 +41,8 @@ class Look(NamedTuple):
     reclaimable_bytes: int | None
     oldest: datetime | None
     rollup_lag: int | None
+    server: str | None
+    writable: bool | None
 
 
 class Looked(NamedTuple):
@@ -140,6 +142,7 @@ def _look(database: Database) -> Look:
     if is_full(engine):  # busy readers are no outage: take the writer's, between two batches
         engine = database.of_writer
     with database.connected(engine) as connection:
+        server, writable = _server(connection)
         revision = revisions.current(connection)
         there = catalogue.tables(connection, (TELEMETRY.name, PROGRESS.name))
         oldest = lag = None
@@ -148,7 +151,20 @@ def _look(database: Database) -> Look:
         size, free = _sizes(connection)
         if {TELEMETRY.name, PROGRESS.name} <= there:
             lag = _lag(connection)
-    return Look(revision, size, free, Reading().instant(oldest), lag)
+    return Look(revision, size, free, Reading().instant(oldest), lag, server, writable)
+
+
+def _server(connection: Connection) -> tuple[str | None, bool | None]:
+    """PostgreSQL: the server that the connection leads to, and whether it takes writes."""
+    if backend_of(connection) is Backend.SQLITE:
+        return None, None
+    info = driver_of(connection).info
+    host = f"[{info.host}]" if ":" in info.host else info.host
+    own = func.pg_catalog
+    is_standby, read_only = connection.execute(
+        select(own.pg_is_in_recovery(), own.current_setting("default_transaction_read_only"))
+    ).one()
+    return f"{host}:{info.port}", not is_standby and read_only == "off"
 
 
 def _lag(connection: Connection) -> int | None:

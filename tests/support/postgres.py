@@ -30,6 +30,7 @@ _SHORT_LIVED = "/tmp"  # noqa: S108  # TMPDIR may be private to root, or too lon
 _START_S = 30.0
 _STOP_S = 10.0
 _POLL_S = 0.02
+_SOCKETS_PORT = 5432
 _LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing
 _PR_SET_PDEATHSIG = 1
 _ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
@@ -89,7 +90,7 @@ class PgServer:
 
     def __init__(self, installation: PgInstallation, *, listen: bool = False) -> None:
         self.name = installation.name
-        self.port = 5432  # of the socket alone this is only a part of its file's name
+        self.port = _SOCKETS_PORT  # of the socket alone this is only a part of its file's name
         self._installation = installation
         self._listen = listen
         self._folder: Path | None = None
@@ -178,7 +179,7 @@ class PgServer:
 
     def _launch(self, programs: Path, user: pwd.struct_passwd | None) -> None:
         assert self._folder
-        if self._listen:
+        if self._listen and self.port == _SOCKETS_PORT:  # started again, it keeps its own
             self.port = _free_port()
         settings = {
             "fsync": "off",
