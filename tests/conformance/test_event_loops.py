@@ -15,7 +15,14 @@ import pytest
 from sqlalchemy import NullPool, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from lynkr_store import AsyncStore, BadArgument, LynkrStoreError, StoreSettings, Window
+from lynkr_store import (
+    AsyncStore,
+    BadArgument,
+    LynkrStoreError,
+    RoutingRepository,
+    StoreSettings,
+    Window,
+)
 from lynkr_store.db.dialect import driver_of
 from lynkr_store.db.engines import create_store_async_engine
 from tests.conftest import BACKENDS, POSTGRES
@@ -611,13 +618,13 @@ def test_a_connection_in_use_when_its_host_disposes_the_engine_is_closed(url):
         closed, used = [], []
         event.listen(host.sync_engine, "close", lambda connection, _: closed.append(connection))
 
-        def body(repository):
-            used.append(driver_of(repository._session.connection()))
+        def task(session):
+            used.append(driver_of(session.connection()))
             host.sync_engine.dispose()
-            return repository.query()
+            return RoutingRepository(session).query()
 
         store = AsyncStore(engine=host)
-        assert await store._run(host, body) == []
+        assert await store._run(host, task) == []
         assert [connection.driver_connection for connection in closed] == used
         assert await store.query() == []
         await close(store)

@@ -105,6 +105,16 @@ class Worker:
         self._process.communicate()
 
 
+def _request_ids(url):
+    engine = create_store_engine(url)
+    with engine.connect() as connection:
+        left = connection.scalars(
+            select(TELEMETRY.c.request_id).where(TELEMETRY.c.provider != "end")
+        ).all()
+    engine.dispose()
+    return left
+
+
 @pytest.mark.parametrize("backend", ON_DISK)
 def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
     url = new_url(backend, at_head=True)
@@ -157,12 +167,7 @@ def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
         for n in range(count)
     }
     recent = {request_id for request_id, is_old in expected.items() if not is_old}
-    engine = create_store_engine(url)
-    with engine.connect() as connection:
-        left = connection.scalars(
-            select(TELEMETRY.c.request_id).where(TELEMETRY.c.provider != "end")
-        ).all()
-    engine.dispose()
+    left = _request_ids(url)
     assert [name for name, count in Counter(left).items() if count > 1] == []
     assert set(left) == recent
     assert deleted == len(expected) - len(recent)
