@@ -220,6 +220,11 @@ def to_file(run: Run, source: Database, target: FileRows) -> None:
     if upto > began or not row:
         total = _about(table, began, upto)
         with target.appending() as write:
+            now = target.last_row()  # again: the file is locked only now
+            if (now["id"] if now else NOTHING) != began:
+                raise StoreUnavailable(
+                    f"{target.name}: another process wrote it meanwhile; run the copy again"
+                )
             for page in table.pages(began, upto):
                 columns = run.convert(page, TELEMETRY)
                 write(columns)
