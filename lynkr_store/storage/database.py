@@ -103,7 +103,8 @@ class Database(Forkable):
                 set_policy(each, policy_of(settings))
         upgrade = settings.upgrade_on_open
         self._upgrade = self.backend is Backend.SQLITE if upgrade is None else upgrade
-        self.writing = self._to_write(self.engine)
+        self._writing = {each: self._to_write(each) for each in self._engines}
+        self.writing = self._writing[self.engine]
         self._reset()
 
     @property
@@ -299,7 +300,7 @@ class Database(Forkable):
             OutcomeUnknown: The connection was lost while the commit was under way.
         """
         lock = self._write_lock
-        engine = writing_at_once(self.engine) if lock else self._to_write(engine or self.engine)
+        engine = writing_at_once(self.engine) if lock else self._writing[engine or self.engine]
         with lock.turn() if lock else nullcontext(), self.connected(engine) as connection:
             if lock:
                 lock.begin(connection, expected_s, wal_pages)
