@@ -38,8 +38,12 @@ class RowBatch(Sequence[Row]):
         """The same rows; a value that only some of them have is None in the others."""
         if isinstance(rows, cls):
             return rows
-        columns = by_column(rows)
-        return cls(columns.keys(), list(chain.from_iterable(zip(*columns.values(), strict=True))))
+        return cls.of_columns(by_column(rows))
+
+    @classmethod
+    def of_columns(cls, columns: Columns) -> "RowBatch":
+        """The same rows, from columns of one length."""
+        return cls(columns, list(chain.from_iterable(zip(*columns.values(), strict=True))))
 
     def __len__(self) -> int:
         return len(self.values) // len(self.columns) if self.columns else 0

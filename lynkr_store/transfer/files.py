@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, runtime_checkable
 
@@ -91,6 +92,10 @@ class ParquetFile:
 
     def total(self, done: int) -> int | None:  # noqa: ARG002 - it is exact
         """The number of rows."""
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
         return parquet.count(self._path)
 
     def last_row(self) -> dict[str, Any] | None:

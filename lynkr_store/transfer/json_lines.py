@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Columns, by_column
-from lynkr_store.schemas import epoch_ms
+from lynkr_store.schemas import encoded, epoch_ms
 from lynkr_store.schemas.events import similar_field
 from lynkr_store.transfer.portable import Kind, kinds_of
 from lynkr_store.transfer.tables import PAGE_ROWS
@@ -26,9 +26,6 @@ _BOM: Final = b"\xef\xbb\xbf"
 _COMPRESSED: Final = {b"\x1f\x8b": "gunzip -c", b"\x28\xb5\x2f\xfd": "zstd -dc"}
 _TAIL_BYTES: Final = 65_536
 _FIRST: Final = b'{"id":'  # how each line begins that a copy writes
-_encode: Final = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
-).encode
 
 
 def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Columns]:
@@ -99,7 +96,7 @@ def lines_of(columns: Columns) -> bytes:
         for name, each in columns.items()
     ]
     rows = (
-        _encode({n: v for n, v in zip(names, row, strict=True) if v is not None})
+        encoded({n: v for n, v in zip(names, row, strict=True) if v is not None})
         for row in zip(*values, strict=True)
     )
     return "".join([f"{row}\n" for row in rows]).encode()

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import chain
 from typing import Any, Final
 
 from sqlalchemy import Connection, Select, Table, func, insert, select, type_coerce
@@ -162,7 +161,7 @@ def _insert(connection: Connection, table: Table, columns: Columns) -> Counter[s
     # other columns are left out, for speed, except those whose default would be stored
     defaults = [column.name for column in table.c if column.server_default and column.nullable]
     used = {**dict.fromkeys(defaults, (None,) * count), **used}
-    rows = RowBatch(used, list(chain.from_iterable(zip(*used.values(), strict=True))))
+    rows = RowBatch.of_columns(used)
     if table is TELEMETRY:
         return insert_isolating(connection, rows)
     connection.execute(insert(table).inline(), list(rows))

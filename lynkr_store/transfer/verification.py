@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from lynkr_store.exceptions import CopyDiffers
@@ -206,6 +205,4 @@ def _converted(table: TableRows, after: int, upto: int) -> Iterator[Columns]:
 
 def _rows(pages: Iterable[Columns]) -> Iterator[_Row]:
     for page in pages:
-        names = list(page)
-        rows = RowBatch(names, list(chain.from_iterable(zip(*page.values(), strict=True))))
-        yield from rows
+        yield from RowBatch.of_columns(page)
