@@ -8,6 +8,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     Delete,
     FromClause,
     Insert,
@@ -23,6 +24,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    union_all,
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql.dml import ReturningDelete
@@ -45,9 +47,14 @@ _BY: Final = ("provider", "model", "tier", "request_type")
 _t: Final = TELEMETRY.c
 
 
-def watermark_for_update() -> Select[*tuple[Any, ...]]:
-    """The watermark. On PostgreSQL its row stays locked until the transaction ends."""
-    return select(PROGRESS.c.value).where(PROGRESS.c.name == WATERMARK).with_for_update()
+def watermark_for_update(*, skip_locked: bool = False) -> Select[*tuple[Any, ...]]:
+    """The watermark. On PostgreSQL its row stays locked until the transaction ends.
+
+    Args:
+        skip_locked: No row if another transaction holds it; otherwise wait for that one.
+    """
+    row = select(PROGRESS.c.value).where(PROGRESS.c.name == WATERMARK)
+    return row.with_for_update(skip_locked=skip_locked)
 
 
 def first_above(row_id: int) -> Select[*tuple[Any, ...]]:
@@ -331,35 +338,31 @@ def instant_after() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def counts_there() -> Select[*tuple[Any, ...]]:
-    """How many rows each quarter in ``[since, until)`` has, by the index of timestamps alone.
+def counts_there() -> CompoundSelect[int, int]:
+    """How many rows up to ``watermark`` each quarter in ``[since, until)`` has, in two parts.
 
-    The count includes rows above the watermark, because PostgreSQL would have to read the table for
-    each row's id. `counts_above` counts those rows.
+    The first part counts all rows, by the index of timestamps alone: PostgreSQL would have to read
+    the table for each row's id. The second, below 0, counts those above the watermark: few, shortly
+    after a fold. One statement sees no row in one part alone, whatever is stored meanwhile.
     """
     instant = cast(_t.timestamp, BigInteger)
     start = (instant - instant % QUARTER_MS).label("start")
-    return (
+    since, until = whole_number("since"), whole_number("until")
+    everything = (
         select(start, func.count().label("requests"))
-        .where(_t.timestamp >= whole_number("since"), _t.timestamp < whole_number("until"))
+        .where(_t.timestamp >= since, _t.timestamp < until)
         .group_by(start)
     )
-
-
-@cache
-def counts_above() -> Select[*tuple[Any, ...]]:
-    """Like `counts_there`, but only rows above ``watermark``: few, shortly after a fold."""
-    instant = cast(_t.timestamp, BigInteger)
-    start = (instant - instant % QUARTER_MS).label("start")
-    return (
-        select(start, func.count().label("requests"))
+    above = (
+        select(start, -func.count())
         .where(
             _t.id > whole_number("watermark"),
-            unindexed(_t.timestamp) >= whole_number("since"),
-            unindexed(_t.timestamp) < whole_number("until"),
+            unindexed(_t.timestamp) >= since,
+            unindexed(_t.timestamp) < until,
         )
         .group_by(start)
     )
+    return union_all(everything, above)
 
 
 @cache

@@ -172,9 +172,9 @@ def _scan(
 
 def _with_other_counts(connection: Connection, since: int, until: int) -> set[int]:
     values = _range_parameters(connection, since, until)
-    there = dict(_pairs(connection, fold_sql.counts_there(), values))
-    for start, requests in _pairs(connection, fold_sql.counts_above(), values):
-        there[start] = there.get(start, 0) - requests
+    there: dict[int, int] = {}
+    for start, requests in _pairs(connection, fold_sql.counts_there(), values):
+        there[start] = there.get(start, 0) + requests
     return _differing(connection, there, values)
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 
 import pytest
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, event, func, insert, select, update
 from sqlalchemy.exc import ProgrammingError
 from typer.testing import CliRunner
 
@@ -15,7 +15,7 @@ from lynkr_store import RollupsRefused, Store, StoreSettings, Window, create_sto
 from lynkr_store.backend import Backend
 from lynkr_store.cli.commands import app
 from lynkr_store.db import triggers
-from lynkr_store.db.dialect import writing
+from lynkr_store.db.dialect import disposing, writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
 from lynkr_store.maintenance import run
 from lynkr_store.migrate.comparison import drift, missing_triggers
@@ -733,3 +733,27 @@ def test_check_names_triggers_that_are_missing_and_the_remedy_makes_them_again(u
         assert command(*line).exit_code == 0
     assert json.loads(command("check", "--json").output)["missing_triggers"] == []
     engine.dispose()
+
+
+@pytest.mark.parametrize("name", POSTGRES)
+def test_rows_that_are_stored_while_a_quarter_is_counted_are_no_difference(name, new_url):
+    """Each statement sees what was committed before it."""
+    settings = StoreSettings(url=new_url(name, at_head=True), cache_ttl_s=0)
+    with (
+        Store(settings=settings, clock=lambda: NOW) as store,
+        disposing(create_store_engine(settings.url)) as others,
+    ):
+        store.add_many(minutes(5))
+        store.maintain()
+
+        def store_one(*_):
+            with others.begin() as connection:
+                put(connection, *minutes(1))
+
+        database = store._database
+        with database.write_transaction() as connection:
+            event.listen(database.engine, "before_cursor_execute", store_one)
+            try:
+                assert not repair._recompute_if_different(connection, START)
+            finally:
+                event.remove(database.engine, "before_cursor_execute", store_one)
