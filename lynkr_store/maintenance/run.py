@@ -141,7 +141,7 @@ def keep_up(
     """
     database.open()
     set_sequences_forward(database)
-    folded = fold(database, stop=stop)
+    folded = fold(database, stop=stop, alone=True)
     if folded.done and not stop() and checks.due():
         repair_rollups(database, BUDGET_S, stop)
     if not stop():
@@ -169,8 +169,16 @@ def fold(
     *,
     stop: Callable[[], bool] = lambda: False,
     on_step: OnStep = lambda _: None,
+    alone: bool = False,
 ) -> FoldReport:
     """Bring the roll-ups up to date: first apply changes, then add new rows.
+
+    Args:
+        database: Open.
+        stop: Called often; True leaves the rest to the next call.
+        on_step: Called after each step with the number of rows folded so far.
+        alone: PostgreSQL: leave the rest to another process that does it now. Many that wait for
+            each other's steps would each read all rows, and the last would wait for seconds.
 
     Raises:
         RollupsRefused: The roll-ups did not keep what was added.
@@ -182,12 +190,15 @@ def fold(
         on_step(rows)
 
     with translated():
-        changed = repair.apply_changes(database.write_transaction, read=database.read, stop=stop)
+        changed = repair.apply_changes(
+            database.write_transaction, read=database.read, stop=stop, alone=alone
+        )
         folded = folding.fold(
             database.write_step,
             read=database.read,
             stop=stop,
             on_step=after_step,
+            alone=alone,
         )
     return FoldReport(folded.rows, changed.quarters, folded.done and changed.done)
 

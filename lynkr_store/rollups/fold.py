@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, assert_never
 
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection, RowMapping, select
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
@@ -51,6 +51,7 @@ def fold(
     read: OpenTransaction | None = None,
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
+    alone: bool = False,
 ) -> FoldResult:
     """Fold the rows above the watermark, in steps.
 
@@ -60,10 +61,11 @@ def fold(
             SQLite without the write lock. Default: ``write_transaction``.
         stop: Called before each step; True ends the fold.
         on_step: Called after each step with the number of rows folded so far.
+        alone: Leave the rest to another process that folds now. Otherwise wait for its steps.
 
     Returns:
-        ``done`` is False if the fold was stopped, or if transactions that may have inserted rows
-        with lower ids stayed open; call again later.
+        ``done`` is False if the fold was stopped, if another process folds, or if transactions that
+        may have inserted rows with lower ids stayed open; call again later.
 
     Raises:
         RollupsRefused: The roll-ups did not gain what was added; the step was rolled back.
@@ -73,7 +75,9 @@ def fold(
     if upto is None:
         return FoldResult(0, done=False)
     while not stop():
-        step, last = _fold_step(write_transaction, read, upto)
+        step, last = _fold_step(write_transaction, read, upto, alone=alone)
+        if last is None:
+            break
         rows += step
         on_step(rows)
         if last >= upto:
@@ -160,9 +164,9 @@ def _wait_for_writers(write_transaction: OpenTransaction) -> bool:
 
 
 def _fold_step(
-    write_transaction: OpenTransaction, read: OpenTransaction, upto: int
-) -> tuple[int, int]:
-    """Fold one step; return the number of rows, and the watermark."""
+    write_transaction: OpenTransaction, read: OpenTransaction, upto: int, *, alone: bool
+) -> tuple[int, int | None]:
+    """Fold one step; return the number of rows, and the watermark; None: see `hold_watermark`."""
     rows = fold_sql.step_statements()
     with read() as connection:
         watermark: int = connection.execute(state.watermark()).scalar_one()
@@ -179,13 +183,14 @@ def _fold_step(
         return 0, max(watermark, upto)
     if new:
         with write_transaction() as connection:
-            held_watermark(connection)
+            if hold_watermark(connection, alone=alone) is None:
+                return 0, None
             connection.execute(rows.enter_dimensions, parameters)
         with read() as connection:
             quarters = connection.execute(rows.quarters, parameters).mappings().all()
     sums = _summed(quarters)
     with write_transaction() as connection:
-        now = held_watermark(connection)
+        now = hold_watermark(connection, alone=alone)
         if now != watermark:
             return 0, now  # another process folded in between
         update_raw_from(connection)
@@ -256,6 +261,18 @@ def held_watermark(connection: Connection) -> int:
         connection.execute(progress.insert_if_absent(backend_of(connection)), first)
         watermark = connection.scalar(fold_sql.watermark_for_update())
     return NOTHING_FOLDED if watermark is None else watermark
+
+
+def hold_watermark(connection: Connection, *, alone: bool) -> int | None:
+    """As `held_watermark`; with ``alone``, None if another transaction holds it.
+
+    On SQLite a transaction that writes is always alone.
+    """
+    if alone:
+        free = connection.scalar(fold_sql.watermark_for_update(skip_locked=True)) is not None
+        if not free and connection.scalar(select(progress.value_of(WATERMARK))) is not None:
+            return None
+    return held_watermark(connection)
 
 
 def update_raw_from(connection: Connection) -> int | None:

@@ -22,6 +22,7 @@ from lynkr_store.rollups.fold import (
     MEASURES,
     OpenTransaction,
     held_watermark,
+    hold_watermark,
     recount,
     update_raw_from,
 )
@@ -59,6 +60,7 @@ def apply_changes(
     *,
     read: OpenTransaction | None = None,
     stop: _Stop = lambda: False,
+    alone: bool = False,
 ) -> Repaired:
     """Recompute the quarters for which triggers made change entries, in short steps.
 
@@ -70,6 +72,7 @@ def apply_changes(
         read: Opens a transaction that only reads; used to find out whether there are
             entries, without the write lock. Default: ``write_transaction``.
         stop: Called before each step; True leaves the rest to the next call.
+        alone: Leave the rest to another process that folds now.
 
     Raises:
         RollupsRefused: The roll-ups did not keep what was counted; the step was rolled back.
@@ -81,7 +84,8 @@ def apply_changes(
     while more and not stop():
         with write_transaction() as connection:
             began = time.monotonic()
-            held_watermark(connection)
+            if hold_watermark(connection, alone=alone) is None:
+                break
             raw_from = update_raw_from(connection)
             if raw_from is not None:  # retention makes many entries: delete them in one statement
                 connection.execute(fold_sql.drop_changes(before=raw_from))

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import BigInteger, cast, delete, event, insert, select
+from sqlalchemy import BigInteger, cast, delete, event, insert, select, text
 from sqlalchemy.orm import Session
 
 from lynkr_store import RoutingRepository, Store, StoreSettings, Window, create_store_engine
 from lynkr_store.db.dialect import writing
 from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEMETRY, Base
+from lynkr_store.maintenance import run
 from lynkr_store.rollups import answer_sql, measures, state
 from lynkr_store.rollups import fold as folding
 from lynkr_store.rollups.answer import Part, ask
@@ -250,6 +251,29 @@ def test_a_folder_leaves_to_a_quicker_one_what_that_one_folded(engine, begin):
 
     assert folding.fold(begin, read=look) == (0, True)
     assert answered(engine, 0, NOW) == (from_rows(engine, 0, NOW), None)
+
+
+@pytest.mark.parametrize("name", POSTGRES)
+def test_a_folder_in_the_background_leaves_its_rows_to_the_one_that_folds(name, new_url):
+    """Many that waited would each read all rows, and the last wait for all the others' steps."""
+    with Store(settings=StoreSettings(url=new_url(name, at_head=True), cache_ttl_s=0)) as store:
+        database, begin = store._database, opener(store.engine)
+        with begin() as connection:
+            put(connection, {"provider": "a"})
+        assert run.fold(database, alone=True) == (1, 0, True)
+        with begin() as connection:
+            put(connection, {"provider": "a"}, {"provider": "b"})
+        with begin() as other:
+            assert folding.held_watermark(other) == 1
+            assert run.fold(database, alone=True) == (0, 0, False)
+        assert run.fold(database, alone=True) == (2, 0, True)
+        with begin() as connection:
+            put(connection, {"provider": "a"})
+            connection.execute(text("DELETE FROM routing_telemetry WHERE provider = 'b'"))
+        with begin() as other:
+            assert folding.held_watermark(other) == 3
+            assert run.fold(database, alone=True) == (0, 0, False)
+        assert run.fold(database, alone=True) == (1, 1, True)
 
 
 def test_two_folders_at_once_fold_each_row_once(engine, begin, monkeypatch):
