@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +168,9 @@ def use(store) -> None:
     assert report.rollup_lag <= 0  # ids that retention took count too
     ask(store)
     assert store.cleanup(timedelta(days=12)) == 10
+    for include_text in (True, False):  # across the gap that this left
+        rows = store.follow(after=0, poll_s=0.01, include_text=include_text)
+        assert len(list(islice(rows, 100))) == 100
     health = looked(store)
     assert (health.reachable, health.last_error, health.pending) == (True, None, 0)
     assert adds_up(health)
