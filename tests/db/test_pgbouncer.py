@@ -7,7 +7,7 @@ clients that send startup options; many are told to drop them.
 import asyncio
 import contextlib
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -187,6 +187,33 @@ IN_FORCE = {
 
 def in_force(connection):
     return {name: connection.scalar(text(f"SHOW {name}")) for name in IN_FORCE}
+
+
+def test_rows_are_followed_in_order_over_the_pooler(pooled_at_head):
+    """Six readers share what the two open transactions of writers leave of four connections."""
+    _, pooled = pooled_at_head
+    insert = text(
+        "INSERT INTO routing_telemetry (request_id, provider, timestamp) VALUES (:name, 'p', 0)"
+    )
+    with contextlib.ExitStack() as stack:
+        others = stack.enter_context(engine_on(pooled))
+        threads = stack.enter_context(ThreadPoolExecutor(6))
+        stores = [stack.enter_context(Store(settings=settings_for(pooled))) for _ in range(6)]
+        with others.connect() as early, others.connect() as late:
+            for connection in (early, late):
+                connection.execute(insert, {"name": "early" if connection is early else "late"})
+            late.commit()
+            waiting = [
+                threads.submit(
+                    lambda rows: [next(rows), next(rows)], store.follow(after=0, poll_s=0.01)
+                )
+                for store in stores
+            ]
+            done, _ = wait(waiting, timeout=0.3)
+            early.commit()
+        assert not done
+        for each in waiting:
+            assert [row.request_id for row in each.result(60)] == ["early", "late"]
 
 
 def test_what_transactions_rest_on_is_set_in_each(pooled_at_head):
