@@ -81,8 +81,9 @@ def piped() -> Iterator[None]:
         try:
             yield
         finally:
-            with _written():
-                sys.stdout.flush()
+            if sys.stdout:  # None where the process was started without it
+                with _written():
+                    sys.stdout.flush()
     except BrokenPipeError:
         _end_output(_NOBODY_READS)
     except SystemExit as ended:
@@ -180,7 +181,8 @@ def say_json(value: object) -> None:
 
 
 def _encoding() -> str:
-    return sys.stdout.encoding or "utf-8"  # None for a stream in memory
+    # None for a stream in memory, or where the process was started without it
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def _escaped(line: str) -> str:

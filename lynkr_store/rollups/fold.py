@@ -138,7 +138,8 @@ def settled_id(write_transaction: OpenTransaction, read: OpenTransaction) -> int
     transactions that may have written have ended: see `storage.settled`.
     """
     with read() as connection:
-        newest: int = connection.scalar(fold_sql.newest_id()) or NOTHING_FOLDED
+        found: int | None = connection.scalar(fold_sql.newest_id())
+        newest = NOTHING_FOLDED if found is None else found  # it may be 0
         backend = backend_of(connection)
     match backend:
         case Backend.SQLITE:

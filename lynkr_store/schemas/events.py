@@ -100,10 +100,10 @@ def _json_text(value: object) -> object:
     """Keep JSON text as it is; encode objects and lists as JSON."""
     if value is None or type(value) is str:
         return value
-    return _as_json(value, []) if _is_container(value) else values.text(value)
+    return as_json(value, []) if _is_container(value) else values.text(value)
 
 
-def _as_json(value: object, causes: list[str]) -> str:
+def as_json(value: object, causes: list[str]) -> str:
     """The value as JSON text; adds a cause for each kind of part that was sanitized.
 
     Raises:
@@ -354,5 +354,5 @@ def _sanitize(name: str, value: Any, causes: list[str]) -> Any:
         return None
     elif name in JSON_FIELDS and _is_container(value):
         with suppress(ValueError):  # here too
-            return _as_json(value, causes)
+            return as_json(value, causes)
     return value

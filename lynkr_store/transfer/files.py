@@ -1,13 +1,15 @@
 """The files and streams that a copy reads and writes, with the same names."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Final, Protocol, runtime_checkable
+from typing import IO, Final, Protocol, TextIO, runtime_checkable
 
+from lynkr_store.db.sqlite import require_regular_file
 from lynkr_store.exceptions import BadArgument, StoreUnavailable
 from lynkr_store.ingest.batch import Columns
 from lynkr_store.process.files import alone, make_private
@@ -31,11 +33,11 @@ class FileRows(Protocol):
     def total(self, done: int) -> int | None:
         """About how many rows there are, when so many are read; None if that is not known."""
 
-    def last_row(self) -> dict[str, Any] | None:
-        """The last row that an earlier copy wrote; None without a file."""
+    def newest(self) -> Columns:
+        """What identifies the last rows that earlier copies wrote; empty without rows."""
 
-    def appending(self) -> AbstractContextManager[Write]:
-        """Write rows after those that are there."""
+    def appending(self, newest: Columns) -> AbstractContextManager[Write]:
+        """Write rows after those that are there, unless others than these are the newest now."""
 
 
 class JsonLinesFile:
@@ -45,7 +47,7 @@ class JsonLinesFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._path = path
+        self._path = _followed(path)
         self._read = 0
 
     def pages(self) -> Iterator[Columns]:
@@ -59,17 +61,18 @@ class JsonLinesFile:
         """Estimated from the bytes that the rows so far took."""
         return int(done * self._path.stat().st_size / self._read) if self._read else None
 
-    def last_row(self) -> dict[str, Any] | None:
-        """The last whole row."""
+    def newest(self) -> Columns:
+        """The last whole rows."""
         with _explained(self._path):
-            return json_lines.last_row(self._path) if self._path.exists() else None
+            return json_lines.newest(self._path) if self._path.exists() else {}
 
     @contextmanager
-    def appending(self) -> Iterator[Write]:
+    def appending(self, newest: Columns) -> Iterator[Write]:
         """Write lines after those that are there."""
         with _explained(self._path):
             make_private(self._path)
             with self._path.open("r+b") as file, alone(file, self._path):
+                _require_unchanged(self, newest)
                 json_lines.cut_incomplete(file)
                 yield lambda columns: _write(file, json_lines.lines_of(columns))
                 file.flush()
@@ -83,7 +86,7 @@ class ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._path = path
+        self._path = _followed(path)
 
     def pages(self) -> Iterator[Columns]:
         """All rows as they are, page by page."""
@@ -98,18 +101,16 @@ class ParquetFile:
     def _count(self) -> int:
         return parquet.count(self._path)
 
-    def last_row(self) -> dict[str, Any] | None:
-        """The last row."""
-        row = None
-        if self._path.exists():
-            for page in self.pages():
-                row = {name: values[-1] for name, values in page.items()}
-        return row
+    def newest(self) -> Columns:
+        """The last rows."""
+        with _explained(self._path):
+            return parquet.newest(self._path) if self._path.exists() else {}
 
     @contextmanager
-    def appending(self) -> Iterator[Write]:
+    def appending(self, newest: Columns) -> Iterator[Write]:
         """Write the file anew, with these rows after those that are there."""
         with _explained(self._path), parquet.written(self._path) as write:
+            _require_unchanged(self, newest)
             yield write
 
 
@@ -121,21 +122,23 @@ class StandardStreams:
 
     def pages(self) -> Iterator[Columns]:
         """All rows as they are, page by page."""
-        yield from json_lines.read_lines(sys.stdin.buffer, "standard input")
+        lines = _opened(sys.stdin, "standard input").buffer
+        yield from json_lines.read_lines(lines, "standard input")
 
     def total(self, done: int) -> int | None:  # noqa: ARG002
         """Not known."""
         return None
 
-    def last_row(self) -> dict[str, Any] | None:
-        """None: every row is written."""
-        return None
+    def newest(self) -> Columns:
+        """Empty: every row is written."""
+        return {}
 
     @contextmanager
-    def appending(self) -> Iterator[Write]:
+    def appending(self, newest: Columns) -> Iterator[Write]:  # noqa: ARG002
         """Write lines to standard output."""
-        yield lambda columns: _write(sys.stdout.buffer, json_lines.lines_of(columns))
-        sys.stdout.buffer.flush()
+        file = _opened(sys.stdout, "standard output").buffer
+        yield lambda columns: _write(file, json_lines.lines_of(columns))
+        file.flush()
 
 
 _BY_SUFFIX: Final[dict[str, Callable[[Path], FileRows]]] = {
@@ -154,13 +157,32 @@ def file_named(name: str) -> FileRows | None:
     return made and made(path)
 
 
+def _followed(path: Path) -> Path:
+    """The path; of a symbolic link, what it points to, so that the link stays."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def _write(file: IO[bytes], lines: bytes) -> None:
     file.write(lines)
+
+
+def _opened(stream: TextIO | None, name: str) -> TextIO:
+    """A standard stream; Python has None where the process was started without it."""
+    if stream is None:
+        raise BadArgument(f"{name} is closed: give a file's path, or connect it to a pipe")
+    return stream
+
+
+def _require_unchanged(file: FileRows, newest: Columns) -> None:
+    """Refuse a file that another copy wrote since its newest rows were read."""
+    if file.newest() != newest:
+        raise OSError(errno.EBUSY, "another process has written it meanwhile")
 
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Have an error of the operating system name the file and the remedy."""
+    require_regular_file(path)
     try:
         yield
     except (BrokenPipeError, BadArgument):

@@ -17,8 +17,9 @@ from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Columns, by_column
 from lynkr_store.schemas import encoded, epoch_ms
 from lynkr_store.schemas.events import similar_field
+from lynkr_store.schemas.values import INT64_MAX
 from lynkr_store.transfer.portable import Kind, kinds_of
-from lynkr_store.transfer.tables import PAGE_ROWS
+from lynkr_store.transfer.tables import ANCHORS, NOTHING, PAGE_ROWS, required
 
 _KINDS: Final = kinds_of(TELEMETRY)
 _FLAGS: Final = frozenset(name for name, kind in _KINDS.items() if kind is Kind.FLAG)
@@ -41,21 +42,21 @@ def read_lines(lines: Iterable[bytes], name: str) -> Iterator[Columns]:
 
 
 def _rows(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
-    last, numbered = 0, False
+    last, numbered = NOTHING, False
     for number, line in enumerate(lines, 1):
         given = line if number > 1 else _without_bom(line, name)
         if not given.strip():
             continue
         where = f"{name}: line {number}"
         row = _row(given, where)
-        if not last:
+        if last == NOTHING:
             numbered = "id" not in row
         if numbered != ("id" not in row):
             raise BadArgument(f"{where}: give an id in every line, or in none")
-        row_id = row.setdefault("id", last + 1)
-        if type(row_id) is not int or row_id <= last:
+        row_id = row.setdefault("id", max(last, 0) + 1)
+        if type(row_id) is not int or not last < row_id <= INT64_MAX:
             raise BadArgument(
-                f"{where}: ids must be positive whole numbers that ascend; sort the lines by id"
+                f"{where}: ids must be whole numbers of 64 bits that ascend; sort the lines by id"
             )
         last = row_id
         yield row
@@ -102,8 +103,8 @@ def lines_of(columns: Columns) -> bytes:
     return "".join([f"{row}\n" for row in rows]).encode()
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a file that a copy wrote; None without one.
+def newest(path: Path) -> Columns:
+    """What identifies the last whole rows of a file that a copy wrote; empty without rows.
 
     Raises:
         BadArgument: The file was written by another program, or changed.
@@ -113,16 +114,17 @@ def last_row(path: Path) -> dict[str, Any] | None:
         file.seek(end)
         if not _FIRST.startswith(file.read(len(_FIRST))):
             raise BadArgument(f"{path}: it ends with a line that no copy wrote; give another path")
-        if not end:
-            return None
-        start = _whole_lines(file, end - 1)
+        start = end
+        for _ in range(ANCHORS):
+            start = _whole_lines(file, start - 1)
         file.seek(start)
-        row = _row(file.read(end - start), f"{path}: the last line")
-    if type(row.get("id")) is not int:
+        lines = file.read(end - start).split(b"\n")[:-1]
+    rows = [_row(line, f"{path}: the last lines") for line in lines]
+    if any(type(row.get("id")) is not int for row in rows):
         raise BadArgument(
-            f"{path}: the last line has no id, so no copy wrote it; give another path"
+            f"{path}: one of the last lines has no id, so no copy wrote it; give another path"
         )
-    return row
+    return by_column([{name: row.get(name) for name in required(TELEMETRY)} for row in rows])
 
 
 def cut_incomplete(file: IO[bytes]) -> None:

@@ -5,6 +5,7 @@ types that mean the same are taken: integers of any width, floats for whole numb
 writes them beside missing values, dictionaries of texts, instants of any unit with a zone.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from typing import Any, Final
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument, MissingDriver
 from lynkr_store.ingest.batch import Columns
-from lynkr_store.process.files import alone, make_private
+from lynkr_store.process.files import alone, identity_of, make_private
 from lynkr_store.schemas.events import similar_field
+from lynkr_store.schemas.values import INT64_MAX
 from lynkr_store.transfer.portable import Kind, kinds_of
-from lynkr_store.transfer.tables import PAGE_ROWS
+from lynkr_store.transfer.tables import ANCHORS, NOTHING, PAGE_ROWS, required
 
 _KINDS: Final = kinds_of(TELEMETRY)
 _REQUIRED: Final = ("timestamp", "request_id", "provider")
@@ -77,23 +79,43 @@ def read(path: Path) -> Iterator[Columns]:
     arrow, _ = _arrow()
     with _opened(path) as file:
         readers = _readers(arrow, file.schema_arrow, path)
-        last = 0
+        last, rows = NOTHING, 0
         try:
             for batch in file.iter_batches(PAGE_ROWS):
                 page = {n: readers[n](batch.column(n)) for n in batch.schema.names}
                 if "id" not in page:
-                    page["id"] = range(last + 1, last + 1 + batch.num_rows)
+                    page["id"] = range(rows + 1, rows + 1 + batch.num_rows)
                 last = _last_id(page["id"], last, path)
+                rows += batch.num_rows
                 yield page
         except (arrow.ArrowException, OSError):
-            raise BadArgument(f"{path}: the file is damaged after row {last:,}") from None
+            raise BadArgument(f"{path}: the file is damaged after row {rows:,}") from None
+
+
+def newest(path: Path) -> Columns:
+    """What identifies the last rows of a file; empty without rows.
+
+    Raises:
+        BadArgument: It is not a Parquet file, or has other columns.
+        MissingDriver: pyarrow is not installed.
+    """
+    arrow, _ = _arrow()
+    with _opened(path) as file:
+        readers = _readers(arrow, file.schema_arrow, path)
+        names = [name for name in required(TELEMETRY) if name in readers]
+        for group in reversed(range(file.num_row_groups)):
+            table = file.read_row_group(group, columns=names)
+            if table.num_rows:
+                last = table.slice(max(0, table.num_rows - ANCHORS))
+                return {name: readers[name](last.column(name)) for name in names}
+    return {}
 
 
 def _last_id(ids: Sequence[Any], last: int, path: Path) -> int:
     for row_id in ids:
-        if type(row_id) is not int or row_id <= last:
+        if type(row_id) is not int or not last < row_id <= INT64_MAX:
             raise BadArgument(
-                f"{path}: ids must be positive whole numbers that ascend; sort the rows by id"
+                f"{path}: ids must be whole numbers of 64 bits that ascend; sort the rows by id"
             )
         last = row_id
     return last
@@ -103,6 +125,8 @@ def _readers(arrow: Any, schema: Any, path: Path) -> dict[str, Callable[[Any], S
     for name in schema.names:
         if name not in _KINDS:
             raise BadArgument(f"{path}: unknown column {name[:64]!r}{similar_field(name)}")
+        if schema.names.count(name) > 1:
+            raise BadArgument(f"{path}: more than one column is named {name}; rename one of them")
     for name in _REQUIRED:
         if name not in schema.names:
             raise BadArgument(
@@ -149,6 +173,8 @@ def written(path: Path) -> Iterator[Callable[[Columns], None]]:
     part = path.with_name(f"{path.name}.part")  # an interrupted copy may have left one
     make_private(part)
     with part.open("r+b") as file, alone(file, path):
+        if identity_of(part) != identity_of(file.fileno()):  # it was put in its place meanwhile
+            raise OSError(errno.EBUSY, "another process has written it meanwhile")
         file.truncate()
         with parquet.ParquetWriter(file, _schema(), compression="zstd") as writer:
             if path.exists():

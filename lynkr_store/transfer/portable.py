@@ -5,7 +5,6 @@ column of numbers. PostgreSQL and Parquet refuse such values. So each copy conve
 whatever it copies, and the copies of one source are equal.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from lynkr_store.db.column_types import EpochMillis, Flag
 from lynkr_store.db.models import SUMMED
 from lynkr_store.ingest.batch import Columns
 from lynkr_store.schemas import LONG_FIELDS, NAME_MAX_CHARS, Reading, sanitize_text
+from lynkr_store.schemas.events import as_json
 from lynkr_store.schemas.units import COUNT
 from lynkr_store.schemas.values import INT64_MAX, INT64_MIN, epoch_ms
 
@@ -28,6 +28,10 @@ Coerced = Counter[tuple[str, str]]
 
 Change = Callable[[str], None]
 """Counts one changed value by the kind of change."""
+
+
+_EXACT: Final = 2**53
+"""Up to here, doubles hold every whole number."""
 
 
 class Kind(Enum):
@@ -147,16 +151,27 @@ def _reals(values: Sequence[Any], changed: Change) -> Sequence[int | float | Non
     types = set(map(type, values))
     if types <= {float, int, NoneType}:
         numbers = [value for value in values if value is not None]
-        if all(map(math.isfinite, numbers)) and (int not in types or _in_64_bits(numbers)):
+        if int not in types:
+            exact = all(map(math.isfinite, numbers))
+        else:
+            exact = all(-_EXACT <= number <= _EXACT for number in numbers)
+        if exact:
             return values
     return [_real(value, changed) for value in values]
 
 
 def _real(value: object, changed: Change) -> int | float | None:
     number = _number(value, changed)
-    if isinstance(number, int) and not INT64_MIN <= number <= INT64_MAX:
-        return float(number)
-    return number
+    if not isinstance(number, int) or -_EXACT <= number <= _EXACT:
+        return number
+    try:
+        real = float(number)
+    except OverflowError:
+        changed("unreadable")
+        return None
+    if real != number:
+        changed("rounded")
+    return real
 
 
 def _flags(values: Sequence[Any], changed: Change) -> Sequence[int | None]:
@@ -225,15 +240,25 @@ def _text(value: object, changed: Change) -> str | None:
     if value is None:
         return None
     if isinstance(value, dict | list):  # JSON in a line of JSON
-        text: str | None = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    else:
-        text = Reading().text(value)
-        if not isinstance(value, str):
-            changed("parsed")
+        return _json(value, changed)
+    text = Reading().text(value)
+    if not isinstance(value, str):
+        changed("parsed")
     sanitized, cause = sanitize_text(text or "")
     if cause:
         changed(cause)
     return sanitized
+
+
+def _json(value: object, changed: Change) -> str | None:
+    causes: list[str] = []
+    try:
+        text = as_json(value, causes)
+    except ValueError:  # Parquet has parts that JSON cannot express
+        causes, text = ["unreadable"], None
+    for cause in causes:
+        changed("unreadable" if cause == "not_finite" else cause)
+    return text
 
 
 _READERS: Final[Mapping[Kind, Callable[[Sequence[Any], Change], Sequence[Any]]]] = {

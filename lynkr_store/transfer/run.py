@@ -43,7 +43,7 @@ class Run:
 
     Attributes:
         copied: Rows that were written, by stage.
-        left_out: Rows that could not be copied, by cause.
+        left_out: Rows that this run could not copy, by cause.
         rollups: Roll-ups that were written.
         verified: What the comparison found.
     """
@@ -68,6 +68,11 @@ class Run:
             self._coerced[f"{name}: {change}"] += number
         self.left_out.update(converter.left_out)
         return converted
+
+    def found(self, verified: Verified) -> None:
+        """Take what a comparison found; it counts the rows that earlier runs left out, too."""
+        self.verified = verified
+        self.left_out = verified.left_out.copy()
 
     def report(self) -> CopyReport:
         """What the copy did."""
@@ -104,11 +109,13 @@ def between_databases(run: Run, source: Database, target: Database) -> None:
     run.rollups = brought
     run.tell("roll-ups", brought, brought)
     _finish(run, target)
-    for stage, (one, other) in pairs.items():
-        found = verify_tables(one, other, upto[stage], _verifying(run, one, upto[stage]))
-        run.left_out.update(found.refused)
-        if stage == "rows":
-            run.verified = found
+    found = {
+        stage: verify_tables(one, other, upto[stage], _verifying(run, one, upto[stage]))
+        for stage, (one, other) in pairs.items()
+    }
+    run.found(found.pop("rows"))
+    for others in found.values():
+        run.left_out += others.left_out
 
 
 def _copy_rows(run: Run, stage: str, source: TableRows, target: TableRows) -> int:
@@ -201,7 +208,8 @@ def from_file(run: Run, source: FileRows, target: Database) -> None:
     on_rows = _verifying(run, table, last)
     if source.read_again:
         pages = partial(_file_pages, source, last)
-        run.verified, missing = verify_file(pages, table, last, on_rows, file_is_source=True)
+        found, missing = verify_file(pages, table, last, on_rows, file_is_source=True)
+        run.found(found)
         for page in missing:
             run.left_out.update(table.add(page))
     else:
@@ -212,19 +220,15 @@ def to_file(run: Run, source: Database, target: FileRows) -> None:
     """Copy a database's rows into a file; then compare."""
     table = TableRows(source, TELEMETRY)
     last = NOTHING
-    if row := target.last_row():
-        last = row["id"]
-        _require_same({name: [row.get(name)] for name in required(TELEMETRY)}, TELEMETRY, table)
+    newest = target.newest()
+    if newest:
+        last = newest["id"][-1]
+        _require_same(newest, TELEMETRY, table)
     upto, began = _settled(table), last
     written: Sums = {}
-    if upto > began or not row:
+    if upto > began or not newest:
         total = _about(table, began, upto)
-        with target.appending() as write:
-            now = target.last_row()  # again: the file is locked only now
-            if (now["id"] if now else NOTHING) != began:
-                raise StoreUnavailable(
-                    f"{target.name}: another process wrote it meanwhile; run the copy again"
-                )
+        with target.appending(newest) as write:
             for page in table.pages(began, upto):
                 columns = run.convert(page, TELEMETRY)
                 write(columns)
@@ -236,7 +240,8 @@ def to_file(run: Run, source: Database, target: FileRows) -> None:
     on_rows = _verifying(run, table, last)
     if target.read_again:
         pages = partial(_file_pages, target, last)
-        run.verified, missing = verify_file(pages, table, last, on_rows, file_is_source=False)
+        found, missing = verify_file(pages, table, last, on_rows, file_is_source=False)
+        run.found(found)
         if missing:
             raise CopyDiffers(
                 f"{target.name} lacks rows of the source that were committed after later ones: "
@@ -246,12 +251,12 @@ def to_file(run: Run, source: Database, target: FileRows) -> None:
         run.verified = verify_stream(written, table, began, last, on_rows)
 
 
-def _file_pages(file: FileRows, upto: int) -> Iterator[Columns]:
+def _file_pages(file: FileRows, upto: int, converter: Converter) -> Iterator[Columns]:
     """A file's portable rows with ``id <= upto``."""
     for page in file.pages():
         if page["id"][0] > upto:
             return
-        yield Converter(TELEMETRY).convert(_chosen(page, lambda row_id: row_id <= upto))
+        yield converter.convert(_chosen(page, lambda row_id: row_id <= upto))
 
 
 def _chosen(page: Columns, wanted: Callable[[int], bool]) -> Columns:

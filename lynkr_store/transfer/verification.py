@@ -25,13 +25,14 @@ class Verified(NamedTuple):
         rows: The rows that both have.
         days: Their UTC days.
         gone: Rows that only the target has.
-        refused: Rows that were missing and that the target refused again, by cause.
+        left_out: Rows that only the source has, because they lack a required value or the target
+            refuses them, by cause; those of earlier copies, too.
     """
 
     rows: int
     days: int
     gone: int
-    refused: Counter[str]
+    left_out: Counter[str]
 
 
 def verify_tables(
@@ -49,24 +50,26 @@ def verify_tables(
         CopyDiffers: Rows of the target have other values.
     """
     rows, gone, days = 0, 0, set[int]()
-    refused: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     after = NOTHING
     while after < upto:
         bound = source.bound(after, upto, _CHUNK_ROWS)
         theirs = target.sums(after, bound)
         if source.sums(after, bound) != theirs:
+            reading = Converter(source.table)
             differences = compare(
-                _converted(source, after, bound), _converted(target, after, bound)
+                map(reading.convert, source.pages(after, bound)), _converted(target, after, bound)
             )
             gone += differences.gone
+            left_out += reading.left_out
             for page in differences.missing_pages():
-                refused += target.add(page)
+                left_out += target.add(page)
             theirs = target.sums(after, bound)
         rows += _rows_in(theirs)
         days |= {day for day, _ in theirs}
         after = bound
         on_rows(rows)
-    return Verified(rows - gone, len(days), gone, refused)
+    return Verified(rows - gone, len(days), gone, left_out)
 
 
 class Differences:
@@ -121,7 +124,7 @@ def compare(source: Iterable[Columns], target: Iterable[Columns]) -> Differences
 
 
 def verify_file(
-    file_pages: Callable[[], Iterable[Columns]],
+    file_pages: Callable[[Converter], Iterable[Columns]],
     table: TableRows,
     upto: int,
     on_rows: Callable[[int], None],
@@ -136,17 +139,20 @@ def verify_file(
     Raises:
         CopyDiffers: Rows of the target have other values.
     """
+    reading = Converter(table.table)
     of_file: Sums = {}
-    for page in file_pages():
+    for page in file_pages(reading):
         of_file = added(of_file, sums_of(page, table.table))
     there = _sums(table, NOTHING, upto, on_rows)
     found = Differences()
     if of_file != there:
-        both = file_pages(), _converted(table, NOTHING, upto)
+        ours, theirs = Converter(table.table), Converter(table.table)
+        both = file_pages(ours), map(theirs.convert, table.pages(NOTHING, upto))
         found = compare(*(both if file_is_source else reversed(both)))
+        reading = ours if file_is_source else theirs
     in_target = there if file_is_source else of_file
     verified = Verified(
-        _rows_in(in_target) - found.gone, _days_in(in_target), found.gone, Counter()
+        _rows_in(in_target) - found.gone, _days_in(in_target), found.gone, reading.left_out
     )
     return verified, list(found.missing_pages())
 

@@ -160,6 +160,32 @@ def test_a_row_that_was_committed_late_is_brought_by_the_next_copy(places, chang
     assert all_rows(target) == all_rows(source)
 
 
+@pytest.mark.parametrize("file", [None, "rows.jsonl", "rows.parquet"])
+def test_each_copy_counts_every_row_that_the_target_lacks(new_url, tmp_path, changing, file):
+    """An interrupted copy told nobody what it left out, so the next one must."""
+    source, target = (new_url("sqlite-file", at_head=True) for _ in range(2))
+    filled(source, 30)
+    changing(source, text("UPDATE routing_telemetry SET timestamp = 'soon' WHERE id IN (3, 4)"))
+    changing(
+        target,
+        text(
+            "CREATE TRIGGER refusing BEFORE INSERT ON routing_telemetry WHEN new.id IN (7, 8) "
+            "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        ),
+    )
+    if file:
+        for _ in range(2):
+            assert copy(source, tmp_path / file).left_out == {"timestamp": 2}
+        for _ in range(2):
+            report = copy(tmp_path / file, target)
+            assert (report.rows_verified, report.left_out) == (26, {"constraint": 2})
+    else:
+        for _ in range(2):
+            report = copy(source, target)
+            assert report.rows_verified == 26
+            assert report.left_out == {"timestamp": 2, "constraint": 2}
+
+
 def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing):
     source, target = places
     filled(source, 30)

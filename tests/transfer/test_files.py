@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from lynkr_store.transfer import parquet as parquet_files
 from lynkr_store.transfer import run as transfer_run
 from tests.conftest import ON_DISK
 from tests.support.copies import START, all_rows, answers, filled
+from tests.support.recorded import gateway_file
 
 FILES = ["rows.jsonl", "rows.ndjson", "rows.parquet"]
 LINE = {"timestamp": START, "provider": "ollama", "request_id": "r"}
@@ -258,7 +261,8 @@ def test_rows_without_what_each_needs_are_left_out_and_counted(target, written):
     report = copy(path, target)
     assert dict(report.left_out) == {"provider": 2, "timestamp": 1}
     assert (report.rows_copied, report.rows_verified) == (1, 1)
-    assert copy(path, target).rows_copied == 0
+    again = copy(path, target)
+    assert (again.rows_copied, again.left_out) == (0, report.left_out)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +274,9 @@ def test_rows_without_what_each_needs_are_left_out_and_counted(target, written):
         (b"\xff\xfe{\x00}\x00", "line 2: not JSON in UTF-8"),
         (b'{"tool_count":' + b"9" * 5_000 + b"}", "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
-        (b'{"id":1}', "line 2: ids must be positive whole numbers that ascend"),
-        (b'{"id":"2"}', "line 2: ids must be positive"),
-        (b'{"id":true}', "line 2: ids must be positive"),
+        (b'{"id":1}', "line 2: ids must be whole numbers of 64 bits that ascend"),
+        (b'{"id":"2"}', "line 2: ids must be whole"),
+        (b'{"id":true}', "line 2: ids must be whole"),
         (b'{"tier":"x"}', "line 2: give an id in every line, or in none"),
     ],
     ids=range(10),
@@ -337,8 +341,93 @@ def test_two_copies_into_one_file_do_not_mix(source, tmp_path):
         ]
         for process in both:
             said = process.communicate()[1]
-            assert process.returncode == 0 or "another process wr" in said, said
+            assert process.returncode == 0 or "another process" in said, said
         assert copy(source, tmp_path / name).rows_verified == 1_234
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_that_another_copy_wrote_meanwhile_is_left_as_it_is(
+    source, tmp_path, name, monkeypatch
+):
+    """It decided what is new before it had the file for itself."""
+    path, settled = tmp_path / name, transfer_run.settled_id
+
+    def slow(*arguments):
+        monkeypatch.setattr(transfer_run, "settled_id", settled)
+        copy(source, path)
+        return settled(*arguments)
+
+    monkeypatch.setattr(transfer_run, "settled_id", slow)
+    with pytest.raises(StoreUnavailable, match="another process has written it meanwhile"):
+        copy(source, path)
+    report = copy(source, path)
+    assert (report.rows_copied, report.rows_verified) == (0, 1_234)
+
+
+def test_a_file_that_came_to_its_place_meanwhile_is_not_emptied(source, tmp_path, monkeypatch):
+    """Between opening `rows.parquet.part` and locking it, another copy puts it in its place."""
+    path, alone = tmp_path / "rows.parquet", parquet_files.alone
+
+    def slow(file, name):
+        monkeypatch.setattr(parquet_files, "alone", alone)
+        copy(source, path)
+        return alone(file, name)
+
+    monkeypatch.setattr(parquet_files, "alone", slow)
+    with pytest.raises(StoreUnavailable, match="another process has written it meanwhile"):
+        copy(source, path)
+    assert parquet.ParquetFile(path).metadata.num_rows == 1_234
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_is_continued_when_the_source_removed_its_last_row(source, tmp_path, name):
+    path = tmp_path / name
+    copy(source, path)
+    engine = create_store_engine(source)
+    with writing(engine).begin() as connection:
+        connection.execute(text("DELETE FROM routing_telemetry WHERE id = 1234"))
+    engine.dispose()
+    filled(source, 5, first=5_000)
+    report = copy(source, path)
+    assert (report.rows_copied, report.rows_only_in_target) == (5, 1)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_symbolic_link_stays(source, tmp_path, name):
+    real, link = tmp_path / f"real-{name}", tmp_path / name
+    link.symlink_to(real)
+    for first in (2_000, 3_000):
+        filled(source, 5, first=first)
+        copy(source, link)
+    assert link.is_symlink()
+    assert copy(source, real).rows_copied == 0
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_pipe_with_the_name_of_a_file_is_refused(source, target, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    for one, other in ((source, tmp_path / name), (tmp_path / name, target)):
+        with pytest.raises(StoreUnavailable, match="is a pipe, a device or a socket"):
+            copy(one, other)
+
+
+@pytest.mark.parametrize("ids", [[-(2**63) + 1, -1], [0], [-5, 0, 2**63 - 1]])
+@pytest.mark.parametrize("place", ["rows.jsonl", "rows.parquet", *ON_DISK])
+def test_rows_of_every_id_are_copied(new_url, target, tmp_path, place, ids):
+    rows = [{"id": n, "request_id": "r", "timestamp": START, "provider": "p"} for n in ids]
+    source = gateway_file(tmp_path / "source.db", 11, rows=rows)
+    middle = tmp_path / place if "." in place else new_url(place, at_head=True)
+    for one, other in ((source, middle), (middle, target)):
+        assert copy(one, other).rows_verified == len(ids)
+    assert [row.id for row in all_rows(target)] == ids
+
+
+@pytest.mark.parametrize(("closed", "places"), [("<&-", "- '{url}'"), (">&-", "'{url}' -")])
+def test_a_standard_stream_that_is_closed_is_named(target, closed, places):
+    command = f"{sys.executable} -m lynkr_store copy {places.format(url=target)} {closed}"
+    ended = subprocess.run(["/bin/sh", "-c", command], check=False, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: standard (in|out)put is closed: give .*\n", ended.stderr)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -377,6 +466,30 @@ def test_columns_of_other_writers_of_parquet_are_read(target, table):
     assert (row.cost_usd, row.request_text) == (1.0, "a\ufffd")
 
 
+def test_parts_that_json_cannot_express_are_counted(target, table):
+    instant = datetime(2026, 1, 1, tzinfo=UTC)
+    path = table(
+        attributes=[{"a": instant, "b": b"x"}], candidates=[{"a": math.nan}], cost_usd=[1.5]
+    )
+    report = copy(path, target)
+    assert report.coerced.keys() <= {"attributes: unreadable", "candidates: unreadable"}
+    assert report.coerced["candidates: unreadable"] == 1
+    row = all_rows(target)[0]
+    assert (row.candidates, row.cost_usd) == ('{"a":null}', 1.5)
+
+
+@pytest.mark.parametrize("place", ["rows.jsonl", "rows.parquet", *ON_DISK])
+def test_whole_numbers_that_no_double_holds_are_rounded(new_url, tmp_path, written, place):
+    row = {**LINE, "latency_ms": 2**53 + 1, "cost_usd": 10**400}
+    report = copy(written(row), new_url("sqlite-file", at_head=True))
+    assert report.coerced == {"latency_ms: rounded": 1, "cost_usd: unreadable": 1}
+    row = {"request_id": "r", "timestamp": START, "provider": "p", "latency_ms": 2**53 + 1}
+    source = gateway_file(tmp_path / "source.db", 11, rows=[row])
+    other = tmp_path / place if "." in place else new_url(place, at_head=True)
+    report = copy(source, other)
+    assert (report.rows_verified, report.coerced) == (1, {"latency_ms: rounded": 1})
+
+
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
 def test_instants_of_every_unit_are_the_same(target, table, unit):
     at = datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC)
@@ -390,14 +503,25 @@ def test_instants_of_every_unit_are_the_same(target, table, unit):
         ({"modle": [1]}, "unknown column 'modle'; did you mean model?"),
         ({"provider": None}, "the column provider is missing"),
         ({"timestamp": pa.array([1], pa.timestamp("ms"))}, "the column timestamp has no time zone"),
-        ({"id": [0]}, "ids must be positive whole numbers that ascend"),
-        ({"id": [1.5]}, "ids must be positive whole numbers that ascend"),
+        (
+            {"id": pa.array([2**63], pa.uint64())},
+            "ids must be whole numbers of 64 bits that ascend",
+        ),
+        ({"id": [1.5]}, "ids must be whole numbers of 64 bits that ascend"),
     ],
     ids=range(5),
 )
 def test_a_wrong_column_is_named(target, table, columns, words):
     with pytest.raises(BadArgument, match=rf"in\.parquet: {words}"):
         copy(table(**columns), target)
+
+
+def test_two_columns_of_one_name_are_named(target, tmp_path):
+    arrays = [pa.array([START]), *map(pa.array, (["p"], ["r"], ["r"]))]
+    names = ["timestamp", "provider", "request_id", "request_id"]
+    parquet.write_table(pa.Table.from_arrays(arrays, names=names), tmp_path / "two.parquet")
+    with pytest.raises(BadArgument, match="more than one column is named request_id"):
+        copy(tmp_path / "two.parquet", target)
 
 
 def test_a_file_that_is_no_parquet_or_damaged_is_named(source, target, tmp_path):
@@ -474,21 +598,3 @@ def test_records_are_read_as_they_are_recorded(target, written):
     copy(written({**LINE, "tier": "SIMPLE", "latency_ms": 12.5, "was_fallback": False}), target)
     with Store(target, read_only=True) as store:
         assert [row.latency_ms for row in store.iter_records()] == [12.5]
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
-def test_a_file_that_another_copy_wrote_meanwhile_is_left_as_it_is(
-    source, tmp_path, name, monkeypatch
-):
-    """The other copy had the file's lock, and ended just before this one asked for it."""
-    settled, path = transfer_run._settled, tmp_path / name
-
-    def late(table):
-        monkeypatch.setattr(transfer_run, "_settled", settled)
-        copy(source, path)
-        return settled(table)
-
-    monkeypatch.setattr(transfer_run, "_settled", late)
-    with pytest.raises(StoreUnavailable, match="another process wrote it meanwhile"):
-        copy(source, path)
-    assert copy(source, path).rows_verified == 1_234
