@@ -39,5 +39,5 @@ class CopyReport(FrozenOutput):
     ``parsed`` from a text, ``unreadable`` and so stored as NULL, ``cut`` to 512 characters, and
     ``nul`` or ``surrogate``: a character that databases cannot store was replaced."""
     left_out: FrozenMap[int]
-    """How many rows the target lacks, also of earlier copies, by cause: a required column without a usable value, or
-    the target's refusal (``constraint``, ``data`` or ``skipped``)."""
+    """How many rows the target lacks, also of earlier copies, by cause: a required column
+    without a usable value, or the target's refusal (``constraint``, ``data`` or ``skipped``)."""
