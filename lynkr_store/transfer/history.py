@@ -25,7 +25,7 @@ from lynkr_store.db.functions import inserting, whole_number
 from lynkr_store.db.models import CHANGES, DIMENSIONS, LEDGER, PROGRESS, ROLLUPS, TELEMETRY
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.rollups import state
-from lynkr_store.rollups.fold import write_rollups
+from lynkr_store.rollups.fold import held_watermark, write_rollups
 from lynkr_store.rollups.fold_sql import ROLLUP
 from lynkr_store.rollups.state import NOTHING_FOLDED, WATERMARK
 from lynkr_store.schemas import Reading, sanitize_text
@@ -72,6 +72,7 @@ def bring_rollups(source: Database, target: Database, upto: int) -> int | None:
         if watermark > upto and reading.scalar(_rows_between(upto, watermark)) is not None:
             return None
         with target.write_transaction() as writing:
+            held_watermark(writing)  # a store that has the target open may fold at this moment
             return _replace(reading, writing, watermark)
 
 

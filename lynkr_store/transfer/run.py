@@ -13,6 +13,7 @@ from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.exceptions import BadArgument, CopyDiffers, StoreUnavailable
 from lynkr_store.ingest.batch import Columns
 from lynkr_store.rollups.fold import fold, settled_id
+from lynkr_store.rollups.repair import compare_counts
 from lynkr_store.schemas.copying import CopyReport, CopyStep
 from lynkr_store.storage import identities
 from lynkr_store.storage.database import Database
@@ -176,6 +177,8 @@ def _finish(run: Run, target: Database) -> None:
         run.tell("folding", rows)
 
     fold(target.write_step, read=target.read, on_step=after_step)
+    if run.rollups:  # the source may have lost rows between the copy of rows and of roll-ups
+        compare_counts(target.write_step, read=target.read, stop=lambda: False)
 
 
 def _verifying(run: Run, table: TableRows, upto: int) -> Callable[[int], None]:
