@@ -137,8 +137,9 @@ class StandardStreams:
     def appending(self, newest: Columns) -> Iterator[Write]:  # noqa: ARG002
         """Write lines to standard output."""
         file = _opened(sys.stdout, "standard output").buffer
-        yield lambda columns: _write(file, json_lines.lines_of(columns))
-        file.flush()
+        with _told("standard output", "then run the copy again"):
+            yield lambda columns: _write(file, json_lines.lines_of(columns))
+            file.flush()
 
 
 _BY_SUFFIX: Final[dict[str, Callable[[Path], FileRows]]] = {
@@ -183,13 +184,22 @@ def _require_unchanged(file: FileRows, newest: Columns) -> None:
 def _explained(path: Path) -> Iterator[None]:
     """Have an error of the operating system name the file and the remedy."""
     require_regular_file(path)
+    with _told(str(path), "then run the copy again: it continues"):
+        try:
+            yield
+        except FileNotFoundError:
+            if not path.parent.exists():
+                raise StoreUnavailable(
+                    f"{path.parent} does not exist: create this directory, or give another path"
+                ) from None
+            raise StoreUnavailable(f"{path} does not exist: give a file's path") from None
+
+
+@contextmanager
+def _told(name: str, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (BrokenPipeError, BadArgument):
+    except BrokenPipeError:
         raise
-    except FileNotFoundError:
-        raise StoreUnavailable(f"{path} does not exist: give a file's path") from None
     except OSError as error:
-        raise StoreUnavailable(
-            f"{path}: {error.strerror or error}; mend that, then run the copy again: it continues"
-        ) from None
+        raise StoreUnavailable(f"{name}: {error.strerror or error}; mend that, {remedy}") from None

@@ -430,6 +430,14 @@ def test_a_standard_stream_that_is_closed_is_named(target, closed, places):
     assert re.fullmatch(r"error: standard (in|out)put is closed: give .*\n", ended.stderr)
 
 
+def test_standard_output_that_takes_no_more_is_named(source):
+    command = [sys.executable, "-m", "lynkr_store", "copy", source, "-"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 3
+    assert re.fullmatch(r"error: standard output: No space left .*copy again\n", ended.stderr)
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_a_killed_export_is_completed(source, tmp_path, name):
     path = tmp_path / name
@@ -563,9 +571,11 @@ def test_a_file_that_is_not_there_is_named(target, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_directory_that_is_not_there_is_named(source, tmp_path, name):
-    with pytest.raises(StoreUnavailable, match=r"none/rows.*does not exist|No such file"):
-        copy(source, tmp_path / "none" / name)
+def test_a_directory_that_is_not_there_is_named(source, target, tmp_path, name):
+    path = tmp_path / "none" / name
+    for one, other in ((source, path), (path, target)):
+        with pytest.raises(StoreUnavailable, match="/none does not exist: create this directory"):
+            copy(one, other)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "telemetry.db"])
