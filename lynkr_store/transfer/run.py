@@ -211,10 +211,7 @@ def from_file(run: Run, source: FileRows, target: Database) -> None:
     on_rows = _verifying(run, table, last)
     if source.read_again:
         pages = partial(_file_pages, source, last)
-        found, missing = verify_file(pages, table, last, on_rows, file_is_source=True)
-        run.found(found)
-        for page in missing:
-            run.left_out.update(table.add(page))
+        run.found(verify_file(pages, table, last, on_rows, table.add, file_is_source=True))
     else:
         run.verified = verify_stream(written, table, began, last, on_rows)
 
@@ -243,13 +240,14 @@ def to_file(run: Run, source: Database, target: FileRows) -> None:
     on_rows = _verifying(run, table, last)
     if target.read_again:
         pages = partial(_file_pages, target, last)
-        found, missing = verify_file(pages, table, last, on_rows, file_is_source=False)
-        run.found(found)
-        if missing:
+
+        def refuse(_: Columns) -> Counter[str]:
             raise CopyDiffers(
                 f"{target.name} lacks rows of the source that were committed after later ones: "
                 "remove the file, and copy again"
             )
+
+        run.found(verify_file(pages, table, last, on_rows, refuse, file_is_source=False))
     else:
         run.verified = verify_stream(written, table, began, last, on_rows)
 

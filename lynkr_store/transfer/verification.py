@@ -15,6 +15,9 @@ _CHUNK_ROWS: Final = 20_000
 """Rows whose sums one statement computes: within a second, and so within its time limit."""
 _TOLD: Final = 5  # rows that a message names
 
+Add = Callable[[Columns], Counter[str]]
+"""Writes rows; returns the number of those that were refused, by cause."""
+
 _Row = dict[str, Any]
 
 
@@ -58,12 +61,12 @@ def verify_tables(
         if source.sums(after, bound) != theirs:
             reading = Converter(source.table)
             differences = compare(
-                map(reading.convert, source.pages(after, bound)), _converted(target, after, bound)
+                map(reading.convert, source.pages(after, bound)),
+                _converted(target, after, bound),
+                target.add,
             )
             gone += differences.gone
-            left_out += reading.left_out
-            for page in differences.missing_pages():
-                left_out += target.add(page)
+            left_out += reading.left_out + differences.refused
             theirs = target.sums(after, bound)
         rows += _rows_in(theirs)
         days |= {day for day, _ in theirs}
@@ -72,47 +75,51 @@ def verify_tables(
     return Verified(rows - gone, len(days), gone, left_out)
 
 
-class Differences:
+class Differences(NamedTuple):
     """How the rows of a target differ from those of its source.
 
     Attributes:
-        missing: Rows that only the source has.
         gone: The number of rows that only the target has.
+        refused: Rows that were missing, and that the target did not take, by cause.
     """
 
-    def __init__(self) -> None:
-        self.missing: list[_Row] = []
-        self.gone = 0
-
-    def missing_pages(self) -> Iterator[Columns]:
-        """The missing rows, by column."""
-        for at in range(0, len(self.missing), PAGE_ROWS):
-            yield by_column(self.missing[at : at + PAGE_ROWS])
+    gone: int
+    refused: Counter[str]
 
 
-def compare(source: Iterable[Columns], target: Iterable[Columns]) -> Differences:
+def compare(source: Iterable[Columns], target: Iterable[Columns], add: Add) -> Differences:
     """Compare portable rows one by one, both in the order of their ids.
+
+    Args:
+        source: Where the rows come from.
+        target: Where they were copied to.
+        add: Called with the rows that the target lacks, page by page.
 
     Raises:
         CopyDiffers: Rows of the target have other values than the source's.
     """
-    found = Differences()
+    gone, refused, missing = 0, Counter[str](), list[_Row]()
     changed: list[tuple[int, tuple[str, ...]]] = []
     ours, theirs = _rows(source), _rows(target)
     one, other = next(ours, None), next(theirs, None)
     while one is not None or other is not None:
         if other is None or (one is not None and one["id"] < other["id"]):
             assert one is not None  # noqa: S101 - one of the two is there
-            found.missing.append(one)
+            missing.append(one)
+            if len(missing) == PAGE_ROWS:
+                refused += add(by_column(missing))
+                missing.clear()
             one = next(ours, None)
         elif one is None or other["id"] < one["id"]:
-            found.gone += 1
+            gone += 1
             other = next(theirs, None)
         else:
             names = tuple(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
             if names:
                 changed.append((one["id"], tuple(sorted(names))))
             one, other = next(ours, None), next(theirs, None)
+    if missing:
+        refused += add(by_column(missing))
     if changed:
         told = "; ".join(f"id {row_id}: {', '.join(names)}" for row_id, names in changed[:_TOLD])
         raise CopyDiffers(
@@ -120,7 +127,7 @@ def compare(source: Iterable[Columns], target: Iterable[Columns]) -> Differences
             "one of the two was changed after the copy, and nothing was overwritten. To have the "
             "source's values, delete these rows from the target, and copy again"
         )
-    return found
+    return Differences(gone, refused)
 
 
 def verify_file(
@@ -128,13 +135,11 @@ def verify_file(
     table: TableRows,
     upto: int,
     on_rows: Callable[[int], None],
+    add: Add,
     *,
     file_is_source: bool,
-) -> tuple[Verified, list[Columns]]:
-    """Compare all rows with ``id <= upto`` of a file and a table.
-
-    Returns:
-        What was found, and the rows that the target lacks.
+) -> Verified:
+    """Compare all rows with ``id <= upto`` of a file and a table; see `compare`.
 
     Raises:
         CopyDiffers: Rows of the target have other values.
@@ -144,17 +149,18 @@ def verify_file(
     for page in file_pages(reading):
         of_file = added(of_file, sums_of(page, table.table))
     there = _sums(table, NOTHING, upto, on_rows)
-    found = Differences()
+    found = Differences(0, Counter())
     if of_file != there:
         ours, theirs = Converter(table.table), Converter(table.table)
-        both = file_pages(ours), map(theirs.convert, table.pages(NOTHING, upto))
-        found = compare(*(both if file_is_source else reversed(both)))
+        of_both = file_pages(ours), map(theirs.convert, table.pages(NOTHING, upto))
+        one, other = of_both if file_is_source else of_both[::-1]
+        found = compare(one, other, add)
         reading = ours if file_is_source else theirs
+        if file_is_source:  # rows may have been added
+            there = _sums(table, NOTHING, upto, on_rows)
     in_target = there if file_is_source else of_file
-    verified = Verified(
-        _rows_in(in_target) - found.gone, _days_in(in_target), found.gone, reading.left_out
-    )
-    return verified, list(found.missing_pages())
+    left_out = reading.left_out + found.refused
+    return Verified(_rows_in(in_target) - found.gone, _days_in(in_target), found.gone, left_out)
 
 
 def verify_stream(

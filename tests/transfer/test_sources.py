@@ -2,21 +2,23 @@
 
 import sqlite3
 import threading
+from collections import Counter
 
 import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg import sql
-from sqlalchemy import make_url
+from sqlalchemy import delete, make_url
 
-from lynkr_store import Store, StoreUnavailable, copy, create_store_engine
+from lynkr_store import Store, StoreUnavailable, copy, create_store_engine, writing
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.schemas import RoutingEvent
 from lynkr_store.transfer import run as transfer_run
 from lynkr_store.transfer.portable import Converter, Kind, kinds_of
 from lynkr_store.transfer.sums import sums_in, sums_of
 from lynkr_store.transfer.tables import _insert
+from lynkr_store.transfer.verification import compare
 from tests.conftest import ON_DISK, POSTGRES
 from tests.support.copies import ALL, DAY_MS, START, all_rows, answers, filled, records
 from tests.support.gateway import RELEASES, Gateway, open_as
@@ -192,6 +194,34 @@ def test_a_row_that_the_target_refuses_costs_one_row(new_url, backend):
     assert report.left_out["constraint"] >= 1
     assert report.rows_verified == 1_499
     assert [row.id for row in all_rows(target)] == [n for n in range(1, 1_501) if n != 7]
+
+
+def test_missing_rows_are_added_page_by_page():
+    """All rows of a file can be missing, and their texts need more memory than there may be."""
+    added = []
+
+    def add(columns):
+        added.append(len(columns["id"]))
+        return Counter(refused=1)
+
+    pages = ({"id": list(range(n, n + 700))} for n in range(0, 3_500, 700))
+    assert compare(pages, iter([]), add).refused == {"refused": 4}
+    assert added == [1_000, 1_000, 1_000, 500]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_that_the_target_lost_are_brought_from_a_file_and_verified(target, tmp_path, name):
+    path = tmp_path / name
+    copy(filled(f"sqlite:///{tmp_path / 'source.db'}", 2_500), path)
+    copy(path, target)
+    there = all_rows(target)
+    engine = create_store_engine(target)
+    with writing(engine).begin() as connection:
+        connection.execute(delete(TELEMETRY).where(TELEMETRY.c.id > 1, TELEMETRY.c.id < 2_300))
+    engine.dispose()
+    report = copy(path, target)
+    assert (report.rows_copied, report.rows_verified) == (0, 2_500)
+    assert all_rows(target) == there
 
 
 # -- sums -----------------------------------------------------------------------------------------
