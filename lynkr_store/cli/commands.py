@@ -1,7 +1,7 @@
 """The ``lynkr-store`` command.
 
-Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached, 141 standard
-output was closed by its reader. Commands that read change nothing.
+Exit codes: 0 done, 1 the answer is no, 2 wrong use, 3 the database cannot be reached, 130 Ctrl-C
+ended --follow, 141 standard output was closed by its reader. Commands that read change nothing.
 """
 
 import re
@@ -35,7 +35,7 @@ from lynkr_store.exceptions import (
 from lynkr_store.migrate import comparison, revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.queries.repository import LOOK_BACK
-from lynkr_store.schemas import Cursor, Health, ProviderStats, epoch_ms
+from lynkr_store.schemas import Cursor, Health, ProviderStats, RoutingRowBrief, epoch_ms
 from lynkr_store.schemas.base import epoch_ms_now
 from lynkr_store.schemas.filters import RoutingFilter, Window, checked_limit
 from lynkr_store.settings import DatabaseSettings, StoreSettings
@@ -71,6 +71,7 @@ class Exit(IntEnum):
     NO = 1
     WRONG_USE = 2
     UNREACHABLE = 3
+    INTERRUPTED = 130  # as a shell reports for a program that Ctrl-C ended
 
 
 app: Final = typer.Typer(
@@ -354,6 +355,7 @@ def _dumped(providers: Mapping[str, ProviderStats]) -> dict[str, Any]:
 
 @app.command()
 def query(  # noqa: PLR0913 - one option for each dimension
+    context: typer.Context,
     *,
     url: _Url = None,
     schema: _Schema = None,
@@ -383,10 +385,20 @@ def query(  # noqa: PLR0913 - one option for each dimension
     text: Annotated[
         bool, typer.Option("--text", help="With --json or --gateway: include the texts.")
     ] = False,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", help="Print rows as they are stored, a line each, until Ctrl-C ends it."
+        ),
+    ] = False,
+    after: Annotated[
+        int | None,
+        typer.Option(help="With --follow: begin after this id; 0 begins with the first row."),
+    ] = None,
     as_json: _Json = False,
     gateway: _Gateway = False,
 ) -> None:
-    """List rows, newest first."""
+    """List rows, newest first, or follow those that are stored from now on."""
     criteria = RoutingFilter(
         provider=provider or None,
         tier=tier or None,
@@ -399,24 +411,53 @@ def query(  # noqa: PLR0913 - one option for each dimension
         has_error=errors,
         was_fallback=fallback,
     )
+    if follow:
+        _refuse_with_follow(context)
+        with _reading(url, schema) as store:
+            rows = store.follow(criteria, after=after, include_text=text)
+            _print_as_stored(rows, as_json=as_json, gateway=gateway)
+        return
+    if after is not None:
+        raise typer.BadParameter("--after needs --follow")
     window = _window(since, until, last)
     cursor = None if before is None else Cursor.parse(before)
     checked_limit(limit)
     with _reading(url, schema) as store:
-        rows = store.query(criteria, window, limit=limit, before=cursor, include_text=text)
+        page = store.query(criteria, window, limit=limit, before=cursor, include_text=text)
     if gateway:
-        render.say_json([row.to_gateway() for row in rows])
+        render.say_json([row.to_gateway() for row in page])
     elif as_json:
-        more = len(rows) == limit and rows
+        more = len(page) == limit and page
         render.say_json(
             {
-                "rows": [row.model_dump(mode="json") for row in rows],
-                "next": str(rows[-1].cursor) if more else None,
+                "rows": [row.model_dump(mode="json") for row in page],
+                "next": str(page[-1].cursor) if more else None,
             }
         )
     else:
         console = Console()
-        render.show(console, render.rows_table(rows, width=console.width))
+        render.show(console, render.rows_table(page, width=console.width))
+
+
+def _refuse_with_follow(context: typer.Context) -> None:
+    """Refuse the options that choose among the rows that are there."""
+    for name in ("since", "until", "last", "limit", "before"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name} and --follow cannot be used together")
+
+
+def _print_as_stored(rows: Iterator[RoutingRowBrief], *, as_json: bool, gateway: bool) -> None:
+    try:
+        for row in rows:
+            if gateway:
+                render.say_json(row.to_gateway(), on_one_line=True)
+            elif as_json:
+                render.say_json(row.model_dump(mode="json"), on_one_line=True)
+            else:
+                render.say(render.row_line(row), at_once=True)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
 
 
 @app.command()

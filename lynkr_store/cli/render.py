@@ -117,10 +117,15 @@ def show(console: Console, *parts: RenderableType) -> None:
         console.print(Group(*parts))
 
 
-def say(text: str) -> None:
-    """Print a line, made printable because it may contain names from a database."""
+def say(text: str, *, at_once: bool = False) -> None:
+    """Print a line, made printable because it may contain names from a database.
+
+    Args:
+        text: The line.
+        at_once: Also into a pipe, for a program that reads line by line.
+    """
     with _written():
-        print(printable(text))
+        print(printable(text), flush=at_once)
 
 
 def say_script(text: str) -> None:
@@ -169,15 +174,20 @@ def copy_lines(report: CopyReport) -> Iterator[str]:
     )
 
 
-def say_json(value: object) -> None:
+def say_json(value: object, *, on_one_line: bool = False) -> None:
     """Print JSON; characters that a terminal would obey are escaped in JSON's form.
 
     If standard output is not UTF-8, all characters beyond ASCII are escaped.
+
+    Args:
+        value: What to print.
+        on_one_line: Do so at once, also into a pipe, for a program that reads line by line.
     """
     is_utf = codecs.lookup(_encoding()).name.startswith("utf")
-    written = json.dumps(value, ensure_ascii=not is_utf, indent=2, default=str)
+    indent = None if on_one_line else 2
+    written = json.dumps(value, ensure_ascii=not is_utf, indent=indent, default=str)
     with _written():
-        print("\n".join(map(_escaped, written.split("\n"))))
+        print("\n".join(map(_escaped, written.split("\n"))), flush=on_one_line)
 
 
 def _encoding() -> str:
@@ -332,6 +342,15 @@ def rows_table(rows: Sequence[RoutingRowBrief], *, width: int = _WIDE) -> Table:
         table.caption = f"next page: --before {rows[-1].cursor}"
         table.caption_justify = "left"
     return table
+
+
+def row_line(row: RoutingRowBrief) -> str:
+    """Show a row on one line, with the cells of `rows_table`, after its id."""
+    at = f"{row.timestamp:%m-%d %H:%M:%S}" if row.timestamp else None
+    latency = None if row.latency_ms is None else _milliseconds(row.latency_ms)
+    result = row.error_type or row.status_code
+    cells = (row.id, at, row.provider, row.tier, row.model, latency, cost(row.cost_usd), result)
+    return "  ".join("–" if cell is None else str(cell) for cell in cells)
 
 
 def _milliseconds(value: float) -> str:

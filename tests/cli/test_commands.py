@@ -516,3 +516,14 @@ def test_main_maps_errors_to_exit_codes(monkeypatch, capsys, tmp_path):
         commands.main()
     assert stopped.value.code == commands.Exit.UNREACHABLE
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_following_takes_no_window_page_or_limit(url):
+    for given in (["--last", "1h"], ["--since", "0"], ["--until", "9"], ["--before", "1:1"]):
+        finished = run("query", "--follow", *given, "--url", url)
+        assert finished.returncode == 2
+        assert f"{given[0]} and --follow cannot be used together" in finished.stderr
+    assert run("query", "--follow", "--limit", "5", "--url", url).returncode == 2
+    finished = run("query", "--after", "5", "--url", url)
+    assert finished.returncode == 2
+    assert "--after needs --follow" in finished.stderr

@@ -221,6 +221,44 @@ def test_a_pipe_that_is_closed_ends_the_command_quietly(url):
         assert started.returncode == 128 + signal.SIGPIPE, arguments
 
 
+def test_rows_are_printed_as_they_are_stored_until_the_command_is_interrupted(url):
+    with Store(url) as store:
+        last = store.query(limit=1)[0].id
+        for arguments, read in (
+            (["--json"], lambda line: json.loads(line)["id"]),
+            (["--gateway"], lambda line: json.loads(line)["id"]),
+            ([], lambda line: int(line.split()[0])),
+        ):
+            with program(
+                *("query", "--follow", "--after", "0", "--provider", "new", *arguments),
+                *("--url", url),
+                stdout=subprocess.PIPE,
+            ) as started:
+                for _ in range(2):
+                    store.add_many([{"provider": "new", "model": "m\u202em"}])
+                    last += 1
+                    while (found := read(started.stdout.readline())) < last:
+                        pass
+                    assert found == last
+                started.send_signal(signal.SIGINT)
+                assert started.stderr.read() == b""
+            assert started.returncode == 130, arguments
+
+
+def test_a_follower_whose_reader_is_gone_ends_with_the_next_row(url):
+    with (
+        Store(url) as store,
+        program(
+            "query", "--follow", "--after", "0", "--url", url, stdout=subprocess.PIPE
+        ) as started,
+    ):
+        assert started.stdout.readline()
+        started.stdout.close()
+        store.add_many([{"provider": "new"}])
+        assert started.stderr.read() == b""
+    assert started.returncode == 128 + signal.SIGPIPE
+
+
 @pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
 def test_a_full_disk_under_standard_output_is_reported(url):
     for arguments in (["query", "--gateway"], ["stats", *WHOLE]):
