@@ -31,6 +31,8 @@ _WRITERS: Final = text(
     "AND pid IS DISTINCT FROM pg_backend_pid()"
 )
 
+_PREPARED_EARLIER: Final = "-1/"  # before the server's last start
+
 
 def writers(connection: Connection) -> Writers:
     """The open transactions of others that may have been assigned an id.
@@ -43,5 +45,13 @@ def writers(connection: Connection) -> Writers:
 
 
 def still_open(before: Writers, now: Writers) -> Writers:
-    """Those of ``before`` that have not ended; one that was prepared meanwhile keeps its name."""
-    return {name: now[name] for name in before.keys() & now.keys()}
+    """Those of ``before`` that have not ended.
+
+    A transaction that was prepared meanwhile keeps its name, until the server is started again:
+    then the name begins with -1.
+    """
+    return {
+        name: pid
+        for name, pid in now.items()
+        if name in before or name.startswith(_PREPARED_EARLIER)
+    }

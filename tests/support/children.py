@@ -164,6 +164,15 @@ class MortalServer(PgServer):
         self._launch(_runnable(self._installation.bin, user), user)
         self._await_answer()
 
+    def become_standby(self) -> None:
+        """Start again on the same data as a server that waits for a primary's changes."""
+        assert self._folder
+        self.kill()
+        mark = self._folder / "data" / "standby.signal"
+        mark.touch()
+        mark.chmod(0o644)  # the server's user reads it
+        self.start_again()
+
     def freeze(self) -> None:
         freeze(self.pid)
 
