@@ -20,7 +20,7 @@ from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.db.sqlite import empty_wal, overwriting
 from lynkr_store.maintenance import retention_sql
-from lynkr_store.rollups.fold import settled_id
+from lynkr_store.rollups.fold import save_removed, settled_id
 from lynkr_store.rollups.fold_sql import last_of_step
 from lynkr_store.schemas.values import INT64_MAX, INT64_MIN
 from lynkr_store.storage import progress
@@ -152,6 +152,8 @@ def delete_older(
             return 0, False
         last = found[-1].timestamp, found[-1].id
         done = connection.execute(retention_sql.delete_rows(table, [row.id for row in found]))
+        if table is TELEMETRY:
+            save_removed(connection, math.floor(max(found[-1].timestamp, INT64_MIN)))
         return done.rowcount, len(found) == limit
 
     return _in_steps(database, step, stop)

@@ -18,7 +18,13 @@ from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
 from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, ceil_to, floor_to
-from lynkr_store.rollups.state import NOTHING_FOLDED, WATERMARK, read_state, removed_before
+from lynkr_store.rollups.state import (
+    NOTHING_FOLDED,
+    RAW_FROM,
+    WATERMARK,
+    read_state,
+    removed_before,
+)
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.storage import bulk, identities, progress, settled
 from lynkr_store.storage.write_lock import PAUSE_S
@@ -103,9 +109,9 @@ def _restart(write_transaction: OpenTransaction) -> None:
             start = floor_to(QUARTER_MS, oldest)
             drop_from(connection, start)
             connection.execute(fold_sql.drop_changes(since=start))
-            connection.execute(progress.remove("raw_from"))
+            connection.execute(progress.remove(RAW_FROM))
             if read_state(connection).first_bucket is not None:
-                progress.write(connection, "raw_from", start)
+                progress.write(connection, RAW_FROM, start)
         progress.write(connection, WATERMARK, NOTHING_FOLDED)
 
 
@@ -281,8 +287,17 @@ def update_raw_from(connection: Connection) -> int | None:
     current = read_state(connection)
     removed = removed_before(connection, current)
     if removed is not None and removed != current.raw_from:
-        progress.write(connection, "raw_from", removed)
+        progress.raise_to(connection, RAW_FROM, removed)
     return removed
+
+
+def save_removed(connection: Connection, upto_ms: int) -> None:
+    """Save that the store removed folded rows up to an instant, in the transaction that does so.
+
+    The rows that remain would tell the same, unless a late row that is older was folded meanwhile.
+    """
+    if upto_ms >= INSTANT_MIN_MS:  # the roll-ups hold no row from before
+        progress.raise_to(connection, RAW_FROM, upto_ms + 1)
 
 
 def trim(

@@ -37,6 +37,9 @@ WATERMARK: Final = "folded"
 NOTHING_FOLDED: Final = INT64_MIN
 """The watermark before the first fold."""
 
+RAW_FROM: Final = "raw_from"
+"""The name in the table of progress of the instant before which rows were removed."""
+
 _t: Final = TELEMETRY.c
 
 in_domain: Final = and_(_t.timestamp >= INSTANT_MIN_MS, _t.timestamp < INSTANT_MAX_MS)
@@ -83,7 +86,7 @@ def state_query() -> Select[*tuple[Any, ...]]:
         select(
             watermark().scalar_subquery().label("watermark"),
             select(func.max(_t.id)).scalar_subquery().label("newest"),
-            value_of("raw_from").label("raw_from"),
+            value_of(RAW_FROM).label("raw_from"),
             first.label("first_bucket"),
             kept.order_by(ROLLUPS.c.start).scalar_subquery().label("first_kept"),
             quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),

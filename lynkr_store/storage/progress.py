@@ -32,6 +32,17 @@ def upsert(backend: Backend) -> Insert:
     return statement
 
 
+@cache
+def _raising(backend: Backend) -> Insert:
+    into = inserting(backend, PROGRESS)
+    statement: Insert = into.on_conflict_do_update(
+        index_elements=[PROGRESS.c.name],
+        set_={"value": into.excluded.value},
+        where=PROGRESS.c.value < into.excluded.value,
+    )
+    return statement
+
+
 def insert_if_absent(backend: Backend) -> Insert:
     """Insert a value unless the name has one; takes ``name`` and ``value``."""
     statement: Insert = inserting(backend, PROGRESS).on_conflict_do_nothing()
@@ -46,3 +57,8 @@ def remove(name: str) -> Delete:
 def write(connection: Connection, name: str, value: int) -> None:
     """Set a value, in the caller's transaction."""
     connection.execute(upsert(backend_of(connection)), {"name": name, "value": value})
+
+
+def raise_to(connection: Connection, name: str, value: int) -> None:
+    """Set a value unless it is greater already, in the caller's transaction."""
+    connection.execute(_raising(backend_of(connection)), {"name": name, "value": value})

@@ -27,7 +27,7 @@ from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.rollups import state
 from lynkr_store.rollups.fold import held_watermark, write_rollups
 from lynkr_store.rollups.fold_sql import ROLLUP
-from lynkr_store.rollups.state import NOTHING_FOLDED, WATERMARK
+from lynkr_store.rollups.state import NOTHING_FOLDED, RAW_FROM, WATERMARK
 from lynkr_store.schemas import Reading, sanitize_text
 from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.storage import progress
@@ -36,7 +36,6 @@ from lynkr_store.storage.ledger import FORGOTTEN
 from lynkr_store.transfer.tables import PAGE_ROWS
 
 _BROUGHT: Final = "copied_rollups"  # the progress value that is set when roll-ups were brought
-_RAW_FROM: Final = "raw_from"
 _KEY: Final = ("span_ms", "start", "dimension_id")
 _BY: Final = ("provider", "model", "tier", "request_type")
 
@@ -108,11 +107,11 @@ def _replace(reading: Connection, writing: Connection, watermark: int) -> int:
     # not beyond the rows that are there: the target may assign the next id to a new row
     newest: int | None = writing.scalar(select(func.max(TELEMETRY.c.id)))
     progress.write(writing, WATERMARK, min(watermark, newest or 0))
-    raw_from = reading.scalar(select(progress.value_of(_RAW_FROM)))
+    raw_from = reading.scalar(select(progress.value_of(RAW_FROM)))
     if raw_from is None:
-        writing.execute(progress.remove(_RAW_FROM))
+        writing.execute(progress.remove(RAW_FROM))
     else:
-        progress.write(writing, _RAW_FROM, raw_from)
+        progress.write(writing, RAW_FROM, raw_from)
     progress.write(writing, _BROUGHT, 1)
     return number
 

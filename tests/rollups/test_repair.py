@@ -17,7 +17,7 @@ from lynkr_store.cli.commands import app
 from lynkr_store.db import triggers
 from lynkr_store.db.dialect import disposing, writing
 from lynkr_store.db.models import CHANGES, TELEMETRY
-from lynkr_store.maintenance import run
+from lynkr_store.maintenance import retention, run
 from lynkr_store.migrate.comparison import drift, missing_triggers
 from lynkr_store.migrate.upgrade import downgrade, upgrade
 from lynkr_store.rollups import fold, repair, state
@@ -187,6 +187,28 @@ def test_what_retention_deletes_stays_as_history_and_its_entries_go_in_one_state
     assert noted(store) > 0
     store.maintain()
     assert (noted(store), said(store)) == (0, (1440, 720.0, "buckets"))
+
+
+@pytest.mark.parametrize("earlier", [0, 1], ids=["the first quarter", "a later one"])
+def test_what_retention_deletes_is_history_beside_a_late_row_that_is_older(store, earlier):
+    """Retention deletes what was folded when it began; the late row was folded since."""
+    store.add_many(minutes(10, START - earlier * DAY_MS))
+    store.maintain()
+    if earlier:
+        assert store.cleanup(timedelta(milliseconds=NOW - START), trust_clock=True) == 10
+        store.add_many(minutes(10))
+        store.maintain()
+    folded = run.folded_upto(store._database)
+    store.add_many(minutes(1, START + MINUTE_MS // 2))
+    run.fold(store._database)
+    cutoff = START + 5 * MINUTE_MS
+    assert retention.delete_older(store._database, cutoff, upto_id=folded) == 5
+    for _ in range(2):
+        assert said(store)[0] == 11 + 10 * earlier
+        store.maintain()
+    assert store.cleanup(timedelta(milliseconds=NOW - cutoff), trust_clock=True) == 1
+    store.maintain()
+    assert said(store)[0] == 11 + 10 * earlier
 
 
 def test_rows_changed_and_then_removed_by_retention_are_history(store):
