@@ -430,7 +430,7 @@ def test_a_read_only_postgresql_is_waited_for(backend, new_url, caplog, pooled):
                     f"WHERE datname = '{database}' AND pid <> pg_backend_pid()"
                 )
         else:
-            store.engine.dispose()
+            store._database.of_writer.dispose()
         expected += record(store, "read-only")
         health = check_that_they_wait(store, 100)
         assert "read-only transaction" in health.last_error
