@@ -128,6 +128,7 @@ class AsyncStore(Core):
 
     async def check(self) -> None:
         """See `Store.check`."""
+        self._handle_sigterm()
         await in_thread("check", self._do_check)
 
     async def flush(self, timeout_s: float = CLOSE_S) -> bool:

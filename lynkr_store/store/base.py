@@ -387,6 +387,11 @@ class Core:
             self._database.check_again()
         self._start_maintenance()
 
+    def _handle_sigterm(self) -> None:
+        """In a child of a fork, install the handler again, if this is the main thread."""
+        if self._sigterm:
+            self._sigterm.install_in_child()
+
     def _require_open(self, *, to_write: bool = False) -> None:
         if self._closed:
             raise StoreClosed("the store was closed; open a new one")

@@ -85,7 +85,9 @@ class Store(Core):
     def check(self) -> None:
         """Open the database now, for a service that should not start without it.
 
-        It is created, adopted or upgraded as at its first use, if the settings say so.
+        It is created, adopted or upgraded as at its first use, if the settings say so. In a process
+        that a server forked, this also installs the handler of ``handle_sigterm``, as the first
+        record does: a SIGTERM that comes before would be the server's alone.
 
         Raises:
             StoreUnavailable: The database cannot be reached.
@@ -93,6 +95,7 @@ class Store(Core):
                 the command.
             StoreClosed: The store was closed.
         """
+        self._handle_sigterm()
         self._do_check()
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:

@@ -883,6 +883,33 @@ def test_a_hosts_handler_that_comes_later_may_call_the_stores(program, url):
     assert stored(url) == once(r=50, late=5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_that_checks_the_store_at_its_start_keeps_its_only_record(program, url, kind):
+    """A request is in progress when SIGTERM comes, and the server ends by the signal itself."""
+    program(
+        """
+        store = opened(*sys.argv[1:3], handle_sigterm=True)
+        if pid := os.fork():
+            assert reaped(pid) == -signal.SIGTERM
+            store.close()
+            sys.exit()
+        told = []
+        signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+        store.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told
+        record(store, "r", 1)
+        while checked(store).pending:  # soon, for it knows of the signal: else in an hour
+            time.sleep(0.01)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+        """,
+        kind,
+        url,
+    )
+    assert stored(url) == once(r=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["none", "first", "second"])
 def test_sigterm_closes_two_stores(program, backend, new_url, closed):

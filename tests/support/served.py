@@ -24,7 +24,12 @@ def wsgi(environ, start_response):
 
 
 async def asgi(scope, receive, send):
-    if scope["type"] != "http":
+    if scope["type"] == "lifespan":
+        await receive()
+        store.check()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
         return
     body = _recorded(scope["path"])
     await send({"type": "http.response.start", "status": 200, "headers": []})
