@@ -168,6 +168,11 @@ def copy_lines(report: CopyReport) -> Iterator[str]:
             f"only in the target: {report.rows_only_in_target:,} rows, which the source has "
             "removed since they were copied"
         )
+    if report.rows_without_texts:
+        yield (
+            f"without a text: {report.rows_without_texts:,} rows, on one side, which removed it "
+            "since they were copied"
+        )
     yield (
         f"verified: {report.rows_verified:,} rows (UTC days: {report.days_verified:,}) have the "
         "source's counts and sums"

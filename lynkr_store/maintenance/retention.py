@@ -25,7 +25,7 @@ from lynkr_store.rollups.fold_sql import last_of_step
 from lynkr_store.schemas.values import INT64_MAX, INT64_MIN
 from lynkr_store.storage import progress
 from lynkr_store.storage.database import Database
-from lynkr_store.storage.progress import insert_if_absent, upsert
+from lynkr_store.storage.progress import OF_TEXTS, insert_if_absent, upsert
 from lynkr_store.storage.write_lock import PAUSE_S
 
 _STEP_S: Final = {  # the time that a step should take
@@ -37,7 +37,6 @@ _ROWS_FIRST: Final = 100
 _ROWS_MOST: Final = 500
 
 _COUNTED: Final = 100_000  # remaining rows counted; a larger number takes time and says no more
-_OF_TEXTS: Final = "texts_"  # prefix of the names in the table of progress
 _INCREMENTAL: Final = 2  # PRAGMA auto_vacuum of a file that can shrink
 
 _id: Final = TELEMETRY.c.id
@@ -228,7 +227,7 @@ class _Position(NamedTuple):
     def as_progress(self) -> list[dict[str, Any]]:
         """The rows of the table of progress."""
         return [
-            {"name": f"{_OF_TEXTS}{name}", "value": value} for name, value in self._asdict().items()
+            {"name": f"{OF_TEXTS}{name}", "value": value} for name, value in self._asdict().items()
         ]
 
 
@@ -239,7 +238,7 @@ def _position(connection: Connection, cutoff_ms: int, *, hold: bool) -> _Positio
     if hold:  # one process inserts it, the others wait for its lock
         connection.execute(insert_if_absent(backend_of(connection)), nothing)
         statement = statement.with_for_update()
-    values = {row.name.removeprefix(_OF_TEXTS): row.value for row in connection.execute(statement)}
+    values = {row.name.removeprefix(OF_TEXTS): row.value for row in connection.execute(statement)}
     place = _Position(**values)
     if place.before_ms > cutoff_ms:  # the retention was lengthened: read the rows between
         place = place._replace(before_ms=cutoff_ms, before_id=INT64_MIN)

@@ -34,6 +34,9 @@ class CopyReport(FrozenOutput):
     """UTC days of these rows."""
     rows_only_in_target: int
     """Rows of earlier copies that the source has no longer, because of retention or erasure."""
+    rows_without_texts: int
+    """Rows of earlier copies of which one side lacks a text that the other has, because the source
+    removed it, or the target's retention of texts did."""
     coerced: FrozenMap[int]
     """How many values were changed, by ``column: change``. Changes: ``rounded`` to a whole number,
     ``parsed`` from a text, ``unreadable`` and so stored as NULL, ``cut`` to 512 characters, and

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Delete, Insert, ScalarSelect, Select, delete, select
 
@@ -10,6 +10,9 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.functions import inserting
 from lynkr_store.db.models import PROGRESS
+
+OF_TEXTS: Final = "texts_"
+"""The names of how far retention has removed texts begin so; ``texts_before_ms`` is an instant."""
 
 
 def value_of(name: str) -> ScalarSelect[int]:

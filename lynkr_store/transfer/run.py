@@ -55,7 +55,7 @@ class Run:
         self.copied: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.rollups = 0
-        self.verified = Verified(0, 0, 0, Counter())
+        self.verified = Verified(0, 0, 0, 0, Counter())
 
     def tell(self, stage: str, done: int, total: int | None = None) -> None:
         """Report how far the copy has come."""
@@ -84,6 +84,7 @@ class Run:
             rows_verified=self.verified.rows,
             days_verified=self.verified.days,
             rows_only_in_target=self.verified.gone,
+            rows_without_texts=self.verified.without_texts,
             coerced=self._coerced,
             left_out=self.left_out,
         )

@@ -104,6 +104,13 @@ class TableRows:
             found: int | None = connection.scalar(select(progress.value_of(self._copied)))
         return found
 
+    def texts_before(self) -> int:
+        """The instant before which this database's retention has removed texts."""
+        with self.database.read() as connection:
+            name = f"{progress.OF_TEXTS}before_ms"
+            found: int | None = connection.scalar(select(progress.value_of(name)))
+        return INT64_MIN if found is None else found
+
     def write(self, columns: Columns, expected: int, last: int) -> Counter[str]:
         """Write the rows that come next, and in the same transaction how far the copy has come.
 

@@ -6,7 +6,8 @@ from typing import Any, Final, NamedTuple
 
 from lynkr_store.exceptions import CopyDiffers
 from lynkr_store.ingest.batch import Columns, RowBatch, by_column
-from lynkr_store.schemas import utc
+from lynkr_store.schemas import TEXT_FIELDS, utc
+from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.transfer.portable import Converter
 from lynkr_store.transfer.sums import Sums, added, sums_of
 from lynkr_store.transfer.tables import NOTHING, PAGE_ROWS, TableRows
@@ -28,6 +29,7 @@ class Verified(NamedTuple):
         rows: The rows that both have.
         days: Their UTC days.
         gone: Rows that only the target has.
+        without_texts: Rows that lack a text on one side, which was removed since they were copied.
         left_out: Rows that only the source has, because they lack a required value or the target
             refuses them, by cause; those of earlier copies, too.
     """
@@ -35,6 +37,7 @@ class Verified(NamedTuple):
     rows: int
     days: int
     gone: int
+    without_texts: int
     left_out: Counter[str]
 
 
@@ -52,7 +55,7 @@ def verify_tables(
     Raises:
         CopyDiffers: Rows of the target have other values.
     """
-    rows, gone, days = 0, 0, set[int]()
+    rows, gone, without_texts, days = 0, 0, 0, set[int]()
     left_out: Counter[str] = Counter()
     after = NOTHING
     while after < upto:
@@ -64,15 +67,17 @@ def verify_tables(
                 map(reading.convert, source.pages(after, bound)),
                 _converted(target, after, bound),
                 target.add,
+                texts_before=target.texts_before(),
             )
             gone += differences.gone
+            without_texts += differences.without_texts
             left_out += reading.left_out + differences.refused
             theirs = target.sums(after, bound)
         rows += _rows_in(theirs)
         days |= {day for day, _ in theirs}
         after = bound
         on_rows(rows)
-    return Verified(rows - gone, len(days), gone, left_out)
+    return Verified(rows - gone, len(days), gone, without_texts, left_out)
 
 
 class Differences(NamedTuple):
@@ -80,25 +85,34 @@ class Differences(NamedTuple):
 
     Attributes:
         gone: The number of rows that only the target has.
+        without_texts: The number of rows that lack a text on one side, as retention leaves them.
         refused: Rows that were missing, and that the target did not take, by cause.
     """
 
     gone: int
+    without_texts: int
     refused: Counter[str]
 
 
-def compare(source: Iterable[Columns], target: Iterable[Columns], add: Add) -> Differences:
+def compare(
+    source: Iterable[Columns],
+    target: Iterable[Columns],
+    add: Add,
+    *,
+    texts_before: int = INT64_MIN,
+) -> Differences:
     """Compare portable rows one by one, both in the order of their ids.
 
     Args:
         source: Where the rows come from.
         target: Where they were copied to.
         add: Called with the rows that the target lacks, page by page.
+        texts_before: The instant before which the target's retention has removed texts.
 
     Raises:
         CopyDiffers: Rows of the target have other values than the source's.
     """
-    gone, refused, missing = 0, Counter[str](), list[_Row]()
+    gone, without_texts, refused, missing = 0, 0, Counter[str](), list[_Row]()
     changed: list[tuple[int, tuple[str, ...]]] = []
     ours, theirs = _rows(source), _rows(target)
     one, other = next(ours, None), next(theirs, None)
@@ -114,9 +128,11 @@ def compare(source: Iterable[Columns], target: Iterable[Columns], add: Add) -> D
             gone += 1
             other = next(theirs, None)
         else:
-            names = tuple(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
-            if names:
-                changed.append((one["id"], tuple(sorted(names))))
+            names = {n for n in one.keys() | other.keys() if one.get(n) != other.get(n)}
+            removed = {n for n in names if _is_removed(n, one, other, texts_before)}
+            without_texts += bool(removed)
+            if names - removed:
+                changed.append((one["id"], tuple(sorted(names - removed))))
             one, other = next(ours, None), next(theirs, None)
     if missing:
         refused += add(by_column(missing))
@@ -127,7 +143,16 @@ def compare(source: Iterable[Columns], target: Iterable[Columns], add: Add) -> D
             "one of the two was changed after the copy, and nothing was overwritten. To have the "
             "source's values, delete these rows from the target, and copy again"
         )
-    return Differences(gone, refused)
+    return Differences(gone, without_texts, refused)
+
+
+def _is_removed(name: str, source: _Row, target: _Row, before: int) -> bool:
+    """Whether one side lacks a text because it removed texts, as it may remove rows."""
+    if name not in TEXT_FIELDS:
+        return False
+    if source.get(name) is None:
+        return True
+    return target.get(name) is None and bool(target["timestamp"] < before)
 
 
 def verify_file(
@@ -149,18 +174,24 @@ def verify_file(
     for page in file_pages(reading):
         of_file = added(of_file, sums_of(page, table.table))
     there = _sums(table, NOTHING, upto, on_rows)
-    found = Differences(0, Counter())
+    found = Differences(0, 0, Counter())
     if of_file != there:
         ours, theirs = Converter(table.table), Converter(table.table)
         of_both = file_pages(ours), map(theirs.convert, table.pages(NOTHING, upto))
         one, other = of_both if file_is_source else of_both[::-1]
-        found = compare(one, other, add)
+        before = table.texts_before() if file_is_source else INT64_MIN
+        found = compare(one, other, add, texts_before=before)
         reading = ours if file_is_source else theirs
         if file_is_source:  # rows may have been added
             there = _sums(table, NOTHING, upto, on_rows)
     in_target = there if file_is_source else of_file
-    left_out = reading.left_out + found.refused
-    return Verified(_rows_in(in_target) - found.gone, _days_in(in_target), found.gone, left_out)
+    return Verified(
+        _rows_in(in_target) - found.gone,
+        _days_in(in_target),
+        found.gone,
+        found.without_texts,
+        reading.left_out + found.refused,
+    )
 
 
 def verify_stream(
@@ -181,7 +212,7 @@ def verify_stream(
             f"the sums of what passed differ from the database's, first on {utc(day):%Y-%m-%d} "
             f"({what}): rows were refused, changed or deleted during the copy"
         )
-    return Verified(_rows_in(there), _days_in(there), 0, Counter())
+    return Verified(_rows_in(there), _days_in(there), 0, 0, Counter())
 
 
 def _sums(table: TableRows, after: int, upto: int, on_rows: Callable[[int], None]) -> Sums:

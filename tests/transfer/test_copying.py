@@ -137,6 +137,21 @@ def test_a_batch_of_the_source_is_not_stored_again_in_the_target(places):
     assert rows_of(target, LEDGER)
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_texts_that_retention_removed_on_one_side_are_no_difference(places, side):
+    url = places[side == "target"]
+    filled(places[0], 100)
+    copy(*places)
+    settings = StoreSettings(url=url, text_retention_days=1)
+    with Store(settings=settings, clock=lambda: START + DAY_MS + 50 * DAY_MS // 1_000) as store:
+        assert store.maintain(trust_clock=True).texts_removed == 50
+    filled(places[0], 100, first=100)
+    report = copy(*places)
+    assert (report.rows_copied, report.rows_without_texts) == (100, 50)
+    texts = [[row.request_text is not None for row in all_rows(place)] for place in places]
+    assert [sum(kept) for kept in texts] == ([150, 200] if side == "source" else [200, 150])
+
+
 def test_rows_that_the_source_removed_stay_in_the_target(places, changing):
     source, target = places
     filled(source, 100)
@@ -186,14 +201,15 @@ def test_each_copy_counts_every_row_that_the_target_lacks(new_url, tmp_path, cha
             assert report.left_out == {"timestamp": 2, "constraint": 2}
 
 
-def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing):
+@pytest.mark.parametrize("now", ["other", None])
+def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing, now):
     source, target = places
     filled(source, 30)
     copy(source, target)
-    changing(target, update(TELEMETRY).where(TELEMETRY.c.id == 7).values(request_text="other"))
+    changing(target, update(TELEMETRY).where(TELEMETRY.c.id == 7).values(request_text=now))
     with pytest.raises(CopyDiffers, match=r"1 rows of the target .*\(id 7: request_text\)"):
         copy(source, target)
-    assert all_rows(target)[6].request_text == "other"
+    assert all_rows(target)[6].request_text == now
 
 
 @pytest.mark.parametrize("column", ["cost_usd", "latency_ms", "tier", "was_fallback", "ttft_ms"])
