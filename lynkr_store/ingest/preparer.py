@@ -30,7 +30,7 @@ class Preparer:
         interval_s: Seconds after which a batch is due even if it is not full.
 
     Attributes:
-        interval_s: The same; it may be changed.
+        wake_rows, interval_s: The same; they may be changed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Preparer:
         self._spooling = spooling
         self._policy = policy
         self._batch_rows = batch_rows
-        self._wake_rows = wake_rows
+        self.wake_rows = wake_rows
         self.interval_s = interval_s
         self._builder = BatchBuilder()
         self._new_id = new_ids().__next__
@@ -89,7 +89,7 @@ class Preparer:
                 or now >= due_at
             ):
                 return True
-            queue.wake_at = self._wake_rows if waiting else 1
+            queue.wake_at = self.wake_rows if waiting else 1
             if len(queue) >= queue.wake_at:
                 continue  # a record came meanwhile, and its call did not wake this thread
             waits = []

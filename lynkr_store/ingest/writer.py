@@ -40,7 +40,6 @@ CLOSE_S: Final = 5.0
 """Seconds that a close takes at most, where nothing else is said."""
 
 _THREADS: Final = 2
-_SOON_S: Final = 0.01
 _LOOK_S: Final = 0.05  # between two looks at whether the sink answers
 _GRACE_S: Final = 0.5  # what close() may take beyond its deadline, to spool what is left
 _STUCK_S: Final = 0.1  # and for a thread whose driver's call does not return
@@ -109,7 +108,7 @@ class Writer(Forkable):
             self._clock,
             self._max_rows,
             self._max_bytes,
-            ring=self._ring,
+            ring=self._on_record,
             after_close=self._after_close,
         )
         self.submit = self._queue.submit
@@ -134,6 +133,7 @@ class Writer(Forkable):
         )
         self._bodies = {"deliver": deliverer.run, "prepare": preparer.run}
         self._holds_spool = False
+        self._patience_s = 0.0  # for which records may still wait: see write_at_once()
         self._started = False
         self._ended: set[str] = set()
         self._threads: dict[str, threading.Thread] = {}
@@ -176,6 +176,14 @@ class Writer(Forkable):
                 self._handoff.note_restart(error)
             return False
         return True
+
+    def _on_record(self) -> None:
+        """A record came whose call has to wake the preparing thread."""
+        self._ring()
+        if self._patience_s > 0 and not self.is_this_thread:
+            began = time.monotonic()
+            self.flush_while_reached(self._patience_s)
+            self._patience_s -= time.monotonic() - began
 
     def _ring(self) -> None:
         """Wake the preparing thread; the first record has the threads started."""
@@ -249,13 +257,19 @@ class Writer(Forkable):
             self._ring()  # which starts the threads, too, where that failed before
         return target
 
-    def write_at_once(self) -> None:
+    def write_at_once(self, patience_s: float) -> None:
         """From now on write each record as soon as possible: the process is about to end.
 
-        If the sink cannot be reached, batches enter the spool without waiting for it.
+        It may end right after a request, by a signal, so the call that records waits for the
+        writer. If the sink cannot be reached, batches enter the spool without waiting for it.
+
+        Args:
+            patience_s: Seconds for which all calls together wait at most.
         """
-        self._interval_s = self._preparer.interval_s = _SOON_S
+        self._interval_s = self._preparer.interval_s = 0.0
+        self._preparer.wake_rows = 1
         self._spool_after_s = self._spooling.after_s = 0.0
+        self._patience_s = patience_s
 
     def flush_while_reached(self, timeout_s: float) -> bool:
         """Flush, but not beyond the next try that fails, unless a spool takes the batches.

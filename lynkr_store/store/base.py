@@ -176,6 +176,9 @@ class Core:
     ) -> bool:
         """Queue one record. Never raises, never waits for I/O; mistakes are counted in `health`.
 
+        After SIGTERM, with ``handle_sigterm``, it waits until the record is written, as long as all
+        such calls together have not waited for 2.5 seconds.
+
         A record that is not valid is rejected later: ``health().rejections`` says why, and
         ``RoutingEvent(**fields)`` raises the exact error. With the setting ``strict`` this method
         raises it.
@@ -447,7 +450,8 @@ def _ending(core: Core) -> Callable[[bool], None]:
     """A function for SIGTERM, which does not keep the store alive.
 
     Where the process goes on for a while, the store stays open, so that requests in progress can
-    record. The handler may have interrupted an event loop, so it waits 2.5 seconds at most, and not
+    record; each such call waits for its record, because servers end by the signal itself. The
+    handler may have interrupted an event loop, so it waits 2.5 seconds at most, and not
     beyond a try that fails: what is pending is tried again, or enters the spool, while the process
     goes on.
     """
@@ -459,7 +463,7 @@ def _ending(core: Core) -> Callable[[bool], None]:
         if not goes_on:
             alive._do_close(CLOSE_S)  # noqa: SLF001 - this module's own
         else:
-            alive._writer.write_at_once()  # noqa: SLF001
+            alive._writer.write_at_once(CLOSE_S / 2)  # noqa: SLF001
             alive._writer.flush_while_reached(CLOSE_S / 2)  # noqa: SLF001
 
     return end

@@ -899,8 +899,6 @@ def test_a_worker_that_checks_the_store_at_its_start_keeps_its_only_record(progr
         os.kill(os.getpid(), signal.SIGTERM)
         assert told
         record(store, "r", 1)
-        while checked(store).pending:  # soon, for it knows of the signal: else in an hour
-            time.sleep(0.01)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
         """,
@@ -908,6 +906,31 @@ def test_a_worker_that_checks_the_store_at_its_start_keeps_its_only_record(progr
         url,
     )
     assert stored(url) == once(r=1)
+
+
+def test_records_after_sigterm_wait_no_longer_than_is_said(program, new_url):
+    url = new_url("sqlite-file", at_head=True)
+    lines = program(
+        """
+        import sqlite3
+
+        store = opened("sync", sys.argv[1], handle_sigterm=True)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        store.check()
+        other = sqlite3.connect(sys.argv[1].removeprefix("sqlite:///"), isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        store._sigterm._end(True)
+        began = time.monotonic()
+        record(store, "r", 100)
+        say(time.monotonic() - began < 20)
+        say(checked(store).pending)
+        other.rollback()
+        store.close(30)
+        """,
+        url,
+    )
+    assert lines == ["True", "100"]
+    assert stored(url) == once(r=100)
 
 
 @pytest.mark.slow
