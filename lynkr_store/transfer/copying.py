@@ -1,5 +1,6 @@
 """Runs a copy from one database or file to another."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +17,11 @@ from lynkr_store.process.files import identity_of
 from lynkr_store.schemas.copying import CopyReport
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.database import Database
-from lynkr_store.transfer.files import FileRows, file_named
+from lynkr_store.transfer.files import SUFFIXES, FileRows, file_named
 from lynkr_store.transfer.run import OnProgress, Run, between_databases, from_file, to_file
+
+_WITH_PASSWORD: Final = re.compile(r"[a-z+0-9]+:(?!//)[^@]*@")
+"""How a URL begins that was mistyped."""
 
 _SERVER_OF: Final = text(
     "SELECT pg_catalog.pg_postmaster_start_time(), CAST(oid AS bigint), "
@@ -85,6 +89,8 @@ def _named(place: str | Path, name: str) -> FileRows | str:
     """The file that a place names, or the URL of a database."""
     if not isinstance(place, str | Path) or not str(place):
         raise BadArgument(f"{name}: give a URL or a path")
+    if _WITH_PASSWORD.match(str(place)):  # a message would show it
+        raise BadArgument(f"{name}: a URL needs :// after its first word; give a URL or a path")
     found = file_named(str(place))
     if found is not None:
         return found
@@ -101,8 +107,13 @@ def _opened(url: str, schema: str | None, *, reads: bool) -> Iterator[Database]:
         raise BadArgument(f"{name}: give the path of an SQLite file, not a database in memory")
     path = file_of(parsed)
     if path is not None and not path.exists():
-        remedy = "" if reads else f", or create it by lynkr-store upgrade --url sqlite:///{path}"
-        raise StoreUnavailable(f"{name}: {path} does not exist; give a file's path{remedy}")
+        remedy = (
+            "give a file's path"
+            if reads
+            else f"create it by lynkr-store upgrade --url sqlite:///{path}, or, for a file with "
+            f"rows, give one of {', '.join(SUFFIXES)}"
+        )
+        raise StoreUnavailable(f"{name}: {path} does not exist; {remedy}")
     database = Database(settings, read_only=reads)
     try:
         database.open()

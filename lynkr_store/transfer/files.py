@@ -147,6 +147,8 @@ _BY_SUFFIX: Final[dict[str, Callable[[Path], FileRows]]] = {
     ".ndjson": JsonLinesFile,
     ".parquet": ParquetFile,
 }
+SUFFIXES: Final = tuple(_BY_SUFFIX)
+"""How the names of files end."""
 
 
 def file_named(name: str) -> FileRows | None:

@@ -286,6 +286,8 @@ def test_a_target_that_is_not_at_head_is_refused_with_the_command(new_url, backe
         with pytest.raises(StoreUnavailable, match="create it by lynkr-store upgrade --url sqlite"):
             copy(source, target)
         assert not Path(target.removeprefix("sqlite:///")).exists()
+        with pytest.raises(StoreUnavailable, match=r"one of \.jsonl, \.ndjson, \.parquet"):
+            copy(source, "rows.csv")
     engine = create_store_engine(target)
     upgrade(engine, "0005")
     with pytest.raises(SchemaBehind, match="run lynkr-store upgrade"):
@@ -327,6 +329,8 @@ def test_schemas_are_those_of_the_arguments(new_url, backend, monkeypatch):
         ("x.jsonl", "y.parquet", "one of the two must be a database"),
         ("", "x.db", "source: give a URL or a path"),
         (None, "x.db", "source: give a URL or a path"),
+        ("postgresql:/me:secret@host/db", "x.db", "source: a URL needs :// after its first word"),
+        ("x.db", "postgresql:me:secret@host", "target: a URL needs :// after its first word"),
         ("mysql://u@h/d", "x.jsonl", "not supported|not a supported"),
     ],
 )
