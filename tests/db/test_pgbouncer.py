@@ -24,6 +24,7 @@ from lynkr_store import (
     RoutingRepository,
     Store,
     StoreSettings,
+    copy,
     create_store_engine,
     upgrade,
     writing,
@@ -36,6 +37,7 @@ from lynkr_store.migrate.upgrade import downgrade
 from tests.conftest import POSTGRES
 from tests.migrations.host import application
 from tests.support import pgbouncer
+from tests.support.copies import all_rows, answers, filled
 from tests.support.recorded import ROOT
 from tests.support.stores import Asynchronous, adds_up, looked
 
@@ -187,6 +189,18 @@ IN_FORCE = {
 
 def in_force(connection):
     return {name: connection.scalar(text(f"SHOW {name}")) for name in IN_FORCE}
+
+
+@pytest.mark.slow
+def test_rows_are_copied_in_and_out_over_the_pooler(pooled_at_head, new_url):
+    _, pooled = pooled_at_head
+    source = filled(new_url("sqlite-file", at_head=True), 1_500, savings=2)
+    back = new_url("sqlite-file", at_head=True)
+    for _ in range(2):
+        assert copy(source, pooled, target_schema=SCHEMA).rows_verified == 1_500
+        assert copy(pooled, back, source_schema=SCHEMA).rows_verified == 1_500
+    assert answers(back) == answers(source)
+    assert all_rows(back) == all_rows(source)
 
 
 def test_rows_are_followed_in_order_over_the_pooler(pooled_at_head):

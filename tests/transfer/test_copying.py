@@ -25,7 +25,9 @@ from lynkr_store import (
 )
 from lynkr_store.db.models import DIMENSIONS, LEDGER, ROLLUPS, SAVINGS, TELEMETRY
 from tests.conftest import ON_DISK, POSTGRES
+from tests.support.children import MortalServer
 from tests.support.copies import DAY_MS, START, all_rows, answers, filled, records
+from tests.support.postgres import available_servers
 from tests.support.recorded import DATA, needs_data
 
 PAIRS = [(one, other) for one in ON_DISK for other in ON_DISK]
@@ -418,3 +420,31 @@ def test_files_of_each_of_the_gateways_versions_are_copied(places, version):
     source = DATA / "gateway-versions" / f"{version}.db"
     assert copy(source, target).rows_verified == 40
     assert all_rows(target) == all_rows(f"sqlite:///{source}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("installation", available_servers(), ids=lambda each: each.name)
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("stage", ["rows", "folding", "verifying"])
+def test_a_server_that_ends_on_the_way_is_named_and_the_copy_is_continued(
+    installation, side, stage, new_url
+):
+    with MortalServer(installation) as server:
+        other, there = new_url("sqlite-file", at_head=True), server.create_database("moved")
+        upgrade(there)
+        places = (there, other) if side == "source" else (other, there)
+        filled(places[0], 3_000, savings=2)
+        ended = []
+
+        def end_once(step):
+            if step.stage == stage and not ended:
+                ended.append(step)
+                server.kill()
+
+        if side == "target" or stage != "folding":  # only the target folds
+            with pytest.raises(StoreUnavailable):
+                copy(*places, on_progress=end_once)
+            server.start_again()
+        assert copy(*places).rows_verified == 3_000
+        assert answers(places[1]) == answers(places[0])
+        assert all_rows(places[1]) == all_rows(places[0])
