@@ -18,8 +18,8 @@ from lynkr_store.ingest.batch import Columns, by_column
 from lynkr_store.schemas import encoded, epoch_ms
 from lynkr_store.schemas.events import similar_field
 from lynkr_store.schemas.values import INT64_MAX
-from lynkr_store.transfer.portable import Kind, kinds_of
-from lynkr_store.transfer.tables import ANCHORS, NOTHING, PAGE_ROWS, required
+from lynkr_store.transfer.portable import Kind, kinds_of, required
+from lynkr_store.transfer.tables import ANCHORS, NOTHING, PAGE_ROWS
 
 _KINDS: Final = kinds_of(TELEMETRY)
 _FLAGS: Final = frozenset(name for name, kind in _KINDS.items() if kind is Kind.FLAG)

@@ -21,11 +21,11 @@ from lynkr_store.ingest.batch import Columns
 from lynkr_store.process.files import alone, identity_of, make_private
 from lynkr_store.schemas.events import similar_field
 from lynkr_store.schemas.values import INT64_MAX
-from lynkr_store.transfer.portable import Kind, kinds_of
-from lynkr_store.transfer.tables import ANCHORS, NOTHING, PAGE_ROWS, required
+from lynkr_store.transfer.portable import Kind, kinds_of, required
+from lynkr_store.transfer.tables import ANCHORS, NOTHING, PAGE_ROWS
 
 _KINDS: Final = kinds_of(TELEMETRY)
-_REQUIRED: Final = ("timestamp", "request_id", "provider")
+_REQUIRED: Final = tuple(name for name in required(TELEMETRY) if name != "id")
 _GROUP_BYTES: Final = 64 * 2**20  # of a row group in memory: texts may have 128 KB a row
 _PER_MS: Final = {"ms": 1, "us": 1_000, "ns": 1_000_000}
 

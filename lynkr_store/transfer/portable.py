@@ -62,6 +62,11 @@ def _kind(name: str, type_: object) -> Kind:
     return Kind.REAL if fraction else Kind.WHOLE
 
 
+def required(table: Table) -> tuple[str, ...]:
+    """The columns without which no row is: they identify it."""
+    return tuple(column.name for column in table.c if not column.nullable)
+
+
 class Converter:
     """Converts the columns of one table, and counts what it changed.
 
@@ -77,7 +82,7 @@ class Converter:
 
     def __init__(self, table: Table) -> None:
         self._kinds = kinds_of(table)
-        self._required = [column.name for column in table.c if not column.nullable]
+        self._required = required(table)
         self.coerced: Coerced = Counter()
         self.left_out: Counter[str] = Counter()
 

@@ -19,9 +19,9 @@ from lynkr_store.storage import identities
 from lynkr_store.storage.database import Database
 from lynkr_store.transfer.files import FileRows
 from lynkr_store.transfer.history import bring_ledger, bring_rollups
-from lynkr_store.transfer.portable import Converter
+from lynkr_store.transfer.portable import Converter, required
 from lynkr_store.transfer.sums import Sums, added, sums_of
-from lynkr_store.transfer.tables import ANCHORS, NOTHING, TableRows, added_since, required
+from lynkr_store.transfer.tables import ANCHORS, NOTHING, TableRows, added_since
 from lynkr_store.transfer.verification import (
     Verified,
     verify_file,
@@ -127,19 +127,19 @@ def _copy_rows(run: Run, stage: str, source: TableRows, target: TableRows) -> in
     upto = _settled(source)
     total = _about(source, last, upto)
     for page in source.pages(last, upto):
-        last = _write(run, stage, target, page, last)
+        _write(run, stage, target, page, last)
+        last = page["id"][-1]
         run.tell(stage, run.copied[stage], max(total, run.copied[stage]))
     return last
 
 
-def _write(run: Run, stage: str, target: TableRows, page: Columns, expected: int) -> int:
-    """Write one page; return the id up to which rows are copied then."""
-    last: int = page["id"][-1]
+def _write(run: Run, stage: str, target: TableRows, page: Columns, expected: int) -> Columns:
+    """Write one page after the id that is expected; return its portable rows."""
     columns = run.convert(page, target.table)
-    refused = target.write(columns, expected, last)
+    refused = target.write(columns, expected, page["id"][-1])
     run.left_out.update(refused)
     run.copied[stage] += len(columns.get("id", ())) - refused.total()
-    return last
+    return columns
 
 
 def _settled(source: TableRows) -> int:
@@ -204,9 +204,10 @@ def from_file(run: Run, source: FileRows, target: Database) -> None:
         if not known:
             _require_same(page, TELEMETRY, table)
             known = True
-        last = _write(run, "rows", table, new, last)
+        columns = _write(run, "rows", table, new, last)
+        last = new["id"][-1]
         if not source.read_again:
-            written = added(written, sums_of(Converter(TELEMETRY).convert(new), TELEMETRY))
+            written = added(written, sums_of(columns, TELEMETRY))
         run.tell("rows", run.copied["rows"], source.total(run.copied["rows"]))
     _finish(run, target)
     on_rows = _verifying(run, table, last)

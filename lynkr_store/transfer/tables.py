@@ -18,6 +18,7 @@ from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.storage import progress
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.inserts import insert_isolating
+from lynkr_store.transfer.portable import required
 from lynkr_store.transfer.sums import Sums, sums_in
 
 PAGE_ROWS: Final = 1_000
@@ -153,11 +154,6 @@ class TableRows:
         greatest = connection.scalar(select(func.max(self.table.c.id)))
         if greatest is not None and greatest > expected:
             raise BadArgument(added_since(self.table))
-
-
-def required(table: Table) -> tuple[str, ...]:
-    """The columns without which no row is: they identify it."""
-    return tuple(column.name for column in table.c if not column.nullable)
 
 
 def _insert(connection: Connection, table: Table, columns: Columns) -> Counter[str]:
