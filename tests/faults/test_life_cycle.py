@@ -409,10 +409,10 @@ POOL = r"""
         return name
 
     def wait_until_idle(processes):
-        # until no main thread of theirs has run for half a second
-        before = None
-        while (now := [activity(process.pid) for process in processes]) != before:
-            before = now
+        # until no main thread of theirs has run for two seconds, as long as a machine may stop
+        looks = [object()]
+        while len(looks) < 5 or looks.count(looks[0]) < 5:
+            looks = [*looks[-4:], [activity(process.pid) for process in processes]]
             time.sleep(0.5)
 
     def activity(pid):
