@@ -117,6 +117,7 @@ def test_the_sparkline_has_the_ends_of_the_window_that_was_asked_for(url):
     assert len(spark.split("window")[1].strip()) == 1, "all of them are at the window's end"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("columns", ["60", "80", "99", "100", "120"])
 def test_names_are_whole_on_a_narrow_terminal(columns, tmp_path):
     url = f"sqlite:///{tmp_path}/telemetry.db"

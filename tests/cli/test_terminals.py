@@ -122,6 +122,7 @@ def test_a_script_is_never_altered(monkeypatch, tmp_path):
     assert "größe" in ended("utf-8", *arguments)[1].decode()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_tables_fit_the_terminal_and_nothing_is_cut_off(url, columns):
     listed = ended("utf-8", "query", "--url", url, columns=columns)[1].decode()

@@ -169,6 +169,7 @@ def test_nothing_asks_the_loops_default_executor(make):
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_hosts_blocking_jobs_delay_nothing(make):
     """Ten of them held up a read for as long as they took."""
 
@@ -487,6 +488,7 @@ def test_a_loop_that_runs_again_keeps_its_connections(make):
     loop.close()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("state", ["running", "at rest", "closed"])
 def test_another_loop_than_that_of_the_reads_closes(url, state):
     store = new_store(url)

@@ -259,6 +259,7 @@ TRIGGER = {
 # -- libraries that are not installed --------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("absent", "call", "words"),
     [

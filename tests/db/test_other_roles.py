@@ -108,6 +108,7 @@ def test_another_session_that_builds_is_waited_for_until_the_budget_is_spent(pos
         assert (report.indexes_built, report.indexes_left, report.waited_for) == ((), (), None)
 
 
+@pytest.mark.slow
 def test_an_upgrade_says_which_role_it_waited_for(postgres_url, stranger):
     role = make_url(stranger).username
     with psycopg.connect(stranger, autocommit=True) as holder:

@@ -207,6 +207,7 @@ def test_busy_readers_hold_up_no_record_and_are_no_outage(pg_url):
         assert (health.reachable, health.written, health.last_error) == (True, 1, None)
 
 
+@pytest.mark.slow
 def test_a_frozen_server_is_an_outage_also_when_all_connections_are_in_use():
     with MortalServer(available_servers()[-1]) as server:
         url = server.create_database("frozen")

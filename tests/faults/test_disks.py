@@ -507,6 +507,7 @@ class AtMoment:
             self.act()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [remove, replace], ids=["deleted", "replaced"])
 def test_no_moment_at_which_the_file_goes_away_loses_a_record(tmp_path, act):
     """Deleted or replaced at each event of writing a batch, from the BEGIN to the COMMIT."""

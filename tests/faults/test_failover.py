@@ -111,6 +111,7 @@ def assert_nothing_lost(store, count, url):
 # -- a primary and a standby -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_promoted_standby_takes_over(pair, kind):
     primary, standby, url = pair
@@ -147,6 +148,7 @@ def answers(store):
         return False
 
 
+@pytest.mark.slow
 @each_kind
 def test_an_old_primary_that_comes_back_gets_no_writes(pair, kind):
     primary, standby, url = pair
@@ -164,6 +166,7 @@ def test_an_old_primary_that_comes_back_gets_no_writes(pair, kind):
         assert len(store.query(limit=1)) == 1
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_primary_that_turns_read_only_is_left_for_one_that_takes_writes(pair, kind):
     """All its connections stay open and answer: nothing but the refused write tells."""
@@ -185,6 +188,7 @@ def test_a_primary_that_turns_read_only_is_left_for_one_that_takes_writes(pair, 
         assert len(store.query(limit=10_000)) == recording.count + 1
 
 
+@pytest.mark.slow
 def test_an_upgrade_finds_the_server_that_takes_writes(pair, monkeypatch):
     primary, standby, _ = pair
     url = both(standby, primary)
@@ -205,6 +209,7 @@ def test_an_upgrade_finds_the_server_that_takes_writes(pair, monkeypatch):
 # -- a standby alone -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("read_only", [True, False])
 def test_a_standby_alone_answers_reads(pair, kind, read_only, caplog):

@@ -185,6 +185,7 @@ def check(account, ledger):
     assert SECRET not in (account.last_error or "")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize("spool", [False, True])
 @pytest.mark.parametrize("name", NAMES)

@@ -121,6 +121,7 @@ def test_what_a_flush_confirmed_survives_a_kill_at_any_moment(place, backend, st
         assert {"begin", "before_cursor_execute", "after_cursor_execute", "checkin"} <= labels
 
 
+@pytest.mark.slow
 @each_backend
 @some_and_all(11)
 def test_what_a_flush_spooled_survives_a_kill_at_any_moment(place, backend, step, tmp_path, capsys):

@@ -452,6 +452,7 @@ def test_a_pool_that_is_closed_and_joined_loses_nothing(program, url, method, ta
     assert stored(url) == Counter(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_pool_that_is_terminated_loses_nothing_with_handle_sigterm(program, url, method):
     lines = program(
@@ -623,6 +624,7 @@ def test_the_end_of_the_interpreter_writes_what_is_there(program, url, kind, end
     assert stored(url) == once(r=50, late=5 * ("late" in end))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cycle", [False, True], ids=["", "cycle"])
 def test_a_store_that_is_forgotten_writes_what_is_there(program, url, kind, cycle):
@@ -782,6 +784,7 @@ def test_sigterm_does_not_wait_for_a_database_that_is_away(program, tmp_path, ha
     assert lines == ["True", "53 0 0" if has_spool else "0 53 0"]
 
 
+@pytest.mark.slow
 def test_sigterm_writes_to_a_database_that_is_back(program, tmp_path):
     """The batch failed before, and its next try would be seconds away."""
     url = at_head(f"sqlite:///{tmp_path}/telemetry.db")
@@ -908,6 +911,7 @@ def test_a_worker_that_checks_the_store_at_its_start_keeps_its_only_record(progr
     assert stored(url) == once(r=1)
 
 
+@pytest.mark.slow
 def test_records_after_sigterm_wait_no_longer_than_is_said(program, new_url):
     url = new_url("sqlite-file", at_head=True)
     lines = program(
@@ -1167,6 +1171,7 @@ ENUMERATED = """
 """
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_main_thread_opens_the_database_loses_nothing(program, new_url):
     url = new_url("sqlite-file")
     lines = program(
@@ -1324,6 +1329,7 @@ FROZEN = """
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("what", ["record", "flush", "close", "health"])
 def test_a_loop_is_never_blocked_by_a_locked_file(program, tmp_path, what):
     path = tmp_path / "telemetry.db"

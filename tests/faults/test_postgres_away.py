@@ -127,6 +127,7 @@ def assert_nothing_lost(end, how, length):
     assert end["memory"] <= QUEUE["queue_max_bytes"] + 100 * 10**6
 
 
+@pytest.mark.slow
 @one_way_and_all
 @short_and_long
 def test_an_outage_loses_nothing_and_memory_stays_bounded(proxy, database, url, away, how, length):
@@ -157,6 +158,7 @@ def test_what_an_outage_left_in_the_spool_is_written_when_it_is_over(
     assert_whole(url, end["recorded"])
 
 
+@pytest.mark.slow
 @one_way_and_all
 @short_and_long
 def test_what_is_spooled_survives_a_kill_at_the_end_of_an_outage(

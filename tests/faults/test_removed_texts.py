@@ -109,6 +109,7 @@ def by_cleanup(open_):
 WAYS = (by_text_retention, by_retention, by_cleanup)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("remove", WAYS)
 def test_removed_texts_are_in_no_file(open_, path, remove):
     way = remove(open_)

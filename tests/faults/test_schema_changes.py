@@ -204,6 +204,7 @@ def check_one_outage(store, caplog, changing, change, *, number=0):
     return waiting
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("what", CHANGES)
 def test_records_wait_while_the_schema_is_another(store, changing, caplog, what):
     change = CHANGES[what]

@@ -597,6 +597,7 @@ def test_a_queue_holds_no_more_than_its_bytes_whatever_the_type(kind, name):
     assert len(intake) + intake.refused().total() == 40
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["provider", "attributes", "request_text"])
 def test_events_that_were_not_checked_hold_no_more_than_they_count(name):
     intake = intake_of(rows=10_000, units=2 * MIB // UNIT)

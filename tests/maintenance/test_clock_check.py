@@ -119,6 +119,7 @@ def test_odd_timestamps_of_other_writers_say_nothing(tmp_path):
 # -- stores ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("ran_before", [True, False])
 def test_a_clock_a_year_ahead_deletes_nothing_until_a_person_insists(
     open_store, caplog, ran_before
@@ -345,6 +346,7 @@ def test_the_ledger_forgets_in_steps_by_a_clock_that_is_trusted(url):
             assert connection.scalar(select(func.count()).select_from(LEDGER)) == 0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_spooled_batch_is_tried_again_as_long_as_the_ledger_remembers(url, tmp_path, stored):
     """One whose answer was lost; by a clock that is a year ahead the ledger would not know it."""

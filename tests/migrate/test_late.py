@@ -71,6 +71,7 @@ ASYNC = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [SYNC, ASYNC], ids=["sync", "async"])
 def test_a_store_on_a_database_at_the_head_loads_no_alembic(url, program):
     loaded = run(program, url)
@@ -81,6 +82,7 @@ def test_a_store_on_an_empty_file_loads_alembic_when_it_upgrades(tmp_path):
     assert "alembic" in run(SYNC, f"sqlite:///{tmp_path}/new.db")
 
 
+@pytest.mark.slow
 def test_a_child_that_is_forked_while_alembic_is_imported_can_upgrade(tmp_path):
     """Python never releases the import lock of a thread that the child does not have."""
     code = """

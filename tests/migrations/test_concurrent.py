@@ -192,6 +192,7 @@ def upgraded_by_commands(url, ways):
         return Counter(revision for program in programs for revision in program.heard_of("applied"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [ON_DISK[0], POSTGRES[-1]])
 def test_commands_and_code_at_once_apply_each_revision_once(new_url, backend):
     url = new_url(backend)

@@ -394,6 +394,7 @@ def test_no_file_at_the_path_is_said(tmp_path):
             assert words in finished.stderr + finished.stdout.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_wal_of_another_file_is_survived(tmp_path):
     """SQLite takes it for the file's own where its checksums hold; then the file is damaged."""
     paths = [tmp_path / name for name in ("a.db", "b.db")]

@@ -139,6 +139,7 @@ def test_a_batch_of_the_source_is_not_stored_again_in_the_target(places):
     assert rows_of(target, LEDGER)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_texts_that_retention_removed_on_one_side_are_no_difference(places, side):
     url = places[side == "target"]
@@ -203,6 +204,7 @@ def test_each_copy_counts_every_row_that_the_target_lacks(new_url, tmp_path, cha
             assert report.left_out == {"timestamp": 2, "constraint": 2}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("now", ["other", None])
 def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing, now):
     source, target = places
@@ -214,6 +216,7 @@ def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing, now
     assert all_rows(target)[6].request_text == now
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("column", ["cost_usd", "latency_ms", "tier", "was_fallback", "ttft_ms"])
 def test_every_kind_of_difference_is_found(places, changing, column):
     source, target = places
@@ -384,6 +387,7 @@ def test_a_killed_copy_is_continued_without_duplicates(places, moment):
         assert rows_of(target, table) == rows_of(source, table)
 
 
+@pytest.mark.slow
 def test_two_copies_at_once_into_one_target_lose_and_double_nothing(places):
     source, target = places
     filled(source, 3_000)
@@ -396,6 +400,7 @@ def test_two_copies_at_once_into_one_target_lose_and_double_nothing(places):
     assert all_rows(target) == all_rows(source)
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("backend", POSTGRES)
 def test_the_gateways_real_file_goes_to_postgresql_and_back(new_url, backend, tmp_path):

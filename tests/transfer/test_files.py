@@ -75,6 +75,7 @@ def table(tmp_path):
     return write
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_holds_every_row(source, target, tmp_path, name):
     path = tmp_path / name
@@ -308,6 +309,7 @@ def test_the_last_line_needs_no_end(target, tmp_path):
     assert copy(path, target).rows_verified == 1
 
 
+@pytest.mark.slow
 def test_an_export_that_was_cut_at_any_byte_is_continued(new_url, tmp_path):
     source, path = filled(new_url("sqlite-file", at_head=True), 5), tmp_path / "rows.jsonl"
     copy(source, path)
@@ -332,6 +334,7 @@ def test_another_file_is_not_written_over(new_url, tmp_path, content):
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_two_copies_into_one_file_do_not_mix(source, tmp_path):
     for name in ("rows.jsonl", "rows.parquet"):
         command = [sys.executable, "-m", "tests.support.copies", source, str(tmp_path / name)]
@@ -578,6 +581,7 @@ def test_a_directory_that_is_not_there_is_named(source, target, tmp_path, name):
             copy(one, other)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "telemetry.db"])
 def test_a_disk_that_fills_is_named_and_the_copy_continues(source, target, tmp_path, name):
     path = Path(target.removeprefix("sqlite:///")) if name == "telemetry.db" else tmp_path / name

@@ -67,6 +67,7 @@ def test_rows_that_the_target_folds_at_this_moment_are_counted_once(new_url, bac
     assert answers(target) == answers(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ON_DISK)
 @pytest.mark.parametrize("other", ON_DISK)
 def test_rows_that_were_erased_before_the_roll_ups_were_read_are_counted(new_url, backend, other):
