@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,9 @@ _OLDER = 3
 
 EACH_BACKEND = ("tests/conformance/test_store.py", "tests/queries/")
 """What every store and every list must do: there the ordinary run has each test on all backends."""
+
+# in a shell's background job Ctrl-C is ignored, and so it would be in each program of the tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # LiteLLM asks the network for prices when it is imported, unless this is set
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
