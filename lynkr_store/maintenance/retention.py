@@ -15,12 +15,13 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Connection, Table
 
 from lynkr_store.backend import Backend
+from lynkr_store.db.citus import is_distributed
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.db.sqlite import empty_wal, overwriting
 from lynkr_store.maintenance import retention_sql
-from lynkr_store.rollups.fold import save_removed, settled_id
+from lynkr_store.rollups.fold import held_watermark, save_removed, settled_id
 from lynkr_store.rollups.fold_sql import last_of_step
 from lynkr_store.schemas.values import INT64_MAX, INT64_MIN
 from lynkr_store.storage import progress
@@ -125,7 +126,7 @@ def delete_older(
     """Delete the rows before an instant, oldest first.
 
     On PostgreSQL rows locked by another transaction are kept, because another process may be
-    deleting them.
+    deleting them. Where the rows are distributed, such processes take turns.
 
     Args:
         database: At this release's revision.
@@ -146,7 +147,11 @@ def delete_older(
         nonlocal last
         # PostgreSQL's index keeps deleted entries until it is vacuumed: continue after them
         older = retention_sql.older(table, cutoff_ms, after=last, upto_id=upto_id, limit=limit)
-        found = connection.execute(older.with_for_update(skip_locked=True)).all()
+        if is_distributed(connection):
+            held_watermark(connection)
+        else:
+            older = older.with_for_update(skip_locked=True)
+        found = connection.execute(older).all()
         if not found:
             return 0, False
         last = found[-1].timestamp, found[-1].id

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql import func
 
 from lynkr_store.backend import Backend
+from lynkr_store.db.citus import ids_of_workers
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import TELEMETRY
@@ -170,12 +171,12 @@ def _look(connection: Connection, tail: Tail, newest: int) -> Tail:
     What this finds is used in the next transaction: in this one a host's isolation level may hide
     what has been committed meanwhile.
     """
-    wait, now = tail.wait, settled.writers(connection)
+    wait = tail.wait
     if wait and wait.upto > tail.after:
-        wait = wait._replace(writers=settled.still_open(wait.writers, now))
+        wait = wait._replace(writers=settled.still_open(connection, wait.writers))
     else:
         _require_order(connection)
-        wait = _Wait(newest, now, time.monotonic())
+        wait = _Wait(newest, settled.writers(connection), time.monotonic())
     if not wait.writers:
         return tail._replace(settled=wait.upto, wait=None)
     if not wait.said and time.monotonic() - wait.since > _SAY_AFTER_S:
@@ -204,5 +205,5 @@ def _require_order(connection: Connection) -> None:
             "follow: this server is a standby, which does not know the primary's open "
             "transactions, so a row could be left out: give the primary's URL"
         )
-    if words := identities.not_in_order(connection):
+    if words := identities.not_in_order(connection) or ids_of_workers(connection):
         raise UnsupportedDatabase(f"follow: {words}")

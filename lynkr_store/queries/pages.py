@@ -6,10 +6,12 @@ from itertools import product
 from typing import Any, Final, NamedTuple, assert_never
 
 from sqlalchemy import (
+    ARRAY,
     CTE,
     BigInteger,
     ColumnElement,
     Select,
+    any_,
     bindparam,
     column,
     func,
@@ -101,6 +103,7 @@ class _StatementKey(NamedTuple):
         since: Whether the window has a beginning.
         until: Whether the window has an end.
         before: None without a cursor; otherwise whether the cursor's timestamp is a whole number.
+        distributed: Whether only the ids are selected, by a statement that Citus can plan.
     """
 
     backend: Backend
@@ -110,6 +113,7 @@ class _StatementKey(NamedTuple):
     since: bool
     until: bool
     before: bool | None
+    distributed: bool
 
 
 def rows(
@@ -121,11 +125,15 @@ def rows(
     limit: int,
     before: Cursor | None,
     include_text: bool,
+    distributed: bool = False,
 ) -> tuple[Select[*tuple[Any, ...]], dict[str, Any]]:
     """Rows by ``(timestamp, id)`` descending, after the cursor in that order.
 
     An index holds the rows of one value in this order. The statement reads at most ``limit`` rows
     of each requested value and merges them.
+
+    If the rows are ``distributed``, the statement selects only their ids, for `with_ids`: each
+    shard sends ``limit`` of them, and texts would be too much.
 
     Returns:
         The statement, and its parameters.
@@ -137,7 +145,8 @@ def rows(
             until_ms = None
         else:
             before = None
-    prefixes, rest, values = _split_criteria(criteria, _index_for(criteria))
+    index = () if distributed else _index_for(criteria)
+    prefixes, rest, values = _split_criteria(criteria, index)
     values["limit"] = limit
     if since_ms is not None:
         values["since"] = since_ms
@@ -153,6 +162,7 @@ def rows(
         since_ms is not None,
         until_ms is not None,
         None if before is None else type(before.timestamp) is int,
+        distributed,
     )
     return _rows(key), values
 
@@ -252,13 +262,22 @@ def _rows(key: _StatementKey) -> Select[*tuple[Any, ...]]:
     within = tuple(_within(key))
     if not key.prefixes:
         matching = _matching(key.rest)
-        return page.where(*matching, *within).order_by(*_NEWEST).limit(_LIMIT)
+        read = select(_t.id) if key.distributed else page
+        return read.where(*matching, *within).order_by(*_NEWEST).limit(_LIMIT)
     prefixes = _prefixes(key)
     matching = _matching(key.rest, indexed=False)
     ids_under_prefix = _ids_under(prefixes).where(*matching, *within).limit(_LIMIT)
     # ids first, then the rows: so the texts are read only of the rows that are returned
     newest = _newest_ids(key.backend, prefixes, ids_under_prefix).limit(_LIMIT).correlate(None)
     return page.where(_t.id.in_(newest)).order_by(*_NEWEST)
+
+
+@cache
+def with_ids(*, include_text: bool) -> Select[*tuple[Any, ...]]:
+    """The rows with these ids, newest first; PostgreSQL. Takes a list, ``ids``."""
+    page = _page(RoutingRow if include_text else RoutingRowBrief)
+    ids = bindparam("ids", type_=ARRAY(BigInteger))
+    return page.where(_t.id == any_(ids)).order_by(*_NEWEST)
 
 
 def _prefixes(key: _StatementKey) -> CTE:

@@ -1,17 +1,21 @@
 """Runs reads and `add_many` in the caller's transaction and returns values of `schemas`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, Literal, overload
 
+from sqlalchemy import Connection, Row, Select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session
 
 from lynkr_store.backend import Backend
+from lynkr_store.db.citus import forget, is_distributed
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.db.postgresql import require_utf8
-from lynkr_store.exceptions import BadArgument
+from lynkr_store.exceptions import BadArgument, StoreUnavailable
 from lynkr_store.ingest.batch import BatchBuilder
 from lynkr_store.ingest.validation import TextPolicy, policy_of, rows_of
 from lynkr_store.queries import pages
@@ -25,6 +29,7 @@ from lynkr_store.queries.statistics import (
 )
 from lynkr_store.rollups.answer import Answer, ask
 from lynkr_store.rollups.answer_sql import Question
+from lynkr_store.rollups.state import connection_of
 from lynkr_store.schemas import (
     Cursor,
     ProviderStats,
@@ -50,6 +55,8 @@ from lynkr_store.storage.text_policy import policy_in
 
 LOOK_BACK: Final = timedelta(hours=24)
 """How far back a statistic looks if its window has no beginning; the same as the gateway's."""
+
+_TRIES: Final = 10
 
 
 class RoutingRepository:
@@ -159,19 +166,37 @@ class RoutingRepository:
         limit = checked_limit(limit)
         if limit == 0:
             return []
-        statement, values = pages.rows(
-            backend,
-            criteria,
-            window.since_ms,
-            window.until_ms,
-            limit=limit,
-            before=before,
-            include_text=include_text,
-        )
         model = RoutingRow if include_text else RoutingRowBrief
-        with translated():
-            stored = self._session.execute(statement, values)
-            return model.from_stored(tuple(stored.keys()), stored.all(), self._reading)
+        with self._connected() as connection:
+            distributed = is_distributed(connection)
+            statement, values = pages.rows(
+                backend,
+                criteria,
+                window.since_ms,
+                window.until_ms,
+                limit=limit,
+                before=before,
+                include_text=include_text,
+                distributed=distributed,
+            )
+            if distributed:
+                names, stored = self._read_by_ids(statement, values, include_text=include_text)
+            else:
+                found = self._session.execute(statement, values)
+                names, stored = found.keys(), found.all()
+            return model.from_stored(tuple(names), stored, self._reading)
+
+    def _read_by_ids(
+        self, ids: Select[*tuple[Any, ...]], values: dict[str, Any], *, include_text: bool
+    ) -> tuple[Iterable[str], Sequence[Row[*tuple[Any, ...]]]]:
+        """Read ids, and then their rows; again if some of the rows were deleted in between."""
+        for _ in range(_TRIES):
+            asked = list(self._session.scalars(ids, values))
+            found = self._session.execute(pages.with_ids(include_text=include_text), {"ids": asked})
+            names, stored = found.keys(), found.all()
+            if len(stored) == len(asked):
+                return names, stored
+        raise StoreUnavailable("rows were deleted while they were read; read them again")
 
     def get_stats(self, window: Window | None = None) -> RoutingStats | None:
         """The main figures of a window; by default the last 24 hours.
@@ -231,10 +256,20 @@ class RoutingRepository:
         gathering.add(columns)
         if not (rows := gathering.take()):
             return 0
-        with translated():
-            connection = self._session.connection(bind_arguments={"clause": TELEMETRY})
+        with self._connected() as connection:
             require_utf8(connection)
             return insert_or_reject(connection, rows)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """The Session's connection; raises the library's own errors."""
+        with translated():
+            connection = connection_of(self._session)
+            try:
+                yield connection
+            except DBAPIError:
+                forget(connection)  # the tables may have been distributed meanwhile
+                raise
 
     def _policy(self) -> TextPolicy:
         if self._given_policy is not None:
@@ -245,6 +280,6 @@ class RoutingRepository:
     def _ask(self, question: Question, window: Window | None, **of: str) -> Answer:
         now = self._clock()
         since, until = checked_window(window).resolved(now, LOOK_BACK)
-        with translated():
+        with self._connected():
             self._before_statistic(self._session)
             return ask(self._session, question, since, until, now, **of)

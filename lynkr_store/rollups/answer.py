@@ -1,15 +1,18 @@
 """Answers a question about a window from roll-ups and raw rows; exact while the rows exist."""
 
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NamedTuple
 
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from lynkr_store.db.models import TELEMETRY
+from lynkr_store.db.citus import is_distributed
 from lynkr_store.rollups import answer_sql
-from lynkr_store.rollups.answer_sql import LONG_BACKLOG, Question, statement_key
+from lynkr_store.rollups.answer_sql import LONG_BACKLOG, Question, StatementKey, statement_key
 from lynkr_store.rollups.buckets import floor_to, split_window
-from lynkr_store.rollups.state import RollupState, read_state, removed_before
+from lynkr_store.rollups.state import RollupState, connection_of, read_state, removed_before
 from lynkr_store.schemas.units import INSTANT_MIN_MS, QUARTER_MS
 
 
@@ -59,25 +62,27 @@ def ask(
         backlog = 0 if current.newest is None else current.newest - current.watermark
         removed = None
         if _may_reach_removed_rows(since, current):
-            connection = session.connection(bind_arguments={"clause": TELEMETRY})
-            removed = removed_before(connection, current)
+            removed = removed_before(connection_of(session), current)
         # even if the window does not reach removed rows, the quarter in which it begins may
         kept_from = current.raw_from if removed is None else removed
         parts = split_window(since, until, now, kept_from, edges_from_rows=by_rows)
         kept_from = INSTANT_MIN_MS if kept_from is None else kept_from
-        found = session.execute(
-            answer_sql.answer(
-                question, statement_key(parts, changed=changed), long_backlog=backlog > LONG_BACKLOG
-            ),
-            answer_sql.parameters(
-                parts, since, until, current.watermark, kept_from, changed=changed
-            )
-            | of,
-        ).all()
-        facts = {row.part: row.requests for row in found if not row.sign}
+        values = answer_sql.parameters(
+            parts, since, until, current.watermark, kept_from, changed=changed
+        )
+        found = _found(
+            session,
+            question,
+            statement_key(parts, changed=changed),
+            values | of,
+            long_backlog=backlog > LONG_BACKLOG,
+        )
+        if found is None:
+            continue
+        facts = _facts(found)
         if facts["watermark"] != current.watermark:
             continue  # a fold committed in between: its rows would count twice or not at all
-        if facts.get("changed"):
+        if facts["changed"]:
             changed = True
             continue
         missing = [  # rows that are gone, without a change entry that explains it
@@ -100,6 +105,34 @@ def ask(
         if removed is None or since >= removed:
             removed = incomplete
         return Answer([_part(question, row) for row in found if row.sign], removed)
+
+
+def _found(
+    session: Session,
+    question: Question,
+    key: StatementKey,
+    values: dict[str, Any],
+    *,
+    long_backlog: bool,
+) -> list[Row[*tuple[Any, ...]]] | None:
+    """The rows of `answer_sql.answer`; None if changes were applied while they were read."""
+    if not is_distributed(connection_of(session)):
+        statement = answer_sql.answer(question, key, long_backlog=long_backlog)
+        return [*session.execute(statement, values)]
+    statements = answer_sql.answer_in_turn(question, key, long_backlog=long_backlog)
+    stored, *rows = (session.execute(each, values).all() for each in statements)
+    # changed rows are read by the entries that are left when they are read
+    if key.changed and {*session.execute(statements[0], values)} != {*stored}:
+        return None
+    return list(chain(stored, *rows))
+
+
+def _facts(found: Iterable[Row[*tuple[Any, ...]]]) -> Counter[str]:
+    facts: Counter[str] = Counter()
+    for row in found:
+        if not row.sign:
+            facts[row.part] += row.requests
+    return facts
 
 
 def _part(question: Question, row: Row[*tuple[Any, ...]]) -> Part:

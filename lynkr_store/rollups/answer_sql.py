@@ -4,6 +4,7 @@ An answer consists of roll-ups, the raw rows at the window's partial edges, and 
 watermark.
 """
 
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -129,22 +130,59 @@ def answer(
         the change entries for each edge's quarter, if the key has ``changed`` set; otherwise
         ``changed`` is the number of change entries for all quarters.
     """
-    names = list(measure_columns(question.names))
-    parts = [_from_rows(question, key, long_backlog=long_backlog)]
-    facts: dict[str, ColumnElement[int]] = {"watermark": watermark().scalar_subquery()}
+    missing = {}
+    for number in range(key.edges):
+        known, there = counts_between(f"edge_{number}")
+        missing[f"missing_{number}"] = known - there
+    return written_out(
+        union_all(
+            _from_rows(question, key, long_backlog=long_backlog),
+            *_from_buckets(question, key),
+            *_facts(question, _stored_facts(key) | missing),
+        )
+    )
+
+
+@cache
+def answer_in_turn(
+    question: Question, key: StatementKey, *, long_backlog: bool
+) -> tuple[CompoundSelect[*tuple[Any, ...]], ...]:
+    """`answer` for a table that is distributed: several statements, in the order of execution.
+
+    The first reads the roll-ups, and one server executes it, so it sees one moment. The others read
+    rows, which have no common moment, and take the first one's watermark as a parameter: a row that
+    is folded meanwhile counts as not folded. The last counts the rows at the edges, so it notices
+    rows that were removed before the second read them. Facts of the same name add up.
+
+    Citus can only compute on all servers what has neither an OFFSET nor a union without ids.
+    """
+    known, gone = {}, {}
+    for number in range(key.edges):
+        in_rollups, there = counts_between(f"edge_{number}")
+        known[f"missing_{number}"], gone[f"missing_{number}"] = in_rollups, -there
+    statements = (
+        [*_from_buckets(question, key), *_facts(question, _stored_facts(key) | known)],
+        [_from_rows(question, key, long_backlog=long_backlog, distributed=True)],
+        [*_facts(question, gone)],
+    )
+    return tuple(written_out(union_all(*parts)) for parts in statements if parts)
+
+
+def _stored_facts(key: StatementKey) -> dict[str, ColumnElement[int]]:
+    """The facts that the store's own tables hold."""
+    names = [f"edge_{number}" for number in range(key.edges)] if key.changed else []
+    changed = {name.replace("edge", "changed"): _change_count(name) for name in names}
+    return {
+        "watermark": watermark().scalar_subquery(),
+        **(changed if key.changed else {"changed": _change_count("quarters")}),
+    }
+
+
+def _from_buckets(question: Question, key: StatementKey) -> Iterator[Select[*tuple[Any, ...]]]:
     if key.buckets:
-        parts.append(_from_rollups(question, key.buckets))
+        yield _from_rollups(question, key.buckets)
     if key.buckets and key.changed:
-        parts.append(_from_changed_rollups(question))
-    facts |= {f"missing_{number}": _missing(f"edge_{number}") for number in range(key.edges)}
-    if key.changed:
-        facts |= {
-            f"changed_{number}": _change_count(f"edge_{number}") for number in range(key.edges)
-        }
-    else:
-        facts["changed"] = _change_count("quarters")
-    parts += (_fact(question, names, part, n) for part, n in facts.items())
-    return written_out(union_all(*parts))
+        yield _from_changed_rollups(question)
 
 
 def _from_rollups(question: Question, spans: int) -> Select[*tuple[Any, ...]]:
@@ -187,7 +225,7 @@ def _by_dimension(
 
 
 def _from_rows(
-    question: Question, key: StatementKey, *, long_backlog: bool
+    question: Question, key: StatementKey, *, long_backlog: bool, distributed: bool = False
 ) -> Select[*tuple[Any, ...]]:
     changed = [_changed_rows(question)] if key.buckets and key.changed else []
     read = union_all(
@@ -199,8 +237,8 @@ def _from_rows(
         ),
     ).subquery()
     keys = ("sign", *question.by)
-    each = measures.of_a_row(question.names, read.c)
-    rows = each_row(select(*(read.c[name] for name in keys), *each))
+    each = select(*(read.c[name] for name in keys), *measures.of_a_row(question.names, read.c))
+    rows = each.subquery() if distributed else each_row(each)
     by = [rows.c[name] for name in keys]
     return select(_part("rows"), *by, *measures.of_rows(rows.c, question.names)).group_by(*by)
 
@@ -208,7 +246,8 @@ def _from_rows(
 def _rows(
     question: Question, sign: ColumnElement[int], *conditions: ColumnElement[bool]
 ) -> Select[*tuple[Any, ...]]:
-    needed = dict.fromkeys((*question.by, *measures.NEEDED))
+    # the id, because Citus computes no union without it on all servers
+    needed = dict.fromkeys(("id", *question.by, *measures.NEEDED))
     return select(sign.label("sign"), *(_t[name] for name in needed)).where(
         *conditions, *_of_provider(question)
     )
@@ -270,19 +309,14 @@ def _change_count(name: str) -> ColumnElement[int]:
     return entries.scalar_subquery()
 
 
-def _missing(edge: str) -> ColumnElement[int]:
-    known, there = counts_between(edge)
-    return known - there
-
-
-def _fact(
-    question: Question, names: list[str], part: str, value: ColumnElement[int]
-) -> Select[*tuple[Any, ...]]:
+def _facts(
+    question: Question, facts: Mapping[str, ColumnElement[int]]
+) -> Iterator[Select[*tuple[Any, ...]]]:
     empty = [cast(null(), Text).label(name) for name in question.by]
-    none = [literal(0, Integer).label(name) for name in names[1:]]
-    return select(
-        _part(part), literal(0, Integer).label("sign"), *empty, value.label("requests"), *none
-    )
+    none = [literal(0, Integer).label(name) for name in [*measure_columns(question.names)][1:]]
+    for part, value in facts.items():
+        sign = literal(0, Integer).label("sign")
+        yield select(_part(part), sign, *empty, value.label("requests"), *none)
 
 
 def _part(name: str) -> Any:

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, NamedTuple, assert_never
 
-from sqlalchemy import Connection, RowMapping, select
+from sqlalchemy import Connection, RowMapping, insert, select
 
 from lynkr_store.backend import Backend
+from lynkr_store.db.citus import ids_of_workers
 from lynkr_store.db.dialect import backend_of
-from lynkr_store.db.models import measure_columns
+from lynkr_store.db.models import DIMENSIONS, measure_columns
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
@@ -142,11 +143,16 @@ def settled_id(write_transaction: OpenTransaction, read: OpenTransaction) -> int
 
     SQLite's writers take turns, so this is the greatest id. On PostgreSQL it is settled when the
     transactions that may have written have ended: see `storage.settled`.
+
+    Raises:
+        RollupsRefused: A client stored rows by a worker of a Citus cluster.
     """
     with read() as connection:
-        found: int | None = connection.scalar(fold_sql.newest_id())
+        found: int | None = connection.scalar(state.newest_id())
         newest = NOTHING_FOLDED if found is None else found  # it may be 0
         backend = backend_of(connection)
+        if words := ids_of_workers(connection):
+            raise RollupsRefused(words)
     match backend:
         case Backend.SQLITE:
             return newest
@@ -166,7 +172,7 @@ def _wait_for_writers(write_transaction: OpenTransaction) -> bool:
             return False
         time.sleep(_POLL_S)
         with write_transaction() as connection:
-            writers = settled.still_open(writers, settled.writers(connection))
+            writers = settled.still_open(connection, writers)
     return True
 
 
@@ -192,7 +198,7 @@ def _fold_step(
         with write_transaction() as connection:
             if hold_watermark(connection, alone=alone) is None:
                 return 0, None
-            connection.execute(rows.enter_dimensions, parameters)
+            enter_dimensions(connection, rows, parameters)
         with read() as connection:
             quarters = connection.execute(rows.quarters, parameters).mappings().all()
     sums = _summed(quarters)
@@ -203,7 +209,7 @@ def _fold_step(
         update_raw_from(connection)
         number = _count_rows(connection, parameters, quarters)
         if number != _requests(quarters):  # rows were deleted, or changed dimensions
-            connection.execute(rows.enter_dimensions, parameters)
+            enter_dimensions(connection, rows, parameters)
             quarters = connection.execute(rows.quarters, parameters).mappings().all()
             sums = _summed(quarters)
             if number == connection.scalar(rows.number, parameters) != _requests(quarters):
@@ -258,6 +264,19 @@ def _count_rows(
             return int(found)
     number: int = connection.execute(fold_sql.step_statements().number, parameters).scalar_one()
     return number
+
+
+def enter_dimensions(
+    connection: Connection, rows: fold_sql.RowStatements, parameters: dict[str, int]
+) -> None:
+    """Insert the combinations of the rows' dimensions that are not in the table yet.
+
+    They are read and sent back, because Citus inserts nothing, without an error, when an INSERT
+    selects from distributed rows those that a table of its own lacks.
+    """
+    new = connection.execute(rows.new_dimensions, parameters).mappings().all()
+    if new:
+        connection.execute(insert(DIMENSIONS), [dict(each) for each in new])
 
 
 def held_watermark(connection: Connection) -> int:
@@ -321,7 +340,7 @@ def trim(
     read = read or write_transaction
     while not stop():
         with read() as connection:
-            if connection.scalar(fold_sql.days_gone(before_ms)) is None:
+            if not can_trim(connection, before_ms):
                 return
         with write_transaction() as connection:
             held_watermark(connection)
@@ -407,7 +426,7 @@ def recount(connection: Connection, start: int) -> int | None:
     rows = fold_sql.quarter_statements()
     parameters = state.quarter_parameters(start, held_watermark(connection))
     starts = {span: floor_to(span, start) for span in BUCKET_LENGTHS_MS}
-    connection.execute(rows.enter_dimensions, parameters)
+    enter_dimensions(connection, rows, parameters)
     quarters = connection.execute(rows.quarters, parameters).mappings().all()
     # after reading the rows: a transaction that deleted some meanwhile has left a change entry
     if connection.scalar(fold_sql.deleted_upto(), {"start": start}) is not None:

@@ -18,7 +18,6 @@ from sqlalchemy import (
     case,
     cast,
     delete,
-    exists,
     func,
     insert,
     literal,
@@ -35,7 +34,7 @@ from lynkr_store.db.models import CHANGES, DIMENSIONS, PROGRESS, ROLLUPS, TELEME
 from lynkr_store.rollups import measures
 from lynkr_store.rollups.buckets import BUCKET_LENGTHS_MS, floor_to
 from lynkr_store.rollups.state import WATERMARK, folded_between, in_domain
-from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, QUARTER_MS
+from lynkr_store.schemas.units import DAY_MS, INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 
 ROLLUP: Final = ("span_ms", "start", "dimension_id", *measure_columns())
 """The columns of a roll-up."""
@@ -69,17 +68,11 @@ def last_of_step(after: int, upto: int, rows: int) -> Select[*tuple[Any, ...]]:
     )
 
 
-def newest_id() -> Select[*tuple[Any, ...]]:
-    """The greatest id, or NULL."""
-    return select(func.max(_t.id))
-
-
 class RowStatements(NamedTuple):
     """Statements about one set of rows.
 
     Attributes:
         new_dimensions: The combinations of the rows' dimensions that are not in the table yet.
-        enter_dimensions: Inserts these combinations.
         quarters: The measures by quarter and dimension: ``start``, ``dimension_id``, the timestamps
             ``first`` and ``last``, and the measures. Leaves out rows whose dimensions are not in
             the table.
@@ -87,7 +80,6 @@ class RowStatements(NamedTuple):
     """
 
     new_dimensions: Select[*tuple[Any, ...]]
-    enter_dimensions: Insert
     quarters: Select[*tuple[Any, ...]]
     number: Select[int]
 
@@ -148,7 +140,6 @@ def row_statements(*conditions: ColumnElement[bool]) -> RowStatements:
     ends = func.min(each.c.instant).label("first"), func.max(each.c.instant).label("last")
     return RowStatements(
         new,
-        insert(DIMENSIONS).from_select(list(_BY), new),
         select(*keys, *ends, *measures.of_rows(each.c)).group_by(*keys),
         select(func.count()).select_from(TELEMETRY).where(*conditions, in_domain),
     )
@@ -267,18 +258,25 @@ def drop_from(start: int) -> Delete:
 
 
 def days_gone(before: int, most: int = 1) -> Select[*tuple[Any, ...]]:
-    """The first days before an instant that the roll-ups hold and that have no row left."""
-    day = (
+    """The first days before an instant that the roll-ups hold and that have no row left.
+
+    Reads all rows before the instant, so it must be one before which rows were removed.
+    """
+    instant = cast(_t.timestamp, BigInteger)
+    has_rows = select(instant - instant % literal(DAY_MS, BigInteger)).where(
+        _t.timestamp >= INSTANT_MIN_MS, _t.timestamp < before
+    )
+    return (
         select(ROLLUPS.c.start)
-        .where(ROLLUPS.c.span_ms == DAY_MS, ROLLUPS.c.start <= before - DAY_MS)
+        .where(
+            ROLLUPS.c.span_ms == DAY_MS,
+            ROLLUPS.c.start <= before - DAY_MS,
+            ROLLUPS.c.start.not_in(has_rows.distinct()),
+        )
         .distinct()
-        .subquery()
+        .order_by(ROLLUPS.c.start)
+        .limit(most)
     )
-    has_row = exists().where(
-        _t.timestamp >= day.c.start,
-        _t.timestamp < day.c.start + literal(DAY_MS, BigInteger),
-    )
-    return select(day.c.start).where(~has_row).order_by(day.c.start).limit(most)
 
 
 def trim(days: Sequence[int]) -> Delete:

@@ -21,6 +21,7 @@ from lynkr_store.rollups.buckets import ceil_to, floor_to
 from lynkr_store.rollups.fold import (
     MEASURES,
     OpenTransaction,
+    enter_dimensions,
     held_watermark,
     hold_watermark,
     recount,
@@ -244,7 +245,7 @@ def _recompute_if_different(connection: Connection, start: int) -> bool:
     held_watermark(connection)
     update_raw_from(connection)
     values = _range_parameters(connection, start, start + QUARTER_MS)
-    connection.execute(fold_sql.range_statements().enter_dimensions, values)
+    enter_dimensions(connection, fold_sql.range_statements(), values)
     if start not in _with_other_measures(connection, start, start + QUARTER_MS):
         return False
     return recount(connection, start) is not None

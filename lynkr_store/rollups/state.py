@@ -4,6 +4,7 @@ Rows are folded in the order of their ids. The roll-ups hold every row up to a w
 process wrote the row and whatever timestamp it carries.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -11,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Connection,
+    Label,
     ScalarSelect,
     Select,
     and_,
@@ -24,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from lynkr_store.db.citus import is_distributed
 from lynkr_store.db.functions import unindexed, whole_number, written_out
 from lynkr_store.db.models import CHANGES, ROLLUPS, TELEMETRY
 from lynkr_store.rollups.buckets import floor_to
@@ -51,45 +54,33 @@ class RollupState(NamedTuple):
 
     Attributes:
         watermark: Rows up to this id are in the roll-ups.
-        newest: The greatest id, or None.
         raw_from: As saved: rows before this instant were removed.
         first_bucket: The first quarter in the roll-ups.
         first_kept: The first quarter in the roll-ups whose rows were not merely changed. If it has
             no rows, they were removed.
         last_bucket: The last quarter in the roll-ups.
+        newest: The greatest id, or None.
         oldest_row: The timestamp of the oldest folded row that still exists; None without roll-ups.
     """
 
     watermark: int
-    newest: int | None
     raw_from: int | None
     first_bucket: int | None
     first_kept: int | None
     last_bucket: int | None
+    newest: int | None
     oldest_row: int | None
 
 
 @cache
 def state_query() -> Select[*tuple[Any, ...]]:
     """One row with the values of a `RollupState`."""
-    quarters = select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
-    first = quarters.order_by(ROLLUPS.c.start).scalar_subquery()
-    changed = exists().where(CHANGES.c.start == ROLLUPS.c.start).correlate(ROLLUPS)
-    kept = quarters.where(or_(~changed, changed.where(CHANGES.c.newest.is_not(None))))
-    oldest = (
-        select(_t.timestamp)
-        .where(in_domain, unindexed(_t.id) <= watermark().scalar_subquery())
-        .order_by(_t.timestamp)
-        .limit(1)
-    )
+    oldest = _oldest_folded(watermark().scalar_subquery())
+    first = _quarters().order_by(ROLLUPS.c.start).scalar_subquery()
     return written_out(
         select(
-            watermark().scalar_subquery().label("watermark"),
-            select(func.max(_t.id)).scalar_subquery().label("newest"),
-            value_of(RAW_FROM).label("raw_from"),
-            first.label("first_bucket"),
-            kept.order_by(ROLLUPS.c.start).scalar_subquery().label("first_kept"),
-            quarters.order_by(ROLLUPS.c.start.desc()).scalar_subquery().label("last_bucket"),
+            *_stored(),
+            newest_id().scalar_subquery().label("newest"),
             # without roll-ups no row is folded, and the query would examine every row
             case((first.is_not(None), cast(oldest.scalar_subquery(), BigInteger))).label(
                 "oldest_row"
@@ -98,9 +89,62 @@ def state_query() -> Select[*tuple[Any, ...]]:
     )
 
 
+@cache
+def stored_state_query() -> Select[*tuple[Any, ...]]:
+    """Of a `RollupState` the values that the store's own tables hold."""
+    return written_out(select(*_stored()))
+
+
+def _stored() -> Iterator[Label[Any]]:
+    changed = exists().where(CHANGES.c.start == ROLLUPS.c.start).correlate(ROLLUPS)
+    kept = _quarters().where(or_(~changed, changed.where(CHANGES.c.newest.is_not(None))))
+    ends = {
+        "first_bucket": _quarters().order_by(ROLLUPS.c.start),
+        "first_kept": kept.order_by(ROLLUPS.c.start),
+        "last_bucket": _quarters().order_by(ROLLUPS.c.start.desc()),
+    }
+    yield watermark().scalar_subquery().label("watermark")
+    yield value_of(RAW_FROM).label("raw_from")
+    yield from (each.scalar_subquery().label(name) for name, each in ends.items())
+
+
+def _quarters() -> Select[int]:
+    return select(ROLLUPS.c.start).where(ROLLUPS.c.span_ms == QUARTER_MS).limit(1)
+
+
+def _oldest_folded(upto: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
+    folded = select(_t.timestamp).where(in_domain, unindexed(_t.id) <= upto)
+    return folded.order_by(_t.timestamp).limit(1)
+
+
+def newest_id() -> Select[*tuple[Any, ...]]:
+    """The greatest id, or NULL."""
+    return select(func.max(_t.id))
+
+
 def read_state(connection: Session | Connection) -> RollupState:
-    """The state now."""
-    return RollupState(*connection.execute(state_query()).one())
+    """The state now.
+
+    Where the rows are distributed, they are read after the store's own tables: a row that is folded
+    meanwhile counts as not folded, as if all had been read before.
+    """
+    own = connection if isinstance(connection, Connection) else connection_of(connection)
+    if not is_distributed(own):
+        return RollupState(*connection.execute(state_query()).one())
+    stored = connection.execute(stored_state_query()).one()
+    newest: int | None = connection.scalar(newest_id())
+    oldest: int | None = None
+    if stored.first_bucket is not None:
+        asked = _oldest_folded(whole_number("watermark"))
+        oldest = connection.scalar(
+            select(cast(asked.scalar_subquery(), BigInteger)), {"watermark": stored.watermark}
+        )
+    return RollupState._make((*stored, newest, oldest))
+
+
+def connection_of(session: Session) -> Connection:
+    """The connection of a Session's transaction."""
+    return session.connection(bind_arguments={"clause": TELEMETRY})
 
 
 def removed_before(connection: Connection, current: RollupState) -> int | None:

@@ -35,7 +35,9 @@ _ENDS_SESSION: Final = ("FATAL", "PANIC")
 """Severities of PostgreSQL: https://www.postgresql.org/docs/current/runtime-config-logging.html,
 table 19.2."""
 
-_NOT_COPIED: Final = ("0A000", "42809")  # SQLSTATEs: row-level security, a view
+_NOT_COPIED: Final = ("0A000", "42809", "XX000")
+"""SQLSTATEs of row-level security, of a view, and of every error of a COPY on Citus, where the
+error of an INSERT tells the cause."""
 
 
 def insert_rows() -> Insert:

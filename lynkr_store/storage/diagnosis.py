@@ -72,6 +72,18 @@ WHERE n.nspname = CAST(:schema AS name) AND c.relname = CAST(:table AS name)
 """
 )
 
+# Columns that no record may leave out.
+_NEEDED: Final = text(
+    """
+SELECT CAST(CAST(c.oid AS regclass) AS text) AS name, a.attname AS column,
+       pg_catalog.quote_ident(CAST(a.attname AS text)) AS quoted
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid
+WHERE c.oid = CAST(pg_catalog.to_regclass(CAST(:ours AS text)) AS oid)
+  AND a.attnum > 0 AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = ''
+  AND NOT a.attisdropped
+"""
+)
+
 _HELD: Final = text(
     """
 SELECT pg_catalog.quote_ident(CAST(CURRENT_USER AS text)) AS role,
@@ -173,6 +185,8 @@ def _ask_postgresql(
 
 def _given_twice(connection: Connection, diagnosis: Any) -> str | None:
     """The message for an id that a sequence assigned twice; None if the row repeats a value."""
+    if diagnosis.constraint_name is None:  # Citus does not pass it on
+        return _set_forward(connection) or _problem(connection, Kind.BEHIND, Kind.EXHAUSTED)
     found = connection.execute(
         _GIVEN_TWICE,
         {
@@ -188,17 +202,24 @@ def _given_twice(connection: Connection, diagnosis: Any) -> str | None:
             f"a trigger stores rows in {found.name}, whose sequence assigns numbers that already "
             "exist there: set it forward (SELECT setval(…))"
         )
-    if set_ := identities.set_forward(connection, [TELEMETRY]):
-        return (
-            f"{', '.join(set_)} was behind the ids of {found.name} and was set forward: try again"
-        )
-    words = _problem(connection, Kind.BEHIND, Kind.EXHAUSTED)
+    words = _set_forward(connection) or _problem(connection, Kind.BEHIND, Kind.EXHAUSTED)
     return words or _LOST_IDS.format(name=found.name)
+
+
+def _set_forward(connection: Connection) -> str | None:
+    """Set the telemetry table's sequence forward; the message, if it was behind."""
+    if not (names := identities.set_forward(connection, [TELEMETRY])):
+        return None
+    return (
+        f"{', '.join(names)} was behind the ids of {TELEMETRY.name} and was set forward: try again"
+    )
 
 
 def _null(connection: Connection, diagnosis: Any) -> str | None:
     """The message for a NOT NULL column that no record has; None for a column that records have."""
     column = diagnosis.column_name
+    if column is None:  # Citus does not pass it on
+        return _null_anywhere(connection)
     found = connection.execute(
         _REFUSING,
         {
@@ -217,6 +238,15 @@ def _null(connection: Connection, diagnosis: Any) -> str | None:
         return None
     remedy = f"ALTER TABLE {found.name} ALTER COLUMN {found.column} DROP NOT NULL"
     return _foreign(found.name, found.column, remedy)
+
+
+def _null_anywhere(connection: Connection) -> str | None:
+    """The message for a NOT NULL column that no record has; None if there is none."""
+    for needed in connection.execute(_NEEDED, {"ours": TELEMETRY.name}):
+        if needed.column not in TELEMETRY.c:
+            remedy = f"ALTER TABLE {needed.name} ALTER COLUMN {needed.quoted} DROP NOT NULL"
+            return _foreign(needed.name, needed.quoted, remedy)
+    return _problem(connection, Kind.MISSING)
 
 
 def _foreign(table: str, column: str, remedy: str) -> str:

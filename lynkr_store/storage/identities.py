@@ -27,6 +27,7 @@ from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
+from lynkr_store.db.citus import FIRST_ID_OF_WORKERS, is_distributed
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.models import CHANGES, DIMENSIONS, SAVINGS, TELEMETRY
 from lynkr_store.migrate.adoption import is_autoincrement
@@ -240,14 +241,17 @@ def _sequence(found: Any) -> TableClause:
     )
 
 
-def _newest(found: Any) -> Any:
+def _newest(connection: Connection, found: Any) -> Any:
     ids = next(table for table in WITH_IDS if table.name == found.model).c.id
-    return func.coalesce(select(func.max(ids)).scalar_subquery(), 0)
+    newest = select(func.max(ids))
+    if is_distributed(connection):  # later ones are of other servers' sequences
+        newest = newest.where(ids < FIRST_ID_OF_WORKERS)
+    return func.coalesce(newest.scalar_subquery(), 0)
 
 
 def _numbers(connection: Connection, found: Any) -> _Numbers:
     sequence = _sequence(found).c
-    asked = select(sequence.last_value, sequence.is_called, _newest(found))
+    asked = select(sequence.last_value, sequence.is_called, _newest(connection, found))
     last, called, newest = connection.execute(asked).one()
     then = last + found.increment if called else last
     return _Numbers(then, newest, min(found.greatest_id, found.greatest_number))

@@ -5,6 +5,10 @@ one that is visible already holds a writer's lock on the table, or on the sequen
 id. So an id is settled when every transaction that holds such a lock after the id was seen has
 ended. Nothing is locked here: a lock that waits for writers would make later writers queue behind
 it, and a lock with a short timeout would never be granted during a long VACUUM.
+
+Where Citus distributes the rows, the coordinator holds that lock until it has told every server to
+commit. If it could not tell one, a prepared transaction stays on that server: it is waited for too,
+after the transactions on the coordinator, because it may be prepared while these are waited for.
 """
 
 from collections.abc import Mapping
@@ -12,6 +16,7 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
+from lynkr_store.db.citus import is_distributed, is_of_cluster, prepared_transactions
 from lynkr_store.db.models import TELEMETRY
 
 Writers = Mapping[str, int | None]
@@ -40,18 +45,36 @@ def writers(connection: Connection) -> Writers:
     They are those of this moment, also if the connection's transaction sees the rows of an earlier
     one. So read the rows that they may have stored in a later transaction.
     """
-    found = connection.execute(_WRITERS, {"name": TELEMETRY.name})
-    return {row.virtualtransaction: row.pid for row in found}
+    return _on_this_server(connection) or _on_any_server(connection)
 
 
-def still_open(before: Writers, now: Writers) -> Writers:
+def still_open(connection: Connection, before: Writers) -> Writers:
     """Those of ``before`` that have not ended.
 
     A transaction that was prepared meanwhile keeps its name, until the server is started again:
     then the name begins with -1.
+
+    When the last one on this server has ended, those that a server has yet to commit.
     """
+    if any(is_of_cluster(name) for name in before):
+        return _both(before, _on_any_server(connection))
+    return _both(before, _on_this_server(connection)) or _on_any_server(connection)
+
+
+def _both(before: Writers, now: Writers) -> Writers:
     return {
         name: pid
         for name, pid in now.items()
         if name in before or name.startswith(_PREPARED_EARLIER)
     }
+
+
+def _on_this_server(connection: Connection) -> Writers:
+    found = connection.execute(_WRITERS, {"name": TELEMETRY.name})
+    return {row.virtualtransaction: row.pid for row in found}
+
+
+def _on_any_server(connection: Connection) -> Writers:
+    if not is_distributed(connection):
+        return {}
+    return dict.fromkeys(prepared_transactions(connection))

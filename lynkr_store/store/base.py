@@ -15,6 +15,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store.cache import TTLCache, timer_of
+from lynkr_store.db.citus import is_distributed
 from lynkr_store.db.errors import translated
 from lynkr_store.db.postgresql import plan_for_any
 from lynkr_store.db.urls import file_of, shown, url_text
@@ -404,7 +405,9 @@ class Core:
 
 def _plan_for_any(session: Session) -> None:
     """The transaction is the store's own, so it may be set up for what is asked in it."""
-    plan_for_any(session.connection())
+    connection = session.connection()
+    if not is_distributed(connection):  # Citus has no such plan
+        plan_for_any(connection)
 
 
 def _note_refused(writer: Writer, error: Exception) -> None:

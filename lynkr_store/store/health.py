@@ -12,6 +12,7 @@ from sqlalchemy.exc import DataError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
+from lynkr_store.db.citus import managed_tables
 from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
@@ -186,11 +187,14 @@ def _sizes(connection: Connection) -> tuple[int, int | None]:
             )
             return page * pages, page * free
         case Backend.POSTGRESQL:
-            own = func.pg_catalog
+            own, managed = func.pg_catalog, managed_tables(connection)
             sizes = (
-                func.coalesce(own.pg_total_relation_size(own.to_regclass(cast(table, Text))), 0)
+                (own.citus_total_relation_size if table in managed else own.pg_total_relation_size)(
+                    own.to_regclass(cast(table, Text))
+                )
                 for table in Base.metadata.tables
             )
-            return sum(connection.execute(select(*sizes)).one()), None
+            there = (func.coalesce(size, 0) for size in sizes)
+            return sum(connection.execute(select(*there)).one()), None
         case _:
             assert_never(backend)
