@@ -21,9 +21,11 @@ from rich.console import Console
 from sqlalchemy import Engine
 
 from lynkr_store.cli import progress, render
+from lynkr_store.db import citus
 from lynkr_store.db.dialect import disposing, parse_url, url_to_migrate
 from lynkr_store.db.engines import create_store_engine
 from lynkr_store.db.errors import translated
+from lynkr_store.db.models import TELEMETRY, Base
 from lynkr_store.db.urls import file_of
 from lynkr_store.exceptions import (
     ClockAhead,
@@ -32,7 +34,7 @@ from lynkr_store.exceptions import (
     SchemaError,
     StoreUnavailable,
 )
-from lynkr_store.migrate import comparison, revisions
+from lynkr_store.migrate import comparison, distribution, revisions
 from lynkr_store.migrate import upgrade as migrate
 from lynkr_store.queries.repository import LOOK_BACK
 from lynkr_store.schemas import Cursor, Health, ProviderStats, RoutingRowBrief, epoch_ms
@@ -230,6 +232,18 @@ def downgrade(
 
 
 @app.command()
+def distribute(*, url: _Url = None, schema: _Schema = None) -> None:
+    """Distribute the tables over the servers of a Citus cluster; give the coordinator's URL."""
+    with _engine(_there(_to_migrate(url, schema))) as engine:
+        by_id, copied = distribution.distribute(engine)
+    for words, tables in (("distributed by id", by_id), ("copied to every server", copied)):
+        if tables:
+            render.say(f"{words}: {', '.join(tables)}")
+    if not by_id and not copied:
+        render.say("nothing to do: Citus manages every table of the store")
+
+
+@app.command()
 def check(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -> None:
     """Check whether this release can work with the schema; exit 1 if not."""
     with (
@@ -243,7 +257,11 @@ def check(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -
         drift = [] if behind or lost else comparison.drift(connection)
         ids = [] if behind else [problem.words for problem in identities.problems(connection)]
         missing = comparison.missing_indexes(connection)
-        lacking = [] if behind or ahead else comparison.missing_triggers(connection)
+        managed = citus.managed_tables(connection)
+        on_one = [] if behind or not managed else sorted({*Base.metadata.tables} - managed)
+        ids += [words for words in [citus.ids_of_workers(connection)] if words]
+        has_triggers = not behind and not ahead and TELEMETRY.name not in managed
+        lacking = comparison.missing_triggers(connection) if has_triggers else []
         foreign = revisions.foreign_owners(connection)
     good = not behind and not lost and not drift and not ids
     found = {
@@ -255,6 +273,8 @@ def check(*, url: _Url = None, schema: _Schema = None, as_json: _Json = False) -
         "ids": ids,
         "missing_indexes": missing,
         "missing_triggers": lacking,
+        "distributed_tables": sorted(managed),
+        "undistributed_tables": on_one,
         "foreign_owners": foreign,
     }
     if as_json:
@@ -284,6 +304,16 @@ def _words_of_check(found: dict[str, Any], *, behind: bool, ahead: bool) -> Iter
             f"triggers missing or disabled: {', '.join(found['missing_triggers'])}; without them, "
             "statistics notice rows that SQL changes or deletes only after 'lynkr-store maintain'. "
             "To create them again, run lynkr-store downgrade 0009, then lynkr-store upgrade"
+        )
+    if TELEMETRY.name in found["distributed_tables"]:
+        yield (
+            f"Citus distributes {TELEMETRY.name} and runs no triggers on it: statistics notice "
+            "rows that SQL changes or deletes only after 'lynkr-store maintain'"
+        )
+    if found["undistributed_tables"]:
+        yield (
+            f"only the coordinator has {', '.join(found['undistributed_tables'])}: run lynkr-store "
+            "distribute"
         )
     yield from found["foreign_owners"]
 

@@ -67,13 +67,19 @@ def creating(backend: Backend) -> Iterator[str]:
             assert_never(backend)
 
 
-def dropping(backend: Backend) -> Iterator[str]:
-    """Statements that drop the triggers if they exist."""
+def dropping(backend: Backend, *, distributed: bool = False) -> Iterator[str]:
+    """Statements that drop the triggers if they exist, and their function.
+
+    Args:
+        backend: The backend.
+        distributed: Citus manages the table, so it has no triggers, and none can be dropped.
+    """
     match backend:
         case Backend.SQLITE:
             yield from (f"DROP TRIGGER IF EXISTS {name}" for name in NAMES[backend])
         case Backend.POSTGRESQL:
-            yield from (f"DROP TRIGGER IF EXISTS {name} ON {_TABLE}" for name in NAMES[backend])
+            names = () if distributed else NAMES[backend]
+            yield from (f"DROP TRIGGER IF EXISTS {name} ON {_TABLE}" for name in names)
             yield f"DROP FUNCTION IF EXISTS {FUNCTION}()"
         case _:
             assert_never(backend)
@@ -119,8 +125,7 @@ def _postgresql() -> str:
     append, so no writer waits for another writer, or for maintenance that removes entries. The
     function runs with its owner's rights (SECURITY DEFINER), because a role that may change rows
     need not have a right on the entries; no other role may use it in a trigger. If the table of
-    entries was dropped, it does nothing. Citus supports no triggers on a distributed table
-    (``feature_not_supported``).
+    entries was dropped, it does nothing. Citus has no triggers on a distributed table.
     """
     old, new = (", ".join(f"{row}.{name}" for name in _READ) for row in ("o", "n"))
     start = f"{_QUARTER_MS} * {_QUARTER_MS}"
@@ -129,6 +134,7 @@ def _postgresql() -> str:
 DECLARE
   place text := pg_catalog.quote_ident(schema_name);
   creates text := 'CREATE OR REPLACE TRIGGER lynkr_store_note_';
+  distributed boolean := false;
   runs text := ' FOR EACH STATEMENT EXECUTE FUNCTION ' || place || '.{FUNCTION}()';
   body text := '
 BEGIN
@@ -158,6 +164,15 @@ BEGIN
   RETURN NULL;
 END';
 BEGIN
+  IF pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL THEN
+    EXECUTE 'SELECT pg_catalog.count(*) > 0 FROM pg_catalog.pg_dist_partition '
+      || 'WHERE CAST(logicalrelid AS oid) = CAST(CAST('
+      || pg_catalog.quote_literal(place || '.{_TABLE}') || ' AS regclass) AS oid)' INTO distributed;
+  END IF;
+  IF distributed THEN
+    RAISE WARNING 'Citus runs no triggers on this table: changes are found by maintenance alone';
+    RETURN;
+  END IF;
   EXECUTE 'CREATE OR REPLACE FUNCTION ' || place || '.{FUNCTION}() '
     || 'RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
     || pg_catalog.quote_literal(body);

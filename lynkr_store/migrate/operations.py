@@ -18,6 +18,7 @@ from sqlalchemy import table as sql_table
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue, triggers
+from lynkr_store.db.citus import managed_tables
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.sqlite import overwriting
 from lynkr_store.exceptions import AdoptionRefused, DowngradeRefused
@@ -128,7 +129,9 @@ def create_triggers() -> None:
 
 def drop_triggers() -> None:
     """Drop the triggers and, on PostgreSQL, their function."""
-    for statement in triggers.dropping(Backend(op.get_context().dialect.name)):
+    distributed = not context.is_offline_mode() and _TELEMETRY.name in managed_tables(op.get_bind())
+    backend = Backend(op.get_context().dialect.name)
+    for statement in triggers.dropping(backend, distributed=distributed):
         op.execute(statement)
 
 

@@ -12,6 +12,7 @@ from sqlalchemy.types import NullType
 
 from lynkr_store.backend import VERSION_TABLE, Backend
 from lynkr_store.db import catalogue
+from lynkr_store.db.citus import refuse_worker
 from lynkr_store.db.dialect import backend_of, require_supported
 from lynkr_store.db.models import NOTES, Base
 from lynkr_store.exceptions import SchemaAhead, SchemaBehind, SchemaError
@@ -123,11 +124,12 @@ def standing(connection: Connection) -> Standing:
     """Find out where the database stands.
 
     Raises:
-        UnsupportedDatabase: The database's version is too old.
+        UnsupportedDatabase: The database's version is too old, or it is a worker of a cluster.
         SchemaAhead: A newer release changed the schema so that this release cannot work with it.
         SchemaError: The tables that record the revision are damaged; the message says what to do.
     """
     require_supported(connection)
+    refuse_worker(connection)
     revision = current(connection)
     if revision is None or revision in REVISIONS:
         return Standing(revision, ahead=False)

@@ -98,7 +98,7 @@ def permitted(engine: Engine) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if sqlstate_of(error) not in _NOT_PERMITTED:
+        if not lacks_right(error):
             raise
         line = str(error.orig).partition("\n")[0]
         with engine.connect() as connection:
@@ -108,6 +108,11 @@ def permitted(engine: Engine) -> Iterator[None]:
             f"nothing was changed: this user lacks a right ({line}). Upgrade as the role that owns "
             f"the tables, or as the owner of the schema that they belong in{remedy}"
         ) from None
+
+
+def lacks_right(error: DBAPIError) -> bool:
+    """Whether the database's user lacks a right."""
+    return sqlstate_of(error) in _NOT_PERMITTED
 
 
 @contextmanager

@@ -233,6 +233,7 @@ DECLARE
     WHERE c.oid = CAST(pg_catalog.to_regclass('routing_telemetry') AS oid));
   place text := pg_catalog.quote_ident(schema_name);
   creates text := 'CREATE OR REPLACE TRIGGER lynkr_store_note_';
+  distributed boolean := false;
   runs text := ' FOR EACH STATEMENT EXECUTE FUNCTION ' || place || '.lynkr_store_note_change()';
   body text := '
 BEGIN
@@ -262,6 +263,15 @@ BEGIN
   RETURN NULL;
 END';
 BEGIN
+  IF pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL THEN
+    EXECUTE 'SELECT pg_catalog.count(*) > 0 FROM pg_catalog.pg_dist_partition '
+      || 'WHERE CAST(logicalrelid AS oid) = CAST(CAST('
+      || pg_catalog.quote_literal(place || '.routing_telemetry') || ' AS regclass) AS oid)' INTO distributed;
+  END IF;
+  IF distributed THEN
+    RAISE WARNING 'Citus runs no triggers on this table: changes are found by maintenance alone';
+    RETURN;
+  END IF;
   EXECUTE 'CREATE OR REPLACE FUNCTION ' || place || '.lynkr_store_note_change() '
     || 'RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS '
     || pg_catalog.quote_literal(body);
