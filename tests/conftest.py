@@ -16,11 +16,15 @@ from sqlalchemy import Engine
 
 from lynkr_store import AsyncStore, Store, StoreSettings, create_store_engine
 from lynkr_store.migrate.upgrade import upgrade
-from tests.support.postgres import ExternalServer, PgServer, Server, available_servers
+from tests.support.postgres import CitusServer, ExternalServer, PgServer, Server, available_servers
 from tests.support.stores import Asynchronous
 
 EXTERNAL = os.environ.get("LYNKR_STORE_TEST_PG_URL")
-POSTGRES = ["postgres-external"] if EXTERNAL else [i.name for i in available_servers()]
+CITUS = os.environ.get("LYNKR_STORE_TEST_CITUS_URL")
+POSTGRES = [
+    *(["citus"] if CITUS else []),
+    *(["postgres-external"] if EXTERNAL else []),
+] or [i.name for i in available_servers()]
 BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
@@ -128,6 +132,9 @@ def server_of() -> Iterator[Callable[[str], Server]]:
 
     def server(name: str) -> Server:
         if name not in running:
+            if CITUS and name == CitusServer.name:
+                running[name] = CitusServer(CITUS)
+                return running[name]  # where each database is made by itself
             if EXTERNAL:
                 running[name] = ExternalServer(EXTERNAL)
             else:
@@ -145,7 +152,7 @@ def server_of() -> Iterator[Callable[[str], Server]]:
     for started in running.values():
         if isinstance(started, PgServer):
             started.stop()
-        else:
+        elif not isinstance(started, CitusServer):
             started.drop_database("template_head")
 
 

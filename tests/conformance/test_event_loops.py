@@ -130,6 +130,7 @@ def sessions(url):
         return other.execute(
             "SELECT count(*) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            " AND backend_type = 'client backend' AND application_name NOT LIKE 'citus%'"
         ).fetchone()[0]
 
 

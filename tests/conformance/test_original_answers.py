@@ -162,7 +162,9 @@ def copy_rows(url: str, rows: list[dict[str, Any]]) -> None:
         if rows:
             after = max(row["id"] for row in rows) + 1
             connection.execute(
-                text(f"ALTER TABLE routing_telemetry ALTER COLUMN id RESTART WITH {after}")
+                text(
+                    f"SELECT setval(pg_get_serial_sequence('routing_telemetry', 'id'), {after - 1})"
+                )
             )
     engine.dispose()
 

@@ -16,7 +16,7 @@ from lynkr_store.db.models import INDEXES, TELEMETRY
 from lynkr_store.maintenance import indexes
 from lynkr_store.migrate.upgrade import upgrade
 from lynkr_store.queries import pages
-from tests.conftest import ON_DISK
+from tests.conftest import CITUS, ON_DISK
 
 ROWS = 20_000
 FIRST_MS = 1_750_000_000_000
@@ -28,6 +28,7 @@ TIER, MODEL, PROVIDER, SESSION, TIME = (
     "idx_telemetry_session_id",
     "idx_telemetry_timestamp",
 )
+OF_ONE_SERVER = pytest.mark.skipif(bool(CITUS), reason="a plan of a table on one server")
 OWN = [index for index in INDEXES if index.name in {TIER, MODEL, PROVIDER}]
 
 # Common values, some seldom, some that were given up half-way; ties; what is missing; late rows.
@@ -94,7 +95,7 @@ def filled(request, tmp_path_factory, server_of):
     if request.param == "sqlite-file":
         url = f"sqlite:///{tmp_path_factory.mktemp('lists')}/telemetry.db"
     else:
-        url = server_of(request.param).create_database("lists")
+        url = server_of(request.param).create_database("lists", "template_head")
     engine = create_store_engine(url)
     upgrade(engine)
     with engine.begin() as connection:
@@ -168,6 +169,7 @@ def expected(engine, criteria, window, before, limit=PAGE):
     return [*islice(found, limit)]
 
 
+@OF_ONE_SERVER
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("asked", [asked for asked, (_, index) in FILTERS.items() if index])
 def test_a_page_is_read_from_its_index(filled, asked):
@@ -220,6 +222,7 @@ def test_more_values_than_are_put_together_are_found_all_the_same(filled):
     assert [r.id for r in page(filled, criteria)] == expected(filled, criteria, None, None)
 
 
+@OF_ONE_SERVER
 def test_statistics_of_the_table_change_no_way_to_the_rows(engine):
     """Values of which the table has most, and the newest rows none."""
     with engine.begin() as connection:

@@ -17,20 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Protocol, Self
 
 import psycopg
 from psycopg import sql
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
+
+from lynkr_store import create_store_engine
+from lynkr_store.db.dialect import disposing
+from lynkr_store.migrate.distribution import distribute
+from lynkr_store.migrate.upgrade import upgrade
 
 _SHORT_LIVED = "/tmp"  # noqa: S108  # TMPDIR may be private to root, or too long for a socket's path
 _START_S = 30.0
 _STOP_S = 10.0
 _POLL_S = 0.02
 _SOCKETS_PORT = 5432
+_TRIES = 5
 _LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should load nothing
 _PR_SET_PDEATHSIG = 1
 _ENVIRONMENT = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
@@ -241,6 +250,80 @@ class ExternalServer:
 
     def _maintenance(self) -> str:
         return self._url.render_as_string(hide_password=False)
+
+
+class CitusServer(ExternalServer):
+    """The cluster of ``LYNKR_STORE_TEST_CITUS_URL``, a database on its coordinator.
+
+    Its user may create databases and extensions on every server. Citus neither copies a database
+    nor makes one on the workers, so each is made on every server, and a "copy of the template" is
+    upgraded and distributed.
+    """
+
+    name = "citus"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        with psycopg.connect(self._maintenance()) as connection:
+            self._workers = connection.execute(
+                "SELECT nodename, nodeport FROM pg_dist_node "
+                "WHERE groupid <> 0 AND isactive AND noderole = 'primary'"
+            ).fetchall()
+
+    def create_database(self, name: str, template: str | None = None) -> str:
+        """Make a database on every server, with the extension; distribute the tables in it."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(partial(self._create_on, self._prefix + name), self._servers()))
+        own = self._url.set(database=self._prefix + name)
+        with psycopg.connect(_text(own), autocommit=True) as connection:
+            # four shards instead of 32 take a fifth of the time
+            setting = sql.SQL("ALTER DATABASE {} SET citus.shard_count TO 4")
+            connection.execute(setting.format(sql.Identifier(self._prefix + name)))
+            connection.execute(
+                "SELECT citus_set_coordinator_host(%s, %s)", (own.host, own.port or 5432)
+            )
+            for worker in self._workers:
+                _tried(partial(connection.execute, "SELECT citus_add_node(%s, %s)", worker))
+        if template:
+            with disposing(create_store_engine(_text(own), schema="public")) as engine:
+                upgrade(engine)
+                distribute(engine)
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database on every server, if it is there, and whatever is connected to it."""
+        for server in self._servers():  # first the coordinator, which connects to the others
+            _tried(partial(_drop, _text(server), self._prefix + name))
+
+    def worker_url(self, url: str) -> str:
+        """The URL of the same database on a worker."""
+        host, port = self._workers[0]
+        return _text(make_url(url).set(host=host, port=port))
+
+    def _servers(self) -> list[URL]:
+        workers = (self._url.set(host=host, port=port) for host, port in self._workers)
+        return [self._url, *workers]
+
+    def _create_on(self, name: str, server: URL) -> None:
+        with psycopg.connect(_text(server), autocommit=True) as connection:
+            connection.execute("SET citus.enable_create_database_propagation TO off")
+            statement = sql.SQL("CREATE DATABASE {} TEMPLATE template0")
+            connection.execute(statement.format(sql.Identifier(name)))
+        with psycopg.connect(_text(server.set(database=name)), autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION citus")
+
+
+def _tried(do: Callable[[], object]) -> None:
+    """Try again what fails because of processes of Citus, which connect to its servers."""
+    for _ in range(_TRIES - 1):
+        with suppress(psycopg.errors.ObjectInUse, psycopg.errors.InternalError):
+            do()
+            return
+    do()
+
+
+def _text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)
 
 
 def _from_wheel() -> list[Path]:
