@@ -235,11 +235,11 @@ def downgrade(
 def distribute(*, url: _Url = None, schema: _Schema = None) -> None:
     """Distribute the tables over the servers of a Citus cluster; give the coordinator's URL."""
     with _engine(_there(_to_migrate(url, schema))) as engine:
-        by_id, copied = distribution.distribute(engine)
-    for words, tables in (("distributed by id", by_id), ("copied to every server", copied)):
+        done = distribution.distribute(engine)
+    for words, tables in zip(("distributed", "copied to every server"), done, strict=True):
         if tables:
             render.say(f"{words}: {', '.join(tables)}")
-    if not by_id and not copied:
+    if not any(done):
         render.say("nothing to do: Citus manages every table of the store")
 
 

@@ -34,6 +34,14 @@ _PREPARED: Final = text(
     "'SELECT pg_catalog.string_agg(gid, '','') FROM pg_catalog.pg_prepared_xacts "
     "WHERE database = current_database() AND pg_catalog.starts_with(gid, ''citus_'')')"
 )
+# a lock of the coordinator; the key differs between schemas, and from Citus' own
+_LOCK: Final = (
+    "SELECT pg_catalog.{}(CAST(:key AS BIGINT) "
+    "+ CAST(CAST(pg_catalog.to_regclass(CAST(:name AS TEXT)) AS OID) AS BIGINT))"
+)
+_WAITING: Final = text(_LOCK.format("pg_advisory_xact_lock"))
+_AT_ONCE: Final = text(_LOCK.format("pg_try_advisory_xact_lock"))
+_KEY: Final = int.from_bytes(b"lynk") << 32
 _MANAGED: Final = text(
     "SELECT given.name FROM pg_catalog.unnest(CAST(:names AS TEXT[])) AS given (name) "
     "JOIN pg_catalog.pg_dist_partition ON CAST(logicalrelid AS OID) "
@@ -74,6 +82,24 @@ def has_citus(connection: Connection) -> bool:
     if backend_of(connection) is not Backend.POSTGRESQL:
         return False
     return connection.scalar(_CATALOGUE) is not None
+
+
+def lock(connection: Connection, name: str, *, wait: bool = True) -> bool:
+    """Take a lock that belongs to one of the store's tables, until the transaction ends.
+
+    A row of a reference table cannot be locked alone: Citus locks the whole table, and waits for it
+    in spite of SKIP LOCKED.
+
+    Args:
+        connection: To the coordinator.
+        name: The table.
+        wait: Wait for a transaction that has the lock; otherwise return False.
+    """
+    values = {"key": _KEY, "name": name}
+    if wait:
+        connection.execute(_WAITING, values)
+        return True
+    return bool(connection.scalar(_AT_ONCE, values))
 
 
 def refuse_worker(connection: Connection) -> None:

@@ -11,13 +11,16 @@ from lynkr_store.db import triggers
 from lynkr_store.db.citus import has_citus, managed_tables
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
-from lynkr_store.db.models import TELEMETRY, Base
+from lynkr_store.db.models import LEDGER, TELEMETRY, Base
 from lynkr_store.exceptions import BadArgument, SchemaError
 from lynkr_store.migrate.lock import WAIT_S, exclusively, is_in_the_way
 from lynkr_store.migrate.revisions import lacks_tables, missing_tables, require_head
 from lynkr_store.migrate.upgrade import lacks_right, permitted
 
-_BY: Final = "id"
+_BY: Final = {TELEMETRY.name: TELEMETRY.c.id.name, LEDGER.name: LEDGER.c.batch_id.name}
+"""The tables that are distributed, and by which column. All writers enter their batches in the
+ledger: as a reference table Citus would lock it for each until the batch is stored."""
+
 _citus: Final = func.pg_catalog
 _ONE_BY_ONE: Final = "SET LOCAL citus.multi_shard_modify_mode TO sequential"
 _AS_LONG_AS_IT_TAKES: Final = "SET LOCAL statement_timeout = 0"  # rows are copied
@@ -26,12 +29,12 @@ _AS_LONG_AS_IT_TAKES: Final = "SET LOCAL statement_timeout = 0"  # rows are copi
 class Distributed(NamedTuple):
     """What a call did: the tables that it distributed, and those that it copied to each server."""
 
-    by_id: tuple[str, ...]
+    distributed: tuple[str, ...]
     copied: tuple[str, ...]
 
 
 def distribute(engine: Engine, wait_s: float = WAIT_S) -> Distributed:
-    """Distribute ``routing_telemetry`` by ``id``; make the other tables reference tables.
+    """Distribute the rows by id and the ledger by batch; make the other tables reference tables.
 
     All is done in one transaction. Tables that Citus manages already stay as they are, so a call
     after an upgrade that created tables takes care of these. While rows are copied, writers wait.
@@ -71,26 +74,27 @@ def _distribute(connection: Connection) -> Distributed:
     require_head(connection)
     if lost := missing_tables(connection):
         raise lacks_tables(lost)
-    managed = managed_tables(connection)
-    others = [name for name in Base.metadata.tables if name not in managed | {TELEMETRY.name}]
-    to_distribute = TELEMETRY.name not in managed
+    missing = [name for name in Base.metadata.tables if name not in managed_tables(connection)]
+    to_distribute = tuple(name for name in missing if name in _BY)
+    to_copy = tuple(name for name in missing if name not in _BY)
     for setting in (_AS_LONG_AS_IT_TAKES, _ONE_BY_ONE):
         connection.exec_driver_sql(setting)
     try:
-        for name in others:
+        for name in to_copy:
             connection.execute(select(_citus.create_reference_table(_place(name))))
-        if to_distribute:
+        if TELEMETRY.name in to_distribute:
             for statement in triggers.dropping(Backend.POSTGRESQL):
                 connection.exec_driver_sql(statement)
-            place = _place(TELEMETRY.name)
-            connection.execute(select(_citus.create_distributed_table(place, _BY)))
+        for name in to_distribute:
+            place = _place(name)
+            connection.execute(select(_citus.create_distributed_table(place, _BY[name])))
             connection.execute(select(_citus.truncate_local_data_after_distributing_table(place)))
     except DBAPIError as error:
         if is_in_the_way(error) or error.connection_invalidated or lacks_right(error):
             raise
         line = str(error.orig).partition("\n")[0]
         raise SchemaError(f"nothing was changed: Citus refused ({line})") from None
-    return Distributed((TELEMETRY.name,) if to_distribute else (), tuple(others))
+    return Distributed(to_distribute, to_copy)
 
 
 def _place(name: str) -> ColumnElement[str]:

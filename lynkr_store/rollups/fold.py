@@ -12,9 +12,9 @@ from typing import Final, NamedTuple, assert_never
 from sqlalchemy import Connection, RowMapping, insert, select
 
 from lynkr_store.backend import Backend
-from lynkr_store.db.citus import ids_of_workers
+from lynkr_store.db.citus import ids_of_workers, is_distributed, lock
 from lynkr_store.db.dialect import backend_of
-from lynkr_store.db.models import DIMENSIONS, measure_columns
+from lynkr_store.db.models import DIMENSIONS, PROGRESS, measure_columns
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
@@ -281,6 +281,8 @@ def enter_dimensions(
 
 def held_watermark(connection: Connection) -> int:
     """The watermark, locked until this transaction ends."""
+    if is_distributed(connection):
+        lock(connection, PROGRESS.name)
     watermark: int | None = connection.scalar(fold_sql.watermark_for_update())
     if watermark is None:  # one process inserts it, others wait for its lock
         first = {"name": WATERMARK, "value": NOTHING_FOLDED}
@@ -294,11 +296,17 @@ def hold_watermark(connection: Connection, *, alone: bool) -> int | None:
 
     On SQLite a transaction that writes is always alone.
     """
-    if alone:
-        free = connection.scalar(fold_sql.watermark_for_update(skip_locked=True)) is not None
-        if not free and connection.scalar(select(progress.value_of(WATERMARK))) is not None:
-            return None
+    if alone and _is_held(connection):
+        return None
     return held_watermark(connection)
+
+
+def _is_held(connection: Connection) -> bool:
+    if is_distributed(connection):
+        return not lock(connection, PROGRESS.name, wait=False)
+    if connection.scalar(fold_sql.watermark_for_update(skip_locked=True)) is not None:
+        return False
+    return connection.scalar(select(progress.value_of(WATERMARK))) is not None
 
 
 def update_raw_from(connection: Connection) -> int | None:

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 
 import psycopg
 import pytest
@@ -20,11 +21,12 @@ from lynkr_store import (
     StoreSettings,
     StoreUnavailable,
     Window,
+    copy,
     create_store_engine,
 )
 from lynkr_store.db.citus import FIRST_ID_OF_WORKERS, managed_tables
 from lynkr_store.db.dialect import disposing
-from lynkr_store.db.models import TELEMETRY, Base
+from lynkr_store.db.models import LEDGER, TELEMETRY, Base
 from lynkr_store.exceptions import (
     BadArgument,
     RollupsRefused,
@@ -37,11 +39,13 @@ from lynkr_store.migrate.revisions import REVISIONS
 from lynkr_store.migrate.upgrade import downgrade, upgrade
 from lynkr_store.rollups import fold, repair
 from tests.conftest import CITUS
+from tests.support.copies import all_rows, answers, filled
 
 NOW = 1_750_000_000_000
 ALL = Window(since=0, until=NOW + 86_400_000)
 EVERY_TABLE = {*Base.metadata.tables}
-OTHERS = EVERY_TABLE - {TELEMETRY.name}
+DISTRIBUTED = {TELEMETRY.name, LEDGER.name}
+OTHERS = EVERY_TABLE - DISTRIBUTED
 
 pytestmark = pytest.mark.skipif(not CITUS, reason="LYNKR_STORE_TEST_CITUS_URL is not set")
 
@@ -91,6 +95,13 @@ def distributed(new_url):
     return new_url("citus", at_head=True)
 
 
+@pytest.fixture
+def undistributed_twin(new_url):
+    url = new_url("citus")
+    upgrade(url)
+    return url
+
+
 @contextmanager
 def left_open(url):
     """A transaction that inserted a row, and so was given the next id, and does not commit."""
@@ -121,8 +132,8 @@ def test_a_database_is_distributed_with_its_rows(undistributed, count):
         store.add_many(rows(count // 3))
         before = store.get_stats(ALL), store.query(limit=50)
     with disposing(create_store_engine(undistributed)) as engine:
-        by_id, copied = distribute(engine)
-        assert (by_id, {*copied}) == ((TELEMETRY.name,), OTHERS)
+        done = distribute(engine)
+        assert [{*names} for names in done] == [DISTRIBUTED, OTHERS]
         assert distribute(engine) == ((), ())
         with engine.connect() as connection:
             assert managed_tables(connection) == EVERY_TABLE
@@ -342,6 +353,118 @@ def test_no_row_is_lost_or_counted_twice_while_many_write_and_one_folds(distribu
         assert mended.quarters == 0, "the roll-ups missed a row"
 
 
+def test_a_batch_waits_for_no_other_batch(distributed):
+    """The ledger is distributed, because Citus locks a reference table for each batch."""
+    with psycopg.connect(distributed) as connection, opened(distributed) as store:
+        connection.execute(
+            "INSERT INTO ingest_batches (batch_id, row_count, committed_at) VALUES ('b', 1, 1)"
+        )
+        assert store.record(provider="a", timestamp=NOW)
+        assert store.flush(60)
+        assert len(store.query()) == 1
+
+
+def test_a_process_leaves_folding_to_the_one_that_folds(distributed):
+    with disposing(create_store_engine(distributed)) as engine, opened(distributed) as store:
+        store.add_many(rows(10))
+        with engine.begin() as connection, ThreadPoolExecutor() as pool:
+            fold.held_watermark(connection)
+            left = pool.submit(fold.fold, engine.begin, alone=True)
+            assert left.result(60) == (0, False)
+        assert fold.fold(engine.begin, alone=True) == (10, True)
+
+
+def test_two_processes_that_fold_at_once_count_each_row_once(distributed):
+    with disposing(create_store_engine(distributed)) as engine, opened(distributed) as store:
+        for _ in range(5):
+            store.add_many(rows(500))
+            with ThreadPoolExecutor() as pool:
+                done = [pool.submit(fold.fold, engine.begin) for _ in range(3)]
+            assert sum(each.result().rows for each in done) == 500
+        assert agrees(store)
+        assert store.recount(ALL) > 0
+        assert agrees(store)
+
+
+# -- followed and copied --------------------------------------------------------------------------
+
+
+def test_a_follower_gets_a_row_that_a_server_commits_late(distributed, server_of):
+    """It has seen a row of one server, and the row below it is only prepared on another one."""
+    worker = server_of("citus").worker_url(distributed)
+    with opened(distributed) as store:
+        store.add_many(rows(50))
+        with psycopg.connect(distributed) as connection:
+            connection.execute("SELECT nextval('routing_telemetry_id_seq')")
+            connection.rollback()
+        store.add_many(rows(50))
+        with psycopg.connect(worker, autocommit=True) as connection:
+            for statement in (
+                "BEGIN",
+                "SELECT pg_current_xact_id()",
+                "PREPARE TRANSACTION 'citus_0_1_2_3'",
+            ):
+                connection.execute(statement)
+            following = store.follow(after=0, poll_s=0.01)
+            with ThreadPoolExecutor() as pool:
+                try:
+                    assert [row.id for row in islice(following, 50)] == [*range(1, 51)]
+                    later = pool.submit(next, following)
+                    with pytest.raises(TimeoutError):
+                        later.result(1)
+                finally:
+                    connection.execute("ROLLBACK PREPARED 'citus_0_1_2_3'")
+                assert later.result(60).id == 52
+
+
+@pytest.mark.slow
+def test_a_follower_gets_every_row_of_many_that_write_to_all_servers(distributed):
+    """The last row of each transaction is the first that a reader sees of it."""
+    with opened(distributed) as store:
+        writers, batches, size = 6, 15, 20
+
+        def write(number):
+            with psycopg.connect(distributed) as connection:
+                for batch in range(batches):
+                    for row in range(size):
+                        connection.execute(
+                            "INSERT INTO routing_telemetry (request_id, timestamp, provider) "
+                            "VALUES (%s, %s, 'p')",
+                            [f"{number}.{batch}.{row}", NOW],
+                        )
+                    if batch % 5 == 4:
+                        connection.rollback()
+                    else:
+                        connection.commit()
+
+        kept = writers * batches * size * 4 // 5
+        with ThreadPoolExecutor(writers + 1) as pool:
+            read = pool.submit(lambda: [*islice(store.follow(after=0, poll_s=0.01), kept)])
+            for written in [pool.submit(write, number) for number in range(writers)]:
+                written.result()
+            found = read.result(120)
+        assert [row.id for row in found] == sorted({row.id for row in found})
+        assert len({row.request_id for row in found}) == kept
+
+
+def test_rows_are_copied_to_and_from_a_cluster(distributed, undistributed_twin, tmp_path):
+    file = f"sqlite:///{tmp_path}/telemetry.db"
+    back = f"sqlite:///{tmp_path}/back.db"
+    upgrade(file)
+    filled(file, 2_500, savings=20)
+    with Store(file) as store:
+        store.cleanup(timedelta(days=1), trust_clock=True)
+    for source, target in ((file, distributed), (distributed, undistributed_twin)):
+        report = copy(source, target)
+        assert (report.rows_copied, report.savings_copied) == (report.rows_verified, 20)
+        assert copy(source, target).rows_copied == 0
+    upgrade(back)
+    copy(distributed, back)
+    expected = all_rows(file), answers(file)
+    for place in (distributed, undistributed_twin, back):
+        assert (all_rows(place), answers(place)) == expected
+
+
 def test_rows_that_a_client_stored_by_a_worker_are_refused_and_counted(distributed, server_of):
     worker = server_of("citus").worker_url(distributed)
     with pytest.raises(UnsupportedDatabase, match="worker"):
@@ -357,6 +480,8 @@ def test_rows_that_a_client_stored_by_a_worker_are_refused_and_counted(distribut
         assert store.query(RoutingFilter(provider="w"))[0].id >= FIRST_ID_OF_WORKERS
         with pytest.raises(RollupsRefused, match="worker of the Citus cluster"):
             store.maintain()
+        with pytest.raises(UnsupportedDatabase, match="worker of the Citus cluster"):
+            next(store.follow(after=0))
         assert agrees(store)
         store.add_many(rows(10))
         assert store.query(limit=100)[-1].id < FIRST_ID_OF_WORKERS
