@@ -39,6 +39,7 @@ _LOCK: Final = (
     "SELECT pg_catalog.{}(CAST(:key AS BIGINT) "
     "+ CAST(CAST(pg_catalog.to_regclass(CAST(:name AS TEXT)) AS OID) AS BIGINT))"
 )
+_ONE_EACH: Final = text("SET LOCAL citus.multi_shard_modify_mode TO sequential")
 _WAITING: Final = text(_LOCK.format("pg_advisory_xact_lock"))
 _AT_ONCE: Final = text(_LOCK.format("pg_try_advisory_xact_lock"))
 _KEY: Final = int.from_bytes(b"lynk") << 32
@@ -82,6 +83,15 @@ def has_citus(connection: Connection) -> bool:
     if backend_of(connection) is not Backend.POSTGRESQL:
         return False
     return connection.scalar(_CATALOGUE) is not None
+
+
+def use_one_connection_each(connection: Connection) -> None:
+    """Have Citus connect to each server once in the transaction that writes, which has just begun.
+
+    Otherwise a COPY takes a connection for each shard, and each of them commits in two phases.
+    """
+    if is_distributed(connection):
+        connection.execute(_ONE_EACH)
 
 
 def lock(connection: Connection, name: str, *, wait: bool = True) -> bool:

@@ -69,6 +69,7 @@ class RoutingRepository:
             the Session is bound to (of several stores, the last one created); without a store, the
             settings ``LYNKR_STORE_CAPTURE_TEXT`` and ``LYNKR_STORE_TEXT_MAX_CHARS``.
         before_statistic: Called with the Session before the statement of a statistic.
+        before_rows: Called with the connection before `add_many` stores rows.
 
     Raises:
         BadArgument: ``session`` is no Session.
@@ -81,6 +82,7 @@ class RoutingRepository:
         clock: Callable[[], int] = epoch_ms_now,
         policy: TextPolicy | None = None,
         before_statistic: Callable[[Session], None] = lambda _: None,
+        before_rows: Callable[[Connection], None] = lambda _: None,
     ) -> None:
         if not isinstance(session, Session | scoped_session):
             raise BadArgument(
@@ -91,6 +93,7 @@ class RoutingRepository:
         self._clock = clock
         self._given_policy = policy
         self._before_statistic = before_statistic
+        self._before_rows = before_rows
         self._reading = Reading()
 
     @property
@@ -258,6 +261,7 @@ class RoutingRepository:
             return 0
         with self._connected() as connection:
             require_utf8(connection)
+            self._before_rows(connection)
             return insert_or_reject(connection, rows)
 
     @contextmanager

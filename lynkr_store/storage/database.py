@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DatabaseError, DBAPIError
 
 from lynkr_store.backend import Backend
+from lynkr_store.db.citus import use_one_connection_each
 from lynkr_store.db.dialect import (
     backend_of,
     checked_migrate_url,
@@ -307,6 +308,7 @@ class Database(Forkable):
             else:
                 connection.begin()
             ensure_begun(connection)  # on a host's engine too
+            use_one_connection_each(connection)
             yield connection
             _commit(connection)
 

@@ -15,7 +15,7 @@ from sqlalchemy import URL, Engine
 from sqlalchemy.orm import Session
 
 from lynkr_store.cache import TTLCache, timer_of
-from lynkr_store.db.citus import is_distributed
+from lynkr_store.db.citus import is_distributed, use_one_connection_each
 from lynkr_store.db.errors import translated
 from lynkr_store.db.postgresql import plan_for_any
 from lynkr_store.db.urls import file_of, shown, url_text
@@ -269,7 +269,11 @@ class Core:
 
     def _answer(self, body: Callable[[RoutingRepository], _T], session: Session) -> _T:
         repository = RoutingRepository(
-            session, clock=self._clock, policy=self._policy, before_statistic=_plan_for_any
+            session,
+            clock=self._clock,
+            policy=self._policy,
+            before_statistic=_plan_for_any,
+            before_rows=use_one_connection_each,
         )
         answer = body(repository)
         self._writer.note_unreadable(repository.unreadable)
