@@ -43,8 +43,10 @@ _ONE_EACH: Final = text("SET LOCAL citus.multi_shard_modify_mode TO sequential")
 _WAITING: Final = text(_LOCK.format("pg_advisory_xact_lock"))
 _AT_ONCE: Final = text(_LOCK.format("pg_try_advisory_xact_lock"))
 _KEY: Final = int.from_bytes(b"lynk") << 32
+# a table is on the coordinator alone if it has one shard, one copy, and belongs to no group
 _MANAGED: Final = text(
-    "SELECT given.name FROM pg_catalog.unnest(CAST(:names AS TEXT[])) AS given (name) "
+    "SELECT given.name, partmethod = 'n' AND repmodel = 's' AND colocationid = 0 AS is_local "
+    "FROM pg_catalog.unnest(CAST(:names AS TEXT[])) AS given (name) "
     "JOIN pg_catalog.pg_dist_partition ON CAST(logicalrelid AS OID) "
     "= CAST(pg_catalog.to_regclass(given.name) AS OID)"
 )
@@ -61,7 +63,7 @@ def is_distributed(connection: Connection) -> bool:
     known: dict[str | None, bool] = connection.info.setdefault(_KNOWN, {})
     schema = schema_of(connection)
     if schema not in known:
-        known[schema] = bool(managed_tables(connection))
+        known[schema] = bool(_managed(connection))
     return known[schema]
 
 
@@ -72,10 +74,21 @@ def forget(connection: Connection) -> None:
 
 
 def managed_tables(connection: Connection) -> frozenset[str]:
-    """The names of those of the store's tables that Citus manages now."""
+    """The names of those of the store's tables whose rows Citus keeps in shards, or copies."""
+    return frozenset(name for name, is_local in _managed(connection).items() if not is_local)
+
+
+def tables_with_shards(connection: Connection) -> frozenset[str]:
+    """`managed_tables`, and those of which Citus keeps the only shard on the coordinator."""
+    return frozenset(_managed(connection))
+
+
+def _managed(connection: Connection) -> dict[str, bool]:
+    """The tables that Citus manages, and whether each is on the coordinator alone."""
     if not has_citus(connection):
-        return frozenset()
-    return frozenset(connection.scalars(_MANAGED, {"names": list(Base.metadata.tables)}))
+        return {}
+    found = connection.execute(_MANAGED, {"names": list(Base.metadata.tables)})
+    return {row.name: row.is_local for row in found}
 
 
 def has_citus(connection: Connection) -> bool:
@@ -135,10 +148,10 @@ def ids_of_workers(connection: Connection) -> str | None:
     if connection.scalar(later) is None:
         return None
     return (
-        f"{TELEMETRY.name} has ids from {FIRST_ID_OF_WORKERS} on: a client stored these rows by a "
-        "worker of the Citus cluster, and such ids are not in the order of time, so no row is "
-        "folded until they are gone. Have every client connect to the coordinator; then there "
-        "insert these rows again without their ids, and delete them"
+        f"{TELEMETRY.name} has ids from {FIRST_ID_OF_WORKERS} on: a worker of the Citus cluster "
+        "assigned them, or they were copied, and such ids are not in the order of time, so no row "
+        "is folded or followed until they are gone. Have every client connect to the coordinator; "
+        "then there insert these rows again without their ids, and delete them"
     )
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DataError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import catalogue
-from lynkr_store.db.citus import managed_tables
+from lynkr_store.db.citus import tables_with_shards
 from lynkr_store.db.dialect import backend_of, driver_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import PROGRESS, TELEMETRY, Base
@@ -187,7 +187,7 @@ def _sizes(connection: Connection) -> tuple[int, int | None]:
             )
             return page * pages, page * free
         case Backend.POSTGRESQL:
-            own, managed = func.pg_catalog, managed_tables(connection)
+            own, managed = func.pg_catalog, tables_with_shards(connection)
             sizes = (
                 (own.citus_total_relation_size if table in managed else own.pg_total_relation_size)(
                     own.to_regclass(cast(table, Text))

@@ -4,6 +4,7 @@ With ``LYNKR_STORE_TEST_CITUS_URL`` the whole suite takes the cluster for its Po
 """
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,12 +35,14 @@ from lynkr_store.exceptions import (
     SchemaError,
     UnsupportedDatabase,
 )
+from lynkr_store.migrate.comparison import missing_triggers
 from lynkr_store.migrate.distribution import distribute
 from lynkr_store.migrate.revisions import REVISIONS
 from lynkr_store.migrate.upgrade import downgrade, upgrade
 from lynkr_store.rollups import fold, repair
 from tests.conftest import CITUS
 from tests.support.copies import all_rows, answers, filled
+from tests.support.stores import eventually, looked
 
 NOW = 1_750_000_000_000
 ALL = Window(since=0, until=NOW + 86_400_000)
@@ -68,14 +71,21 @@ def opened(url, **options):
     return Store(settings=settings, clock=lambda: NOW)
 
 
-def by_hand(url):
-    """Distribute the one table as anybody would."""
+LAYOUTS = {
+    "by id": "SELECT create_distributed_table('routing_telemetry', 'id')",
+    "on one server": "SELECT create_distributed_table('routing_telemetry', NULL)",
+    "on each server": "SELECT create_reference_table('routing_telemetry')",
+}
+"""How somebody may have Citus manage the one table."""
+
+
+def by_hand(url, layout="by id"):
     with psycopg.connect(url, autocommit=True) as connection:
         for name in ("delete", "truncate", "update"):
             connection.execute(
                 f"DROP TRIGGER IF EXISTS lynkr_store_note_{name} ON routing_telemetry"
             )
-        connection.execute("SELECT create_distributed_table('routing_telemetry', 'id')")
+        connection.execute(LAYOUTS[layout])
 
 
 @pytest.fixture
@@ -103,13 +113,15 @@ def undistributed_twin(new_url):
 
 
 @contextmanager
-def left_open(url):
+def left_open(url, by):
     """A transaction that inserted a row, and so was given the next id, and does not commit."""
+    columns = "routing_telemetry (request_id, timestamp, provider)"
     with psycopg.connect(url) as connection:
-        connection.execute(
-            "INSERT INTO routing_telemetry (request_id, timestamp, provider) VALUES ('r', %s, 'b')",
-            [NOW],
-        )
+        if by == "INSERT":
+            connection.execute(f"INSERT INTO {columns} VALUES ('r', %s, 'b')", [NOW])
+        else:
+            with connection.cursor().copy(f"COPY {columns} FROM STDIN") as copying:
+                copying.write_row(("r", NOW, "b"))
         yield connection
 
 
@@ -164,6 +176,70 @@ def test_a_table_that_somebody_distributed_is_upgraded_and_served(empty, revisio
         downgrade(engine, "0009", drop_data=True)
         upgrade(engine)
         assert distribute(engine) == ((), ("routing_changes",))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_table_is_served_in_each_layout(undistributed, layout):
+    with disposing(create_store_engine(undistributed)) as engine:
+        by_hand(undistributed, layout)
+        with opened(undistributed) as store:
+            store.add_many(rows(300))
+            store.maintain()
+            assert agrees(store)
+            assert len(store.query(RoutingFilter(has_error=True, provider=["a", "b"]))) == 43
+            assert store.cleanup(timedelta(hours=2)) > 0
+            assert store.get_stats(ALL).total_requests == 300
+        downgrade(engine, "0009", drop_data=True)
+        upgrade(engine)
+
+
+def test_a_table_whose_one_shard_is_on_the_coordinator_keeps_its_triggers(undistributed):
+    with disposing(create_store_engine(undistributed)) as engine:
+        with psycopg.connect(undistributed) as connection:
+            connection.execute("SELECT citus_add_local_table_to_metadata('routing_telemetry')")
+        for revision in ("head", "0009", "head"):
+            if revision == "head":
+                upgrade(engine)
+            else:
+                downgrade(engine, revision, drop_data=True)
+            with engine.connect() as connection:
+                assert bool(missing_triggers(connection)) == (revision == "0009")
+        with opened(undistributed) as store:
+            store.add_many(rows(100))
+            store.maintain()
+            with psycopg.connect(undistributed) as connection:
+                connection.execute("UPDATE routing_telemetry SET provider = 'b' WHERE id = 50")
+            assert store.get_provider_stats("b", ALL).total == 1
+            assert looked(store).database_bytes > 100_000
+        with pytest.raises(SchemaError, match="nothing was changed: Citus refused"):
+            distribute(engine)
+
+
+def test_no_record_is_lost_while_the_tables_are_distributed(undistributed):
+    with opened(undistributed) as store:
+        over, sent = threading.Event(), []
+
+        def keep_recording():
+            while not over.is_set():
+                sent.append(store.record(provider="a", timestamp=NOW))
+                time.sleep(0.001)
+
+        with (
+            ThreadPoolExecutor() as pool,
+            disposing(create_store_engine(undistributed)) as engine,
+        ):
+            recording = pool.submit(keep_recording)
+            eventually(lambda: store.health().written)
+            distribute(engine)
+            written = store.health().written
+            eventually(lambda: store.health().written > written)
+            over.set()
+            recording.result(60)
+        assert all(sent)
+        assert store.flush(60)
+        health = store.health()
+        assert (health.written, health.rejected) == (len(sent), 0)
+        assert agrees(store)
 
 
 def test_what_cannot_be_distributed_is_refused_in_words(empty, new_url, server_of):
@@ -285,9 +361,10 @@ def test_two_processes_that_delete_at_once_delete_each_row_once(distributed):
 # -- what is folded -------------------------------------------------------------------------------
 
 
-def test_a_row_that_commits_late_with_a_lower_id_is_counted(distributed):
+@pytest.mark.parametrize("by", ["INSERT", "COPY"])
+def test_a_row_that_commits_late_with_a_lower_id_is_counted(distributed, by):
     with opened(distributed) as store:
-        with left_open(distributed) as late:
+        with left_open(distributed, by) as late:
             store.add_many(rows(100))
             assert store.maintain().rows_folded == 0, "it waits for the open transaction"
             assert store.get_stats(ALL).total_requests == 100

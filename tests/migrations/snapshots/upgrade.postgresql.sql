@@ -265,7 +265,8 @@ END';
 BEGIN
   IF pg_catalog.to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL THEN
     EXECUTE 'SELECT pg_catalog.count(*) > 0 FROM pg_catalog.pg_dist_partition '
-      || 'WHERE CAST(logicalrelid AS oid) = CAST(CAST('
+      || 'WHERE NOT (partmethod = ''n'' AND repmodel = ''s'' AND colocationid = 0) '
+      || 'AND CAST(logicalrelid AS oid) = CAST(CAST('
       || pg_catalog.quote_literal(place || '.routing_telemetry') || ' AS regclass) AS oid)' INTO distributed;
   END IF;
   IF distributed THEN
