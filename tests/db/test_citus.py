@@ -12,10 +12,11 @@ from itertools import islice
 import psycopg
 import pytest
 from sqlalchemy import Engine, Pool, event, text
+from sqlalchemy.orm import Session
 from sqlglot import exp, parse_one
 from sqlglot.optimizer.scope import traverse_scope
 
-from lynkr_store import RoutingFilter, Store, StoreSettings, Window, copy
+from lynkr_store import RoutingFilter, RoutingRepository, Store, StoreSettings, Window, copy
 from lynkr_store.db import citus
 from lynkr_store.db.models import Base
 from lynkr_store.schemas.units import DAY_MS, QUARTER_MS
@@ -206,6 +207,26 @@ def test_both_forms_answer_the_same_and_citus_refuses_none_of_the_other(
         "FOR UPDATE",
         "a correlated subquery",
     }
+
+
+@pytest.mark.skipif("citus" in POSTGRES, reason="needs a server without Citus")
+@pytest.mark.parametrize("postgres", POSTGRES)
+def test_the_stores_own_batches_take_one_connection_to_each_server(postgres, new_url):
+    """Not those in a host's transaction, whose own statements the setting would slow down."""
+    url, sent = new_url(postgres, at_head=True), []
+
+    def settings():
+        return sum("citus.multi_shard_modify_mode" in statement for statement in sent)
+
+    with told(sent, distributed=True), opened(url) as store:
+        store.add_many(records(1))
+        assert settings() == 1
+        assert store.record(provider="a")
+        assert store.flush(60)
+        assert settings() == 2
+        with Session(store.engine) as session:
+            assert RoutingRepository(session).add_many(records(2)) == ROWS
+        assert settings() == 2
 
 
 def test_without_the_extension_nothing_is_distributed(engine):
