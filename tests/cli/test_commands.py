@@ -30,7 +30,7 @@ from lynkr_store.cli import commands, progress
 from lynkr_store.db.models import TELEMETRY
 from lynkr_store.migrate import revisions
 from lynkr_store.testing import RecordFactory
-from tests.conftest import ON_DISK
+from tests.conftest import CITUS, ON_DISK
 from tests.support.recorded import DATA, gateway_file, insert_rows, needs_data
 
 NOW = 1_750_000_000_000
@@ -406,6 +406,36 @@ def test_a_schema_that_is_behind_is_refused_with_the_command(postgres_url):
         refused = run(*command, "--url", postgres_url)
         assert refused.returncode == 1, refused.stderr
         assert "lynkr-store upgrade" in refused.stderr
+
+
+@pytest.mark.skipif(bool(CITUS), reason="needs a server without Citus")
+def test_where_nothing_can_be_distributed_the_command_says_what_is_missing(url):
+    refused = run("distribute", "--url", url)
+    if url.startswith("sqlite"):
+        assert refused.returncode == 2
+        assert "only a PostgreSQL database" in refused.stderr
+    else:
+        assert refused.returncode == 1
+        assert "CREATE EXTENSION citus" in refused.stderr
+    found = json.loads(done("check", "--json", "--url", url))
+    assert (found["distributed_tables"], found["undistributed_tables"]) == ([], [])
+
+
+@pytest.mark.skipif(not CITUS, reason="LYNKR_STORE_TEST_CITUS_URL is not set")
+def test_distribute_says_what_it_did_and_check_what_is_left(new_url):
+    url = new_url("citus")
+    refused = run("distribute", "--url", url)
+    assert (refused.returncode, "lynkr-store upgrade" in refused.stderr) == (1, True)
+    done("upgrade", "--url", url)
+    said = done("distribute", "--url", url)
+    assert "distributed: routing_telemetry, ingest_batches\n" in said
+    assert "copied to every server: savings_events" in said
+    assert "nothing to do" in done("distribute", "--url", url)
+    assert "runs no triggers on it" in done("check", "--url", url)
+    done("downgrade", "0009", "--url", url)
+    done("upgrade", "--url", url)
+    assert "only the coordinator has routing_changes" in done("check", "--url", url)
+    assert "copied to every server: routing_changes" in done("distribute", "--url", url)
 
 
 def test_a_file_that_is_behind_is_not_upgraded_unasked(tmp_path):
