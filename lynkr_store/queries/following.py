@@ -121,6 +121,8 @@ class Follower(NamedTuple):
                         "new rows alone"
                     )
                 return Page([], Tail(tail.after), self.poll_s, 0)
+            # where the rows are distributed, the greatest id may be from a moment before
+            newest = last if newest is None else max(last, newest)
             upto = _safe(backend_of(connection), tail, last, joined)
             reading = Reading()
             rows = self._rows(session, tail.after, upto, reading)
