@@ -283,12 +283,7 @@ def held_watermark(connection: Connection) -> int:
     """The watermark, locked until this transaction ends."""
     if is_distributed(connection):
         lock(connection, PROGRESS.name)
-    watermark: int | None = connection.scalar(fold_sql.watermark_for_update())
-    if watermark is None:  # one process inserts it, others wait for its lock
-        first = {"name": WATERMARK, "value": NOTHING_FOLDED}
-        connection.execute(progress.insert_if_absent(backend_of(connection)), first)
-        watermark = connection.scalar(fold_sql.watermark_for_update())
-    return NOTHING_FOLDED if watermark is None else watermark
+    return progress.held(connection, WATERMARK, NOTHING_FOLDED)
 
 
 def hold_watermark(connection: Connection, *, alone: bool) -> int | None:
@@ -304,7 +299,7 @@ def hold_watermark(connection: Connection, *, alone: bool) -> int | None:
 def _is_held(connection: Connection) -> bool:
     if is_distributed(connection):
         return not lock(connection, PROGRESS.name, wait=False)
-    if connection.scalar(fold_sql.watermark_for_update(skip_locked=True)) is not None:
+    if connection.scalar(fold_sql.unlocked_watermark()) is not None:
         return False
     return connection.scalar(select(progress.value_of(WATERMARK))) is not None
 

@@ -46,14 +46,10 @@ _BY: Final = ("provider", "model", "tier", "request_type")
 _t: Final = TELEMETRY.c
 
 
-def watermark_for_update(*, skip_locked: bool = False) -> Select[*tuple[Any, ...]]:
-    """The watermark. On PostgreSQL its row stays locked until the transaction ends.
-
-    Args:
-        skip_locked: No row if another transaction holds it; otherwise wait for that one.
-    """
+def unlocked_watermark() -> Select[*tuple[Any, ...]]:
+    """The watermark, which PostgreSQL locks; no row if another transaction has locked it."""
     row = select(PROGRESS.c.value).where(PROGRESS.c.name == WATERMARK)
-    return row.with_for_update(skip_locked=skip_locked)
+    return row.with_for_update(skip_locked=True)
 
 
 def first_above(row_id: int) -> Select[*tuple[Any, ...]]:

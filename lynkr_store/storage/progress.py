@@ -65,3 +65,14 @@ def write(connection: Connection, name: str, value: int) -> None:
 def raise_to(connection: Connection, name: str, value: int) -> None:
     """Set a value unless it is greater already, in the caller's transaction."""
     connection.execute(_raising(backend_of(connection)), {"name": name, "value": value})
+
+
+def held(connection: Connection, name: str, first: int) -> int:
+    """A value, locked on PostgreSQL until the transaction ends; ``first`` if there was none yet."""
+    statement = select(PROGRESS.c.value).where(PROGRESS.c.name == name).with_for_update()
+    value: int | None = connection.scalar(statement)
+    if value is None:  # one process inserts it, others wait for its lock
+        entry = {"name": name, "value": first}
+        connection.execute(insert_if_absent(backend_of(connection)), entry)
+        value = connection.scalar(statement)
+    return first if value is None else value

@@ -9,9 +9,8 @@ from sqlalchemy import Connection, Select, Table, func, insert, select, type_coe
 from sqlalchemy.types import TypeDecorator
 
 from lynkr_store.db import catalogue
-from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.functions import whole_number
-from lynkr_store.db.models import PROGRESS, TELEMETRY
+from lynkr_store.db.models import TELEMETRY
 from lynkr_store.exceptions import BadArgument
 from lynkr_store.ingest.batch import Columns, RowBatch
 from lynkr_store.schemas.values import INT64_MIN
@@ -141,12 +140,7 @@ class TableRows:
         return refused
 
     def _require(self, connection: Connection, expected: int) -> None:
-        found = connection.scalar(_held(self._copied))
-        if found is None:  # one process inserts it, others wait for its lock
-            first = {"name": self._copied, "value": NOTHING}
-            connection.execute(progress.insert_if_absent(backend_of(connection)), first)
-            found = connection.scalar(_held(self._copied))
-        if found != expected:
+        if progress.held(connection, self._copied, NOTHING) != expected:
             raise BadArgument(
                 "target: another copy into this database is under way; let it end, then run this "
                 "one again"
@@ -197,7 +191,3 @@ def _stored(table: Table, name: str) -> Any:
     if isinstance(column.type, TypeDecorator):
         return type_coerce(column, column.type.impl_instance).label(name)
     return column
-
-
-def _held(name: str) -> Select[*tuple[Any, ...]]:
-    return select(PROGRESS.c.value).where(PROGRESS.c.name == name).with_for_update()
