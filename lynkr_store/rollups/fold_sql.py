@@ -360,6 +360,22 @@ def counts_there() -> CompoundSelect[int, int]:
 
 
 @cache
+def counts_folded() -> Select[*tuple[Any, ...]]:
+    """The same for a table that is distributed, of which the two parts would see two moments."""
+    instant = cast(_t.timestamp, BigInteger)
+    start = (instant - instant % QUARTER_MS).label("start")
+    return (
+        select(start, func.count().label("requests"))
+        .where(
+            _t.timestamp >= whole_number("since"),
+            _t.timestamp < whole_number("until"),
+            unindexed(_t.id) <= whole_number("watermark"),
+        )
+        .group_by(start)
+    )
+
+
+@cache
 def counts_known() -> Select[*tuple[Any, ...]]:
     """How many rows the roll-ups hold of each quarter in ``[since, until)``."""
     return (

@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, select
 
+from lynkr_store.db.citus import is_distributed
 from lynkr_store.rollups import fold_sql
 from lynkr_store.rollups.buckets import ceil_to, floor_to
 from lynkr_store.rollups.fold import (
@@ -177,8 +178,9 @@ def _scan(
 
 def _with_other_counts(connection: Connection, since: int, until: int) -> set[int]:
     values = _range_parameters(connection, since, until)
+    of_rows = fold_sql.counts_folded if is_distributed(connection) else fold_sql.counts_there
     there: dict[int, int] = {}
-    for start, requests in _pairs(connection, fold_sql.counts_there(), values):
+    for start, requests in _pairs(connection, of_rows(), values):
         there[start] = there.get(start, 0) + requests
     return _differing(connection, there, values)
 

@@ -430,6 +430,24 @@ def test_no_row_is_lost_or_counted_twice_while_many_write_and_one_folds(distribu
         assert mended.quarters == 0, "the roll-ups missed a row"
 
 
+def test_rows_that_are_stored_while_quarters_are_counted_are_no_difference(distributed):
+    with disposing(create_store_engine(distributed)) as engine:
+
+        def write(number):
+            with opened(distributed) as own:
+                for _ in range(12):
+                    own.add_many(rows(40, provider=f"p{number}"))
+
+        with ThreadPoolExecutor() as pool:
+            writing = [pool.submit(write, number) for number in range(4)]
+            while not all(each.done() for each in writing):
+                fold.fold(engine.begin)
+                compared = repair.compare_counts(
+                    engine.begin, read=engine.connect, stop=lambda: False
+                )
+                assert compared.quarters == 0
+
+
 def test_a_batch_waits_for_no_other_batch(distributed):
     """The ledger is distributed, because Citus locks a reference table for each batch."""
     with psycopg.connect(distributed) as connection, opened(distributed) as store:
