@@ -21,6 +21,9 @@ FIRST_ID_OF_WORKERS: Final = 1 << 48
 
 _NO_NODE: Final = 0  # the number of the coordinator, and of a server that belongs to no cluster
 
+ONE_BY_ONE: Final = text("SET LOCAL citus.multi_shard_modify_mode TO sequential")
+"""Have Citus connect to each server once in this transaction."""
+
 _KNOWN: Final = "lynkr_store_distributed"  # in a connection's info: by schema, whether it is so
 
 _CATALOGUE: Final = text(
@@ -39,7 +42,6 @@ _LOCK: Final = (
     "SELECT pg_catalog.{}(CAST(:key AS BIGINT) "
     "+ CAST(CAST(pg_catalog.to_regclass(CAST(:name AS TEXT)) AS OID) AS BIGINT))"
 )
-_ONE_EACH: Final = text("SET LOCAL citus.multi_shard_modify_mode TO sequential")
 _WAITING: Final = text(_LOCK.format("pg_advisory_xact_lock"))
 _AT_ONCE: Final = text(_LOCK.format("pg_try_advisory_xact_lock"))
 _KEY: Final = int.from_bytes(b"lynk") << 32
@@ -104,7 +106,7 @@ def use_one_connection_each(connection: Connection) -> None:
     Otherwise a COPY takes a connection for each shard, and each of them commits in two phases.
     """
     if is_distributed(connection):
-        connection.execute(_ONE_EACH)
+        connection.execute(ONE_BY_ONE)
 
 
 def lock(connection: Connection, name: str, *, wait: bool = True) -> bool:

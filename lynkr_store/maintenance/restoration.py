@@ -18,13 +18,12 @@ from lynkr_store.migrate import scripts
 from lynkr_store.rollups import state
 from lynkr_store.rollups.buckets import floor_to
 from lynkr_store.rollups.fold import drop_from
-from lynkr_store.rollups.state import RAW_FROM
 from lynkr_store.schemas.units import QUARTER_MS
 from lynkr_store.schemas.values import INT64_MAX
 from lynkr_store.storage import progress
 from lynkr_store.storage.ledger import FORGOTTEN
 
-_STILL_TRUE: Final = (RAW_FROM, TRUSTED, FORGOTTEN)
+_STILL_TRUE: Final = (state.RAW_FROM, TRUSTED, FORGOTTEN)
 """The entries of the table of progress that describe times rather than ids."""
 
 
@@ -90,6 +89,6 @@ def _keep_history(connection: Connection) -> None:
         state.counts_of_quarter(), state.quarter_parameters(start, INT64_MAX)
     ).one()
     if counts.known > counts.there:  # retention removed rows of the oldest quarter: save that
-        entry = {"name": RAW_FROM, "value": first}
+        entry = {"name": state.RAW_FROM, "value": first}
         connection.execute(progress.insert_if_absent(backend_of(connection)), entry)
     drop_from(connection, start)

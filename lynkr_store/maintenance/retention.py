@@ -157,7 +157,7 @@ def delete_older(
         last = found[-1].timestamp, found[-1].id
         done = connection.execute(retention_sql.delete_rows(table, [row.id for row in found]))
         if table is TELEMETRY:
-            save_removed(connection, math.floor(max(found[-1].timestamp, INT64_MIN)))
+            save_removed(connection, _whole(*last)[0])
         return done.rowcount, len(found) == limit
 
     return _in_steps(database, step, stop)

@@ -2,13 +2,13 @@
 
 from typing import Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, func, select, text
 from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
 from lynkr_store.db import triggers
-from lynkr_store.db.citus import has_citus, managed_tables
+from lynkr_store.db.citus import ONE_BY_ONE, has_citus, managed_tables
 from lynkr_store.db.dialect import backend_of
 from lynkr_store.db.errors import translated
 from lynkr_store.db.models import LEDGER, TELEMETRY, Base
@@ -22,8 +22,7 @@ _BY: Final = {TELEMETRY.name: TELEMETRY.c.id.name, LEDGER.name: LEDGER.c.batch_i
 ledger: as a reference table Citus would lock it for each until the batch is stored."""
 
 _citus: Final = func.pg_catalog
-_ONE_BY_ONE: Final = "SET LOCAL citus.multi_shard_modify_mode TO sequential"
-_AS_LONG_AS_IT_TAKES: Final = "SET LOCAL statement_timeout = 0"  # rows are copied
+_AS_LONG_AS_IT_TAKES: Final = text("SET LOCAL statement_timeout = 0")  # rows are copied
 
 
 class Distributed(NamedTuple):
@@ -74,11 +73,12 @@ def _distribute(connection: Connection) -> Distributed:
     require_head(connection)
     if lost := missing_tables(connection):
         raise lacks_tables(lost)
-    missing = [name for name in Base.metadata.tables if name not in managed_tables(connection)]
+    managed = managed_tables(connection)
+    missing = [name for name in Base.metadata.tables if name not in managed]
     to_distribute = tuple(name for name in missing if name in _BY)
     to_copy = tuple(name for name in missing if name not in _BY)
-    for setting in (_AS_LONG_AS_IT_TAKES, _ONE_BY_ONE):
-        connection.exec_driver_sql(setting)
+    for setting in (_AS_LONG_AS_IT_TAKES, ONE_BY_ONE):
+        connection.execute(setting)
     try:
         for name in to_copy:
             connection.execute(select(_citus.create_reference_table(_place(name))))

@@ -374,22 +374,29 @@ def test_a_row_that_commits_late_with_a_lower_id_is_counted(distributed, by):
         assert agrees(store)
 
 
+@contextmanager
+def yet_to_commit(worker):
+    """A server that has a transaction of the cluster's prepared, as after a lost connection."""
+    with psycopg.connect(worker, autocommit=True) as connection:
+        for statement in (
+            "BEGIN",
+            "SELECT pg_current_xact_id()",
+            "PREPARE TRANSACTION 'citus_0_1_2_3'",
+        ):
+            connection.execute(statement)
+        try:
+            yield
+        finally:
+            connection.execute("ROLLBACK PREPARED 'citus_0_1_2_3'")
+
+
 def test_a_transaction_that_a_server_has_yet_to_commit_is_waited_for(distributed, server_of):
     """As after the coordinator lost a worker between its own commit and the worker's."""
     worker = server_of("citus").worker_url(distributed)
     with opened(distributed) as store:
         store.add_many(rows(100))
-        with psycopg.connect(worker, autocommit=True) as connection:
-            for statement in (
-                "BEGIN",
-                "SELECT pg_current_xact_id()",
-                "PREPARE TRANSACTION 'citus_0_1_2_3'",
-            ):
-                connection.execute(statement)
-            try:
-                assert store.maintain().rows_folded == 0
-            finally:
-                connection.execute("ROLLBACK PREPARED 'citus_0_1_2_3'")
+        with yet_to_commit(worker):
+            assert store.maintain().rows_folded == 0
         assert store.maintain().rows_folded == 100
 
 
@@ -493,23 +500,14 @@ def test_a_follower_gets_a_row_that_a_server_commits_late(distributed, server_of
             connection.execute("SELECT nextval('routing_telemetry_id_seq')")
             connection.rollback()
         store.add_many(rows(50))
-        with psycopg.connect(worker, autocommit=True) as connection:
-            for statement in (
-                "BEGIN",
-                "SELECT pg_current_xact_id()",
-                "PREPARE TRANSACTION 'citus_0_1_2_3'",
-            ):
-                connection.execute(statement)
-            following = store.follow(after=0, poll_s=0.01)
-            with ThreadPoolExecutor() as pool:
-                try:
-                    assert [row.id for row in islice(following, 50)] == [*range(1, 51)]
-                    later = pool.submit(next, following)
-                    with pytest.raises(TimeoutError):
-                        later.result(1)
-                finally:
-                    connection.execute("ROLLBACK PREPARED 'citus_0_1_2_3'")
-                assert later.result(60).id == 52
+        following = store.follow(after=0, poll_s=0.01)
+        with ThreadPoolExecutor() as pool:
+            with yet_to_commit(worker):
+                assert [row.id for row in islice(following, 50)] == [*range(1, 51)]
+                later = pool.submit(next, following)
+                with pytest.raises(TimeoutError):
+                    later.result(1)
+            assert later.result(60).id == 52
 
 
 @pytest.mark.slow
