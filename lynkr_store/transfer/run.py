@@ -272,7 +272,8 @@ def _chosen(page: Columns, wanted: Callable[[int], bool]) -> Columns:
 
 def _require_copied_alone(target: TableRows) -> None:
     """Refuse a target with rows that no copy wrote."""
-    copied, ends = target.copied_upto(), target.ends()
+    ends = target.ends()
+    copied = target.copied_upto()  # read last: another copy may write meanwhile
     if ends is not None and (copied is None or ends[1] > copied):
         raise BadArgument(added_since(target.table))
 

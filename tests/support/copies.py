@@ -61,12 +61,17 @@ def filled(url, count, *, first=0, savings=0):
     with Store(settings=StoreSettings(url=url)) as store:
         store.add_many(records(count, first=first))
     if savings:
-        engine = create_store_engine(url)
-        with writing(engine).begin() as connection:
-            event = {"timestamp": START, "category": "cache", "tokens_saved": 5}
-            connection.execute(insert(SAVINGS), [event] * savings)
-        engine.dispose()
+        event = {"timestamp": START, "category": "cache", "tokens_saved": 5}
+        change(url, insert(SAVINGS), [event] * savings)
     return url
+
+
+def change(url, statement, values=None):
+    """Execute one statement on a database."""
+    engine = create_store_engine(url)
+    with writing(engine).begin() as connection:
+        connection.execute(statement, values)
+    engine.dispose()
 
 
 def all_rows(url):

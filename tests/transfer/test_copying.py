@@ -21,12 +21,12 @@ from lynkr_store import (
     copy,
     create_store_engine,
     upgrade,
-    writing,
 )
 from lynkr_store.db.models import DIMENSIONS, LEDGER, ROLLUPS, SAVINGS, TELEMETRY
+from lynkr_store.transfer.tables import TableRows
 from tests.conftest import ON_DISK, POSTGRES
 from tests.support.children import MortalServer
-from tests.support.copies import DAY_MS, START, all_rows, answers, filled, records
+from tests.support.copies import DAY_MS, START, all_rows, answers, change, filled, records
 from tests.support.postgres import available_servers
 from tests.support.recorded import DATA, needs_data
 
@@ -38,19 +38,6 @@ def places(request, new_url):
     """A source and a target, both at head."""
     one, other = request.param
     return new_url(one, at_head=True), new_url(other, at_head=True)
-
-
-@pytest.fixture
-def changing():
-    """Execute one statement on a database of a URL."""
-
-    def execute(url, statement, values=None):
-        engine = create_store_engine(url)
-        with writing(engine).begin() as connection:
-            connection.execute(statement, values)
-        engine.dispose()
-
-    return execute
 
 
 def rows_of(url, table, *, without=()):
@@ -155,36 +142,36 @@ def test_texts_that_retention_removed_on_one_side_are_no_difference(places, side
     assert [sum(kept) for kept in texts] == ([150, 200] if side == "source" else [200, 150])
 
 
-def test_rows_that_the_source_removed_stay_in_the_target(places, changing):
+def test_rows_that_the_source_removed_stay_in_the_target(places):
     source, target = places
     filled(source, 100)
     copy(source, target)
-    changing(source, delete(TELEMETRY).where(TELEMETRY.c.id.in_([1, 50])))
+    change(source, delete(TELEMETRY).where(TELEMETRY.c.id.in_([1, 50])))
     report = copy(source, target)
     assert report.rows_only_in_target == 2
     assert report.rows_verified == 98
     assert len(all_rows(target)) == 100
 
 
-def test_a_row_that_was_committed_late_is_brought_by_the_next_copy(places, changing):
+def test_a_row_that_was_committed_late_is_brought_by_the_next_copy(places):
     source, target = places
     filled(source, 30)
     late = rows_of(source, TELEMETRY)[10]
-    changing(source, delete(TELEMETRY).where(TELEMETRY.c.id == late[0]))
+    change(source, delete(TELEMETRY).where(TELEMETRY.c.id == late[0]))
     copy(source, target)
     names = [column.name for column in TELEMETRY.c]
-    changing(source, insert(TELEMETRY), dict(zip(names, late, strict=True)))
+    change(source, insert(TELEMETRY), dict(zip(names, late, strict=True)))
     assert copy(source, target).rows_verified == 30
     assert all_rows(target) == all_rows(source)
 
 
 @pytest.mark.parametrize("file", [None, "rows.jsonl", "rows.parquet"])
-def test_each_copy_counts_every_row_that_the_target_lacks(new_url, tmp_path, changing, file):
+def test_each_copy_counts_every_row_that_the_target_lacks(new_url, tmp_path, file):
     """An interrupted copy told nobody what it left out, so the next one must."""
     source, target = (new_url("sqlite-file", at_head=True) for _ in range(2))
     filled(source, 30)
-    changing(source, text("UPDATE routing_telemetry SET timestamp = 'soon' WHERE id IN (3, 4)"))
-    changing(
+    change(source, text("UPDATE routing_telemetry SET timestamp = 'soon' WHERE id IN (3, 4)"))
+    change(
         target,
         text(
             "CREATE TRIGGER refusing BEFORE INSERT ON routing_telemetry WHEN new.id IN (7, 8) "
@@ -206,11 +193,11 @@ def test_each_copy_counts_every_row_that_the_target_lacks(new_url, tmp_path, cha
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("now", ["other", None])
-def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing, now):
+def test_a_changed_row_is_named_and_nothing_is_overwritten(places, now):
     source, target = places
     filled(source, 30)
     copy(source, target)
-    changing(target, update(TELEMETRY).where(TELEMETRY.c.id == 7).values(request_text=now))
+    change(target, update(TELEMETRY).where(TELEMETRY.c.id == 7).values(request_text=now))
     with pytest.raises(CopyDiffers, match=r"1 rows of the target .*\(id 7: request_text\)"):
         copy(source, target)
     assert all_rows(target)[6].request_text == now
@@ -218,14 +205,14 @@ def test_a_changed_row_is_named_and_nothing_is_overwritten(places, changing, now
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("column", ["cost_usd", "latency_ms", "tier", "was_fallback", "ttft_ms"])
-def test_every_kind_of_difference_is_found(places, changing, column):
+def test_every_kind_of_difference_is_found(places, column):
     source, target = places
     filled(source, 30)
     copy(source, target)
     value = "x" if column == "tier" else True if column == "was_fallback" else 3.25
     row = update(TELEMETRY).where(TELEMETRY.c.id == 7)
-    changing(source, row.values({column: None}))
-    changing(target, row.values({column: value}))
+    change(source, row.values({column: None}))
+    change(target, row.values({column: value}))
     with pytest.raises(CopyDiffers, match=f"id 7: {column}"):
         copy(source, target)
 
@@ -261,11 +248,11 @@ def test_a_target_of_another_source_is_refused(places, new_url, backend):
     assert len(all_rows(target)) == 5
 
 
-def test_a_source_that_has_no_copied_row_any_more_is_refused(places, changing):
+def test_a_source_that_has_no_copied_row_any_more_is_refused(places):
     source, target = places
     filled(source, 5)
     copy(source, target)
-    changing(source, delete(TELEMETRY))
+    change(source, delete(TELEMETRY))
     filled(source, 5, first=20)
     with pytest.raises(BadArgument, match="may be another source"):
         copy(source, target)
@@ -397,6 +384,29 @@ def test_two_copies_at_once_into_one_target_lose_and_double_nothing(places):
     for process, words in zip(both, said, strict=True):
         assert process.returncode == 0 or "another copy" in words, words
     assert copy(source, target).rows_verified == 3_000
+    assert all_rows(target) == all_rows(source)
+
+
+def test_a_copy_that_writes_while_another_one_looks_is_no_other_program(places, monkeypatch):
+    source, target = places
+    filled(source, 10)
+    looked = False
+
+    def between(look):
+        def looking(rows):
+            nonlocal looked
+            found = look(rows)
+            if not looked:
+                looked = True
+                copy(source, target)
+            return found
+
+        return looking
+
+    for name in ("ends", "copied_upto"):
+        monkeypatch.setattr(TableRows, name, between(getattr(TableRows, name)))
+    assert copy(source, target).rows_copied == 0
+    assert looked
     assert all_rows(target) == all_rows(source)
 
 

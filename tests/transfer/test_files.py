@@ -24,14 +24,12 @@ from lynkr_store import (
     Store,
     StoreUnavailable,
     copy,
-    create_store_engine,
-    writing,
 )
 from lynkr_store.transfer import json_lines
 from lynkr_store.transfer import parquet as parquet_files
 from lynkr_store.transfer import run as transfer_run
 from tests.conftest import ON_DISK
-from tests.support.copies import START, all_rows, answers, filled
+from tests.support.copies import START, all_rows, answers, change, filled
 from tests.support.recorded import gateway_file
 
 FILES = ["rows.jsonl", "rows.ndjson", "rows.parquet"]
@@ -134,10 +132,7 @@ def test_an_empty_database_gives_an_empty_file(new_url, target, tmp_path, name):
 def test_a_changed_value_in_a_file_is_found(source, tmp_path, name):
     path = tmp_path / name
     copy(source, path)
-    engine = create_store_engine(source)
-    with writing(engine).begin() as connection:
-        connection.execute(text("UPDATE routing_telemetry SET tool_count = 77 WHERE id = 600"))
-    engine.dispose()
+    change(source, text("UPDATE routing_telemetry SET tool_count = 77 WHERE id = 600"))
     with pytest.raises(CopyDiffers, match="id 600: tool_count"):
         copy(source, path)
 
@@ -386,10 +381,7 @@ def test_a_file_that_came_to_its_place_meanwhile_is_not_emptied(source, tmp_path
 def test_a_file_is_continued_when_the_source_removed_its_last_row(source, tmp_path, name):
     path = tmp_path / name
     copy(source, path)
-    engine = create_store_engine(source)
-    with writing(engine).begin() as connection:
-        connection.execute(text("DELETE FROM routing_telemetry WHERE id = 1234"))
-    engine.dispose()
+    change(source, text("DELETE FROM routing_telemetry WHERE id = 1234"))
     filled(source, 5, first=5_000)
     report = copy(source, path)
     assert (report.rows_copied, report.rows_only_in_target) == (5, 1)
