@@ -85,7 +85,8 @@ class Health(FrozenOutput):
     head: str
     """The revision that this release works with."""
     reachable: bool
-    """Whether the last probe reached the database."""
+    """Whether the last probe reached the database; False before the first has ended, for which
+    ``check()`` waits."""
     server: str | None = None
     """PostgreSQL: the server that answered the last probe, as ``host:port``, or a pooler in front
     of it; None before the first. The writer may be connected to another one of the URL's hosts."""

@@ -393,6 +393,7 @@ class Core:
         self._require_open()
         with translated():
             self._database.check_again()
+        self._probe.refresh(patient=True)  # or `health` could say first: unreachable
         self._start_maintenance()
 
     def _handle_sigterm(self) -> None:

@@ -83,11 +83,11 @@ class Probe(Forkable):
         """Whether the last probe succeeded, and no later one is waiting for too long."""
         return self.last is not None and self.last.error is None and self.late_s is None
 
-    def refresh(self) -> None:
-        """Probe now; return when it is done, or after 40 ms with the last probe's result."""
+    def refresh(self, *, patient: bool = False) -> None:
+        """Probe now; return when it is done, or after 40 ms, if patient 2 s, without its result."""
         if under_way := self._look_now():
             thread, _ = under_way
-            thread.join(_WAIT_S)
+            thread.join(_LATE_S if patient else _WAIT_S)
 
     async def refreshed(self) -> None:
         """As `refresh`, for a coroutine."""

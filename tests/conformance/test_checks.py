@@ -17,8 +17,7 @@ from lynkr_store import (
     create_store_engine,
     upgrade,
 )
-from tests.conftest import ON_DISK
-from tests.support.stores import looked
+from tests.conftest import BACKENDS, ON_DISK
 
 SYNC_AND_ASYNC = pytest.mark.parametrize("kind", [Store, AsyncStore])
 
@@ -37,18 +36,18 @@ def called(kind, name, *arguments, url, read_only=False, **options):
     return asyncio.run(call())
 
 
-def reaches(kind, url):
-    """Whether a store that only reads reaches it; its first answer may come before it looked."""
+def reaches(kind, url, *, read_only=False):
+    """What `health` says first of a database that was checked."""
     settings = StoreSettings(url=url)
     if kind is Store:
-        with Store(settings=settings, read_only=True) as store:
-            return looked(store).reachable
+        with Store(settings=settings, read_only=read_only) as store:
+            store.check()
+            return store.health().reachable
 
     async def look():
-        async with AsyncStore(settings=settings, read_only=True) as store, asyncio.timeout(60):
-            while not (health := await store.health()).reachable:
-                pass  # each call waits a moment
-            return health.reachable
+        async with AsyncStore(settings=settings, read_only=read_only) as store:
+            await store.check()
+            return (await store.health()).reachable
 
     return asyncio.run(look())
 
@@ -114,8 +113,7 @@ def test_a_store_that_only_reads_reads_the_same_and_writes_nothing(kind, backend
     for name in ("query", "get_stats", "get_routing_accuracy"):
         whole = called(Store, name, url=url)
         assert whole == called(kind, name, url=url, read_only=True)
-    called(kind, "check", url=url, read_only=True)
-    assert reaches(kind, url)
+    assert reaches(kind, url, read_only=True)
     for name, arguments in (
         ("add_many", ([{"provider": "p"}],)),
         ("maintain", ()),
@@ -124,6 +122,16 @@ def test_a_store_that_only_reads_reads_the_same_and_writes_nothing(kind, backend
         with pytest.raises(BadArgument, match="read-only"):
             called(kind, name, *arguments, url=url, read_only=True)
     assert len(called(Store, "query", url=url)) == 3
+
+
+@SYNC_AND_ASYNC
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checked_database_is_reachable_however_slow_its_probes(
+    kind, backend, new_url, monkeypatch
+):
+    monkeypatch.setattr("lynkr_store.store.health._WAIT_S", 0.0)
+    url = "sqlite://" if backend == "sqlite-memory" else new_url(backend, at_head=True)
+    assert reaches(kind, url)
 
 
 def test_an_asynchronous_store_that_only_reads_takes_no_record(new_url):
