@@ -177,7 +177,7 @@ def test_rows_wait_until_what_the_error_says_is_done(url, engine, what, caplog):
         with pytest.raises(StoreUnavailable) as caught:
             store.add_many([{"provider": "p"}])
         words = str(caught.value)
-        assert health.last_error == f"StoreUnavailable: {words}"
+        eventually(lambda: store.health().last_error == f"StoreUnavailable: {words}")
         assert words in checked.stdout, "check says the same"
         assert len([r for r in caplog.records if r.name == "lynkr_store"]) == 1, "one line a burst"
         assert (caught.value.__cause__, caught.value.__context__) == (None, None)

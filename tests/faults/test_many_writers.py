@@ -6,13 +6,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import takewhile
 
 import pytest
 from sqlalchemy import select
 
-from lynkr_store import Store, StoreSettings, Window, create_store_engine
+from lynkr_store import Store, StoreSettings, StoreUnavailable, Window, create_store_engine
 from lynkr_store.db.models import TELEMETRY
 from tests.conftest import ON_DISK
 from tests.migrations.newer.release import ADDITIVE, NewerRelease
@@ -115,6 +116,16 @@ def _request_ids(url):
     return left
 
 
+@contextmanager
+def may_be_locked(backend):
+    """SQLite's one lock may be taken for three seconds; the caller is told, and tries again."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        if backend != "sqlite-file" or "database is locked" not in str(error):
+            raise
+
+
 @pytest.mark.parametrize("backend", ON_DISK)
 def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
     url = new_url(backend, at_head=True)
@@ -135,8 +146,9 @@ def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
         with NewerRelease(tmp_path) as newer:
             began, upgraded = time.monotonic(), False
             while any(worker.works for worker in workers):
-                store.maintain(budget_s=2)
-                deleted += store.cleanup(AGE, trust_clock=True)
+                with may_be_locked(backend):
+                    store.maintain(budget_s=2)
+                    deleted += store.cleanup(AGE, trust_clock=True)
                 if not upgraded and time.monotonic() - began > SECONDS / 3:
                     newer.upgrade(url, ADDITIVE)
                     upgraded = True
@@ -157,7 +169,6 @@ def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
     for each in told:
         assert each["places"] == [each["recorded"], 0, 0, 0, 0]
         assert each["written"] == each["recorded"]
-        # SQLite's one lock may be taken for three seconds; the caller is told, and tries again
         assert backend == "sqlite-file" or not each["errors"]
         assert all("database is locked" in words for words in each["errors"])
     expected = {
@@ -170,7 +181,9 @@ def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
     left = _request_ids(url)
     assert [name for name, count in Counter(left).items() if count > 1] == []
     assert set(left) == recent
-    assert deleted == len(expected) - len(recent)
+    old = len(expected) - len(recent)
+    # a cleanup that a locked file ended does not say how much it deleted
+    assert deleted == old or (backend == "sqlite-file" and deleted < old)
     assert everything.total_requests == len(expected) + 1
     names = [row.request_id for row in followed]
     assert [row.id for row in followed] == sorted(row.id for row in followed)
