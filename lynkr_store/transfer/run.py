@@ -2,7 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, Final
 
@@ -126,11 +128,21 @@ def _copy_rows(run: Run, stage: str, source: TableRows, target: TableRows) -> in
     last = NOTHING if copied is None else copied
     upto = _settled(source)
     total = _about(source, last, upto)
-    for page in source.pages(last, upto):
-        _write(run, stage, target, page, last)
-        last = page["id"][-1]
-        run.tell(stage, run.copied[stage], max(total, run.copied[stage]))
+    with closing(_read_ahead(source.pages(last, upto))) as pages:
+        for page in pages:
+            _write(run, stage, target, page, last)
+            last = page["id"][-1]
+            run.tell(stage, run.copied[stage], max(total, run.copied[stage]))
     return last
+
+
+def _read_ahead(pages: Iterator[Columns]) -> Generator[Columns]:
+    """The pages; a thread reads each while the one before is written, and may until `close()`."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, pages, None)
+        while (page := following.result()) is not None:
+            following = thread.submit(next, pages, None)
+            yield page
 
 
 def _write(run: Run, stage: str, target: TableRows, page: Columns, expected: int) -> Columns:
