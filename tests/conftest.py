@@ -31,6 +31,7 @@ ON_DISK = ["sqlite-file", *POSTGRES]
 
 OF_MIGRATIONS = "tests/migrations/"
 _OLDER = 3
+_OF_DATABASES = 3
 
 EACH_BACKEND = ("tests/conformance/test_store.py", "tests/queries/")
 """What every store and every list must do: there the ordinary run has each test on all backends."""
@@ -56,7 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     - of the PostgreSQL servers the newest alone; the slow run has the others (see `_repeated`);
     - of a test with several values each on one backend, the backends in turn;
     - of a test without other values all backends in the files of `EACH_BACKEND`, elsewhere one;
-    - of a test that is marked with `sample(n)` one of every n values.
+    - of a test that is marked with `sample(n)` one of every n values, and one of three of a test
+      without the mark that makes databases.
     """
     for item in items:
         if any(server in item.name for server in POSTGRES[:-1]):
@@ -97,7 +99,8 @@ def _sample(cases: list[pytest.Item]) -> list[pytest.Item]:
         return cases
     first = zlib.crc32(_test_of(cases[0]).encode())  # or it would be each test's first value
     mark = cases[0].get_closest_marker("sample")
-    step = min(mark.args[0], len(values)) if mark else 1
+    every = _OF_DATABASES if "new_url" in cases[0].fixturenames else 1
+    step = min(mark.args[0] if mark else every, len(values))
     sampled = values[first % step :: step]
     return [same[(first + number) % len(same)] for number, same in enumerate(sampled)]
 

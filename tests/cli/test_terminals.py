@@ -189,6 +189,7 @@ def check_program(arguments, code, environment):
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
 def test_a_program_in_an_old_encoding_ends_with_the_answer_s_exit_code(url):
     for environment in (LOCALES[0], LOCALES[4]):
@@ -260,6 +261,7 @@ def test_a_follower_whose_reader_is_gone_ends_with_the_next_row(url):
     assert started.returncode == 128 + signal.SIGPIPE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
 def test_a_full_disk_under_standard_output_is_reported(url):
     for arguments in (["query", "--gateway"], ["stats", *WHOLE]):

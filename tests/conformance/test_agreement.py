@@ -179,6 +179,7 @@ def one(**values):
     return [record | values]
 
 
+@pytest.mark.slow
 @RELAXED
 @given(records=rows(NUMBERS))
 @example(records=one(latency_ms=0.0005) + one(latency_ms=0.0015))

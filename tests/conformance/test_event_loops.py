@@ -160,6 +160,7 @@ async def use_everything(store):
     assert adds_up(health)
 
 
+@pytest.mark.slow
 def test_nothing_asks_the_loops_default_executor(make):
     async def main():
         asyncio.get_running_loop().set_default_executor(Refusing())
@@ -229,6 +230,7 @@ def test_a_cancelled_read_is_cancelled_at_the_server(backend, new_url, monkeypat
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_forty_flushes_end_when_they_say_and_health_answers_at_once(url):
     """They stood in a queue: 11.8 s for the health, 14 s for the last flush."""
 
@@ -410,6 +412,7 @@ def test_a_cancelled_close_closes(make):
 # -- several loops -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_loops_in_six_threads_use_one_store(any_url):
     store = new_store(any_url)
     failures = []
@@ -439,6 +442,7 @@ def test_loops_in_six_threads_use_one_store(any_url):
     asyncio.run(store.close())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["asyncio.run", "loop.close"])
 @pytest.mark.parametrize(
     "count", [20, pytest.param(300, marks=pytest.mark.slow)], ids=["few", "many"]
@@ -489,7 +493,7 @@ def test_a_loop_that_runs_again_keeps_its_connections(make):
     loop.close()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["running", "at rest", "closed"])
 def test_another_loop_than_that_of_the_reads_closes(url, state):
     store = new_store(url)

@@ -163,6 +163,7 @@ def test_where_a_file_cannot_be_made_without_a_descriptor_sqlite_makes_it(tmp_pa
         assert (tmp_path / "telemetry.db").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_another_thread_makes_first_keeps_its_lock(tmp_path, monkeypatch):
     """A descriptor of the file that was closed would take away every lock of this process."""
     file, mknod, others = tmp_path / "telemetry.db", os.mknod, []

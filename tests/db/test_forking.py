@@ -465,6 +465,7 @@ def test_a_checkpoint_and_a_batch_share_a_pool_of_one(file, monkeypatch):
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_connection_that_the_collector_takes_is_closed_before_the_fork(tmp_path):
     """The collector forgets an object before it frees it, and may let another thread go on."""
     engine = create_store_engine(f"sqlite:///{tmp_path}/t.db")

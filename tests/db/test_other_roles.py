@@ -58,6 +58,7 @@ def test_advisory_locks_of_a_stranger_do_not_hold_up_maintenance(postgres_url, s
     assert (report.indexes_built, report.indexes_left, report.waited_for) == ((INDEX,), (), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", ["directly", "over a pooler"])
 def test_a_snapshot_of_a_stranger_holds_up_an_index_for_the_budget(postgres_url, stranger, over):
     """CREATE INDEX CONCURRENTLY waits for every transaction that has one, whoever's it is."""
@@ -85,6 +86,7 @@ def _check_snapshot(url, stranger, said):
         assert store.maintain(budget_s=BUDGET_S).indexes_left == ()
 
 
+@pytest.mark.slow
 def test_another_session_that_builds_is_waited_for_until_the_budget_is_spent(postgres_url):
     without_an_index(postgres_url)
     with (
@@ -135,6 +137,7 @@ SELECT 1 FROM pg_stat_activity
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_build_is_kept_without_a_snapshot_for_as_long_as_it_takes(postgres_url):
     """Also where the server ends transactions that are idle."""
     without_an_index(postgres_url)

@@ -39,7 +39,7 @@ from tests.migrations.host import application
 from tests.support import pgbouncer
 from tests.support.copies import all_rows, answers, filled
 from tests.support.recorded import ROOT
-from tests.support.stores import Asynchronous, adds_up, looked
+from tests.support.stores import Asynchronous, adds_up, eventually
 
 pytestmark = pytest.mark.skipif(
     pgbouncer.PROGRAM is None, reason="pgbouncer is not installed: apt-get install pgbouncer"
@@ -120,7 +120,7 @@ def settings_for(pooled, **options):
 
 
 def work(store, number):
-    """Sixty calls, mixed; the rows that they wrote."""
+    """Sixty calls, mixed; the number of rows that they wrote, and the store's health then."""
     written = 0
     calls = [
         lambda: store.record(provider=f"p{number}", timestamp=NOW - 1, request_text="é 🙂"),
@@ -132,7 +132,7 @@ def work(store, number):
         store.get_routing_accuracy,
         lambda: store.flush(30),
         lambda: store.record(provider=f"p{number}", timestamp=NOW - 3),
-        lambda: looked(store).reachable,
+        lambda: eventually(lambda: store.health().reachable),  # a probe may be late
     ]
     for call in range(CALLS):
         which = (call + number) % len(calls)
@@ -140,7 +140,8 @@ def work(store, number):
         assert answer is not False
         written += which in (0, 3, 8)
     assert store.flush(30)
-    return written
+    eventually(lambda: store.health().reachable)
+    return written, store.health()
 
 
 @pytest.mark.slow
@@ -151,11 +152,11 @@ def test_eight_stores_share_four_connections(pooled_at_head):
         settings = settings_for(pooled, maintenance_interval_s=0.05)
         if number % 2:
             with Store(settings=settings, clock=lambda: NOW) as store:
-                return work(store, number), store.health()
+                return work(store, number)
         with asyncio.Runner() as runner:
             async_store = AsyncStore(settings=settings, clock=lambda: NOW)
             with Asynchronous(async_store, runner) as store:
-                return work(store, number), store.health()
+                return work(store, number)
 
     with ThreadPoolExecutor(STORES) as threads:
         done = list(threads.map(one, range(STORES)))

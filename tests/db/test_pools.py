@@ -91,6 +91,7 @@ def test_fewer_than_three_connections_are_refused(given):
         StoreSettings(read_connections=given)
 
 
+@pytest.mark.slow
 def test_forty_threads_use_no_more_connections_than_stated(pg_url):
     with new_store(pg_url, read_connections=3) as store, Peak(pg_url, ALL_OURS) as peak:
 
@@ -114,6 +115,7 @@ def test_forty_threads_use_no_more_connections_than_stated(pg_url):
     assert sessions(pg_url) == 0
 
 
+@pytest.mark.slow
 def test_tasks_of_two_loops_use_no_more_connections_than_stated(pg_url):
     settings = StoreSettings(url=pg_url, cache_ttl_s=0, read_connections=5)
     store = AsyncStore(settings=settings)

@@ -283,6 +283,7 @@ def check_outcome(store, per_thread, timeout_s):
 MILLIONS = {"queue_max_rows": 1_000_000, "queue_max_bytes": 2**31}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_5000_records_good_and_bad_have_one_outcome_on_every_backend(open_on, backend):
     store = open_on(backend, **MILLIONS)
@@ -313,6 +314,7 @@ def test_100000_records_through_a_small_queue_are_stored_or_counted(open_on, bac
     assert adds_up(store.health())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ON_DISK)
 def test_5000_records_through_a_small_queue_are_stored_or_counted(open_on, backend):
     store = open_on(backend, queue_max_rows=50)

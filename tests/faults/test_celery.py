@@ -24,7 +24,6 @@ def rows(url):
 
 
 @pytest.mark.slow
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("tasks_of_a_child", [4, None])
 def test_a_process_of_the_pool_stores_what_it_recorded(tasks_of_a_child, new_url, tmp_path):
     """Replaced after four tasks, and at a warm shutdown."""

@@ -217,6 +217,7 @@ print(json.dumps(away))
 """
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_sizes_of_files_is_waited_for(tmp_path):
     path = tmp_path / "telemetry.db"
     child = subprocess.run(

@@ -242,6 +242,7 @@ def test_a_standby_alone_answers_reads(pair, kind, read_only, caplog):
 # -- one server that turns read-only ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_kind
 def test_a_server_that_turns_read_only_keeps_records_waiting(alone, kind, caplog):
     server, url = alone

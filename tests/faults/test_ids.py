@@ -353,6 +353,7 @@ def test_a_store_sets_identities_forward_by_itself(url, engine):
     assert kinds(engine) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(EXTERNAL), reason="needs a role of its own")
 def test_a_role_that_may_not_set_the_sequence_waits_for_one_that_may(url, engine):
     execute(
@@ -575,6 +576,7 @@ def test_sqlite_checks_the_ids_itself(file_url):
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_file_without_an_id_left_is_not_called_a_full_disk(file_url):
     engine = create_store_engine(file_url)
     execute(engine, f"UPDATE sqlite_sequence SET seq = {GREATEST}")
@@ -612,6 +614,7 @@ def test_check_says_that_a_files_ids_may_be_given_again(file_url):
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_column_of_a_file_that_no_record_has_is_no_rows_fault(file_url):
     engine = create_store_engine(file_url)
     with engine.connect() as connection:

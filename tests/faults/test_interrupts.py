@@ -31,8 +31,6 @@ pytestmark = pytest.mark.sample(3)
 
 OURS = (str(lynkr_store.__path__[0]),)
 WITH_THREADING = (*OURS, threading.__file__)
-EVERY = [pytest.param(1, marks=pytest.mark.slow), 7]
-"""Of the moments: all in the slow run."""
 
 
 class TimeLimit(Exception):
@@ -112,7 +110,7 @@ SHORT = {"texts", "first", "batch", "no bytes"}
 """The kinds whose every moment is tried in the ordinary run."""
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize(
     ("kind", "stride"),
     [
@@ -153,14 +151,14 @@ def test_record_is_right_whatever_interrupts_it(kind, stride):
     assert moment > 60
 
 
-@pytest.mark.parametrize("stride", EVERY)
+@pytest.mark.slow
 @pytest.mark.parametrize("event", [None, {"provider": "p"}, RoutingEvent(provider="p")])
-def test_a_stores_record_is_right_whatever_interrupts_it(tmp_path, event, stride):
+def test_a_stores_record_is_right_whatever_interrupts_it(tmp_path, event):
     settings = StoreSettings(url=f"sqlite:///{tmp_path}/t.db", flush_interval_s=0.001)
     with Store(settings=settings) as store:
         store.record(provider="first")
         assert store.flush(30)
-        for moment in moments(stride):
+        for moment in moments():
             came = interrupted(
                 lambda: store.record(event, provider="p") if event is None else store.record(event),
                 moment,
@@ -194,7 +192,7 @@ def is_free(lock):
     return bool(got)
 
 
-@pytest.mark.parametrize("stride", EVERY)
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_an_interrupted_flush_holds_nothing_up(stride):
     for moment in moments(stride):
         sink = Sink()
@@ -247,9 +245,9 @@ def test_an_interrupted_close_is_finished_at_the_end_of_the_interpreter(
     assert moment > 40
 
 
-@pytest.mark.parametrize("stride", EVERY)
-def test_a_close_without_time_that_is_interrupted_counts_each_record_once(stride):
-    for moment in moments(stride):
+@pytest.mark.slow
+def test_a_close_without_time_that_is_interrupted_counts_each_record_once():
+    for moment in moments():
         sink = Sink()
         writer = running(sink, batch_rows=3, interval_s=0.001)
         sink.open.clear()
@@ -267,7 +265,7 @@ def test_a_close_without_time_that_is_interrupted_counts_each_record_once(stride
         sink.open.set()
         if not came:
             break
-    print(f"close without time: interrupted at {moment} moments, every {stride}")
+    print(f"close without time: interrupted at {moment} moments")
     assert moment > 20
 
 

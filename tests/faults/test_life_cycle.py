@@ -1329,7 +1329,7 @@ FROZEN = """
 """
 
 
-@pytest.mark.sample(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["record", "flush", "close", "health"])
 def test_a_loop_is_never_blocked_by_a_locked_file(program, tmp_path, what):
     path = tmp_path / "telemetry.db"

@@ -156,6 +156,7 @@ def test_a_batch_that_is_refused_whole_and_whose_commit_goes_unanswered(open_sto
     assert stored(url) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_replays_a_partly_refused_batch_counts_the_refused_rows(
     open_store, proxy, url, tmp_path
 ):
@@ -241,6 +242,7 @@ def test_a_second_try_waits_for_a_first_that_is_still_in_its_commit(open_store, 
     assert stored(url) == [str(number) for number in range(10)]
 
 
+@pytest.mark.slow
 def test_a_retry_that_waits_longer_than_the_statement_timeout_is_retried(open_store, proxy, url):
     execute(url, *HELD_COMMITS)
     # of the tries alone: the first is to stay in its commit

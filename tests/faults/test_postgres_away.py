@@ -272,7 +272,7 @@ def quickest_s(call):
     return best
 
 
-@pytest.mark.sample(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [10, 5_000])
 @pytest.mark.parametrize("spooling", [False, True], ids=["memory", "spool"])
 def test_a_close_against_a_frozen_server_returns_in_time(

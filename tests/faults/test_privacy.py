@@ -417,6 +417,7 @@ def add_in_every_way(url, engine):
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", POSTGRES)
 @pytest.mark.parametrize("function", SPEAKING)
 def test_a_check_that_speaks_is_not_repeated_in_any_way(backend, new_url, overheard, function):

@@ -363,6 +363,7 @@ def said(child):
     return child.line().split()
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_path_through_an_outage(database, path, tmp_path):
     with sharing(database, path, "a", "b") as children:
         with database.away():
@@ -383,6 +384,7 @@ def test_two_processes_share_a_path_through_an_outage(database, path, tmp_path):
     assert left_in(path, tmp_path) == 0
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_in_an_outage(open_store, database, path, tmp_path):
     with sharing(database, path, "killed", "alive") as (killed, alive):
         with database.away():

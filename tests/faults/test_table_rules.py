@@ -289,7 +289,7 @@ def forbid(engine, policy, *, seen="true"):
     )
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", ["true", "false"])
 def test_rows_that_a_policy_forbids_block_no_others(tenant, seen):
     """Neither a part of a batch in which all are forbidden, nor a fresh process that knows none."""

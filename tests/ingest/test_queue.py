@@ -626,6 +626,7 @@ def test_what_may_be_a_value_stays_one():
     assert all(type(value).__bases__ == (object,) and not vars(value) for value in replaced)
 
 
+@pytest.mark.slow
 def test_unknown_names_cost_what_they_take_in_the_queue():
     names = {f"name {n}": n for n in range(400_000)}
     for record in (names | {"provider": "p"}, names, names | {"provider": (1, 2)}):

@@ -292,6 +292,7 @@ def router(server, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_router_s_retries_and_fallbacks_are_attempts_of_one_request(store, server):
     routed = router(server, fallbacks=[{"first": ["second"]}], num_retries=1)
     asked = {"model": "first", "messages": MESSAGES, "metadata": {"session_id": "s-1"}}
@@ -309,7 +310,7 @@ def test_a_router_s_retries_and_fallbacks_are_attempts_of_one_request(store, ser
     check_private(store)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_attempts_that_share_a_logging_object_are_all_rows(store, server, stream):
     """The proxy makes one for each request, and it reports the first failure alone."""

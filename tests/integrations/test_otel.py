@@ -672,6 +672,7 @@ def test_what_is_remembered_is_bounded(store, monkeypatch):
 # -- under load ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_threads_and_coroutines_at_once(open_store):
     store = open_store(flush_interval_s=0.05)
     exporter = StoreSpanExporter(store)

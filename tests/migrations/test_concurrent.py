@@ -213,6 +213,7 @@ def test_ten_commands_at_once_apply_each_revision_once(begun, backend, start):
 # -- whoever is at work may die -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_backend
 @pytest.mark.parametrize(
     "moment",
@@ -266,6 +267,7 @@ CREATE CONSTRAINT TRIGGER wait AFTER UPDATE ON lynkr_store_alembic_version
 """
 
 
+@pytest.mark.slow
 def test_an_upgrade_meets_the_commit_of_one_that_was_killed_in_it(postgres_url):
     """The server goes on with a COMMIT whose client is gone, and its turn is gone with it."""
     at_0003(postgres_url)
@@ -365,6 +367,7 @@ each_obstacle = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @each_obstacle
 def test_a_wait_has_an_end_and_nothing_was_changed(begun, backend, start, obstacle, said):
     url, _ = begun(backend, start)
@@ -415,6 +418,7 @@ def test_the_holder_that_is_named_is_one_of_this_database(new_url, server_of):
             migrate.upgrade(engine, wait_s=0)
 
 
+@pytest.mark.slow
 def test_writers_are_hardly_delayed_while_an_upgrade_is_retried(postgres_url):
     at_0003(postgres_url)
     held_up, over = [], threading.Event()
@@ -579,6 +583,7 @@ def test_threads_that_share_an_engine_upgrade_its_database_at_once(new_url, back
 # -- beside maintenance ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_indexes_are_built_while_upgraders_wait_for_the_lock(postgres_url):
     """CREATE INDEX CONCURRENTLY waits for every snapshot, so they must wait without one."""
     without_indexes(postgres_url)
@@ -618,6 +623,7 @@ def test_two_builds_of_indexes_at_once_both_succeed(postgres_url):
     assert "'false'" not in str([line for line in snapshot(postgres_url) if "'index'" in line])
 
 
+@pytest.mark.slow
 def test_a_build_of_indexes_and_a_later_releases_upgrade_both_succeed(postgres_url):
     """The build waits for the upgrade's transaction, which wants the table that the build has."""
     without_indexes(postgres_url)

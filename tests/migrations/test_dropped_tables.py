@@ -112,7 +112,7 @@ def by_the_command(url):
     assert "created again, empty: " in done("upgrade", "--url", url)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("lost", [*TABLES, "all"])
 def test_check_names_what_is_missing_and_an_upgrade_makes_it_again(url, engine, lost):
     lost = TABLES if lost == "all" else [lost]
@@ -235,6 +235,7 @@ def removed_below(url, cutoff_ms):
         assert store.maintain().rows_deleted > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["lynkr_store_progress", "routing_telemetry", "ingest_batches"])
 def test_what_is_known_of_removed_rows_stays(url, engine, lost):
     """As after retention: whole quarters of an hour, and the answer says so.

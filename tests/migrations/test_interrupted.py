@@ -116,7 +116,7 @@ UPGRADES = [
 each_upgrade = pytest.mark.parametrize(("backend", "which"), UPGRADES, ids=str)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.slow
 @each_upgrade
 @some_and_all
 def test_an_upgrade_killed_at_any_statement_is_whole_or_was_not(

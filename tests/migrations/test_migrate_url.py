@@ -131,6 +131,7 @@ def test_the_writer_upgrades_by_it_too(postgres_url):
         assert store.flush(60)
 
 
+@pytest.mark.slow
 def test_a_hosts_engine_is_upgraded_by_it(place):
     url, migrate_url = place
     engine = create_store_engine(url)

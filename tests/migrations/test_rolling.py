@@ -668,6 +668,7 @@ ALEMBIC = [
 NO_DATABASE = ["heads"], ["branches"], ["show", "head"], ["history"]
 
 
+@pytest.mark.slow
 def test_every_command_of_alembic_leaves_a_schema_that_a_newer_release_added_to_alone(
     url, engine, newer, capsys
 ):

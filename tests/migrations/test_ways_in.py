@@ -914,6 +914,7 @@ LEFT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ON_DISK)
 def test_alembic_prints_which_indexes_are_left_to_maintain(new_url, backend):
     url = new_url(backend)

@@ -372,6 +372,7 @@ class Others:
             self.stop.wait(0.01)  # several of each between two checks, and time for the checks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "checks"),
     [(1, QUICK), *(pytest.param(seed, LONG, marks=pytest.mark.slow) for seed in range(2, 4))],

@@ -369,6 +369,7 @@ EMPTY_AND_RESTART = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", [False, True], ids=["at once", "after a maintenance"])
 @pytest.mark.parametrize("then", [1, 100, 300], ids="{} rows then".format)
 def test_ids_that_start_again_are_folded_again(store, then, between):

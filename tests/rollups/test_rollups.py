@@ -333,7 +333,7 @@ def test_the_lag_is_reported_before_the_first_fold_and_after(engine, begin):
     assert lag() == 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("work", [folding.fold, folding.rebuild])

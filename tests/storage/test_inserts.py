@@ -166,6 +166,7 @@ def test_without_the_ledger_nothing_is_stored(engine):
     assert stored(engine) == []
 
 
+@pytest.mark.slow
 def test_the_rows_around_any_bad_ones_are_stored_in_order(engine):
     """Every subset of six rows, refused by a trigger whose error is unclear."""
     let_a_trigger_choke(engine)

@@ -85,6 +85,7 @@ def run_host(tmp_path, *arguments, **variables):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", POSTGRES)
 def test_a_hosts_tests_pass_and_leave_nothing(tmp_path, new_url, server):
     url = new_url(server)

@@ -425,6 +425,7 @@ def test_a_standard_stream_that_is_closed_is_named(target, closed, places):
     assert re.fullmatch(r"error: standard (in|out)put is closed: give .*\n", ended.stderr)
 
 
+@pytest.mark.slow
 def test_standard_output_that_takes_no_more_is_named(source):
     command = [sys.executable, "-m", "lynkr_store", "copy", source, "-"]
     with Path("/dev/full").open("w") as full:

@@ -25,6 +25,7 @@ def opened(url):
     return Store(settings=StoreSettings(url=url), clock=lambda: START + 3 * DAY_MS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", POSTGRES)
 def test_rows_that_the_target_folds_at_this_moment_are_counted_once(new_url, backend):
     """A store's maintenance there commits its roll-ups after the copy has begun to write its own.

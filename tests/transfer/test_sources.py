@@ -88,6 +88,7 @@ def test_savings_of_a_gateways_file_are_copied(tmp_path, target):
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_gateway_that_writes_its_file_meanwhile_goes_on(tmp_path, target):
     path = tmp_path / "telemetry.db"
     connection = open_as(RELEASES["9.14.1"], path)
@@ -103,6 +104,7 @@ def test_a_gateway_that_writes_its_file_meanwhile_goes_on(tmp_path, target):
     assert all_rows(target) == all_rows(f"sqlite:///{path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ON_DISK)
 def test_a_store_that_records_into_the_source_meanwhile_loses_nothing(new_url, target, backend):
     source = new_url(backend, at_head=True)
