@@ -3,10 +3,8 @@ SHELL := /bin/sh
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than the processors of a small machine: tests wait for other processes and for time.
-WORKERS ?= 3
-# The slow tests wait more than they compute: for outages, locks and killed processes.
-SLOW_WORKERS ?= 4
+# Twice the processors of a small machine: tests wait for outages, locks and other processes.
+WORKERS ?= 4
 # A worker that has nothing left takes from another one; until then each keeps whole files, and so
 # makes what a file's tests share once.
 SHARED := --dist worksteal
@@ -37,7 +35,7 @@ test: $(VENV)/dev.stamp ## the tests, both backends, with branch coverage (about
 	$(BIN)/python -m pytest $(SHARED) -n $(WORKERS) -m "not slow" --cov --cov-report=term
 
 test-slow: $(VENV)/dev.stamp ## the tests that take longer, and all values and backends of the others
-	$(BIN)/python -m pytest $(SHARED) -n $(SLOW_WORKERS) -m slow
+	$(BIN)/python -m pytest $(SHARED) -n $(WORKERS) -m slow
 
 test-oldest: $(VENV)/dev.stamp ## the tests with the lowest versions that pyproject.toml allows
 	$(BIN)/python -m tests.support.oldest

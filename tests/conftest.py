@@ -29,8 +29,7 @@ BACKENDS = ["sqlite-file", "sqlite-memory", *POSTGRES]
 ON_DISK = ["sqlite-file", *POSTGRES]
 """Backends that more than one engine can open."""
 
-OF_MIGRATIONS = "tests/migrations/"
-_OLDER = 3
+_OLDER = 4
 _OF_DATABASES = 3
 
 EACH_BACKEND = ("tests/conformance/test_store.py", "tests/queries/")
@@ -74,17 +73,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _repeated(items: list[pytest.Item]) -> set[pytest.Item]:
-    """The cases that are left out on an older server: two of three of each test.
+    """The cases that are left out on an older server: three of four of each test.
 
     What the servers' releases differ in is how they read SQL and name errors. Each test runs on
-    each of them, and all of its cases on the newest. Migrations have all cases on all of them.
+    each of them, and all of its cases on the newest.
     """
-    older = [
-        item
-        for item in items
-        if any(server in item.name for server in POSTGRES[:-1])
-        and not item.nodeid.startswith(OF_MIGRATIONS)
-    ]
+    older = [item for item in items if any(server in item.name for server in POSTGRES[:-1])]
     repeated: set[pytest.Item] = set()
     for cases in _grouped(older, _test_of):
         first = zlib.crc32(_test_of(cases[0]).encode())

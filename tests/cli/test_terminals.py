@@ -190,14 +190,7 @@ def check_program(arguments, code, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("url", ["sqlite-file"], indirect=True)
-def test_a_program_in_an_old_encoding_ends_with_the_answer_s_exit_code(url):
-    for environment in (LOCALES[0], LOCALES[4]):
-        check_program(["stats", "--url", url, *WHOLE], 0, environment)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("turn", range(2))
+@pytest.mark.parametrize(("url", "turn"), [("sqlite-file", 0), (POSTGRES[-1], 1)], indirect=["url"])
 def test_every_command_as_a_program_in_two_encodings(url, turn):
     """Above, each has every encoding; here the interpreter sets the streams up."""
     for number, (arguments, code) in enumerate(commands_of(url)):

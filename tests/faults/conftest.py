@@ -104,7 +104,8 @@ def program(tmp_path):
             check=False,
             env=environment(),
         )
-        assert done.returncode == expect, (done.returncode, done.stdout, done.stderr)
+        # as one text, which pytest shows whole: it has where the threads were
+        assert done.returncode == expect, f"{done.returncode}: {done.stdout}\n{done.stderr}"
         assert re.fullmatch(noise, done.stderr, re.DOTALL), done.stderr
         return done.stdout.split("\n")[:-1]
 

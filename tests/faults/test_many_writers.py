@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from lynkr_store import Store, StoreSettings, StoreUnavailable, Window, create_store_engine
 from lynkr_store.db.models import TELEMETRY
-from tests.conftest import ON_DISK
+from tests.conftest import POSTGRES
 from tests.migrations.newer.release import ADDITIVE, NewerRelease
 from tests.support.recorded import ROOT
 
@@ -126,7 +126,7 @@ def may_be_locked(backend):
             raise
 
 
-@pytest.mark.parametrize("backend", ON_DISK)
+@pytest.mark.parametrize("backend", ["sqlite-file", POSTGRES[-1]])
 def test_sixteen_processes_lose_and_double_nothing(new_url, backend, tmp_path):
     url = new_url(backend, at_head=True)
     workers = [Worker(url, number) for number in range(PROCESSES)]

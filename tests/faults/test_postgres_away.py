@@ -96,12 +96,14 @@ LONG = {"outage_s": 20.0, "burst_rows": 2_000, "last_retry_s": 5.0, "spool_after
 QUEUE = {"queue_max_bytes": 256 * MIB, "queue_max_rows": 200_000}
 LOAD = {"rate": 500, "row_bytes": 8_192, "burst_row_bytes": 50 * 1024}
 
-each_way = pytest.mark.parametrize("how", ["killed", "frozen", "cut"])
-one_way_and_all = pytest.mark.parametrize(
-    "how", ["killed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("frozen", "cut"))]
-)
-short_and_long = pytest.mark.parametrize(
-    "length", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["2 s", "20 s"]
+WAYS = ["killed", "frozen", "cut"]
+each_way = pytest.mark.parametrize("how", WAYS)
+each_outage = pytest.mark.parametrize(
+    ("how", "length"),
+    [
+        *(pytest.param(how, SHORT, id=f"{how}, 2 s") for how in WAYS),
+        pytest.param("killed", LONG, id="killed, 20 s", marks=pytest.mark.slow),
+    ],
 )
 
 
@@ -128,8 +130,7 @@ def assert_nothing_lost(end, how, length):
 
 
 @pytest.mark.slow
-@one_way_and_all
-@short_and_long
+@each_outage
 def test_an_outage_loses_nothing_and_memory_stays_bounded(proxy, database, url, away, how, length):
     options = LOAD | QUEUE | length | {"url": proxy.url(database)}
     with launch("recorder", options) as child:
@@ -143,8 +144,7 @@ def test_an_outage_loses_nothing_and_memory_stays_bounded(proxy, database, url, 
 
 
 @pytest.mark.slow
-@each_way
-@short_and_long
+@each_outage
 def test_what_an_outage_left_in_the_spool_is_written_when_it_is_over(
     proxy, database, url, away, how, length, tmp_path
 ):
@@ -159,8 +159,7 @@ def test_what_an_outage_left_in_the_spool_is_written_when_it_is_over(
 
 
 @pytest.mark.slow
-@one_way_and_all
-@short_and_long
+@each_outage
 def test_what_is_spooled_survives_a_kill_at_the_end_of_an_outage(
     proxy, database, url, away, how, length, tmp_path
 ):

@@ -283,7 +283,7 @@ def test_whatever_happens_an_answer_that_says_rows_is_exact(place, steps, window
 
 
 @pytest.mark.slow
-@settings(RELAXED, max_examples=300)
+@settings(RELAXED, max_examples=150)
 @given(steps=st.lists(STEPS, max_size=14), windows=WINDOWS)
 def test_whatever_happens_many_times_an_answer_that_says_rows_is_exact(place, steps, windows):  # noqa: F811
     check_world(place, steps, windows)
@@ -309,7 +309,7 @@ def check_world(place, steps, windows):  # noqa: F811
 # -- all at once -----------------------------------------------------------------------------------
 
 QUICK = 10
-LONG = 250
+LONG = 120
 
 
 def instant(chance):

@@ -710,7 +710,7 @@ def test_whatever_happens_the_answer_is_that_of_the_rows(place, steps, windows):
 
 
 @pytest.mark.slow
-@settings(RELAXED, max_examples=400)
+@settings(RELAXED, max_examples=200)
 @given(**HISTORIES)
 def test_whatever_happens_many_times_the_answer_is_that_of_the_rows(place, steps, windows):
     check_history(place, steps, windows)

@@ -495,11 +495,11 @@ def test_every_method_on_a_damaged_page_raises_an_error_of_ours(tmp_path, whole,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_method_on_every_damaged_page_raises_an_error_of_ours(
-    tmp_path, whole, damage, request
-):
-    pages = len(whole) // PAGE
-    assert sum(check_damaged(tmp_path, whole, page, damage) for page in range(pages)) > pages
+def test_every_method_on_every_damaged_page_raises_an_error_of_ours(tmp_path, whole, damage):
+    """Each page has one kind of damage."""
+    kinds = [*DAMAGES]
+    pages = range(kinds.index(damage), len(whole) // PAGE, len(kinds))
+    assert sum(check_damaged(tmp_path, whole, page, damage) for page in pages) > len(pages)
 
 
 def opened(path):
