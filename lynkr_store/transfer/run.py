@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from typing import Any, Final
@@ -14,6 +13,7 @@ from lynkr_store.backend import Backend
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.exceptions import BadArgument, CopyDiffers, StoreUnavailable
 from lynkr_store.ingest.batch import Columns
+from lynkr_store.process.threads import meanwhile
 from lynkr_store.rollups.fold import fold, settled_id
 from lynkr_store.rollups.repair import compare_counts
 from lynkr_store.schemas.copying import CopyReport, CopyStep
@@ -138,11 +138,11 @@ def _copy_rows(run: Run, stage: str, source: TableRows, target: TableRows) -> in
 
 def _read_ahead(pages: Iterator[Columns]) -> Generator[Columns]:
     """The pages; a thread reads each while the one before is written, and may until `close()`."""
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, pages, None)
-        while (page := following.result()) is not None:
-            following = thread.submit(next, pages, None)
+    page = next(pages, None)
+    while page is not None:
+        with meanwhile(partial(next, pages, None), "copy") as following:
             yield page
+            page = following.result()
 
 
 def _write(run: Run, stage: str, target: TableRows, page: Columns, expected: int) -> Columns:

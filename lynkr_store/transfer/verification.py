@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from lynkr_store.exceptions import CopyDiffers
 from lynkr_store.ingest.batch import Columns, RowBatch, by_column
+from lynkr_store.process.threads import meanwhile
 from lynkr_store.schemas import TEXT_FIELDS, utc
 from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.transfer.portable import Converter
@@ -61,10 +62,10 @@ def verify_tables(
     after = NOTHING
     while after < upto:
         bound = source.bound(after, upto, _CHUNK_ROWS)
-        with ThreadPoolExecutor(1) as thread:  # the databases compute them at the same time
-            ours = thread.submit(source.sums, after, bound)
+        with meanwhile(partial(source.sums, after, bound), "copy") as ours:
             theirs = target.sums(after, bound)
-        if ours.result() != theirs:
+            same = ours.result() == theirs
+        if not same:
             reading = Converter(source.table)
             differences = compare(
                 map(reading.convert, source.pages(after, bound)),

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -463,3 +464,37 @@ def test_a_server_that_ends_on_the_way_is_named_and_the_copy_is_continued(
         assert copy(*places).rows_verified == 3_000
         assert answers(places[1]) == answers(places[0])
         assert all_rows(places[1]) == all_rows(places[0])
+
+
+INTERRUPTED = """
+import sys
+import time
+from lynkr_store import copy
+copy(*sys.argv[1:], on_progress=lambda step: print(step.stage, flush=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rows", "verifying"])
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_ctrl_c_ends_a_copy_whose_server_is_frozen(side, stage, new_url):
+    """Though the thread that reads ahead waits for the server, as long as it is frozen."""
+    with MortalServer(available_servers()[-1]) as server:
+        other, there = new_url("sqlite-file", at_head=True), server.create_database("moved")
+        upgrade(there)
+        places = (there, other) if side == "source" else (other, there)
+        filled(places[0], 60_000)
+        command = [sys.executable, "-c", INTERRUPTED, *places]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as copying:
+            assert any(line == f"{stage}\n" for line in copying.stdout)
+            server.freeze()
+            try:
+                time.sleep(1)
+                copying.send_signal(signal.SIGINT)
+                assert copying.wait(30) == -signal.SIGINT, copying.stderr.read()
+            finally:
+                copying.kill()
+                server.thaw()
+        assert copy(*places).rows_verified == 60_000
