@@ -67,15 +67,19 @@ class Probe(Forkable):
     def _reset(self) -> None:
         self._lock = threading.RLock()  # a signal handler that closes the store may take it again
         self._under_way: tuple[threading.Thread, Event] | None = None
-        self._began = 0.0
+        self._began = self._asked = 0.0
         self.last: Looked | None = None
 
     @property
     def late_s(self) -> float | None:
-        """Seconds for which a probe has waited for an answer, if that is too long; else None."""
+        """Seconds for which a probe has waited for an answer, if that is too long; else None.
+
+        Up to the last call that asked for a probe: what that call began is not late, though the
+        machine may have stood still during the call.
+        """
         with self._lock:
             waiting = self._under_way is not None and self._under_way[0].is_alive()
-            waited = time.monotonic() - self._began
+            waited = self._asked - self._began
         return waited if waiting and waited > _LATE_S else None
 
     @property
@@ -98,12 +102,13 @@ class Probe(Forkable):
     def _look_now(self) -> tuple[threading.Thread, Event] | None:
         """The probing thread and the event of its end; None if no thread could be started."""
         with self._lock:
+            self._asked = time.monotonic()
             if self._under_way is None or not self._under_way[0].is_alive():
                 ended = Event()
                 thread = start_thread(partial(self._run_until, ended), "probe")
                 if thread is None:
                     return None
-                self._under_way, self._began = (thread, ended), time.monotonic()
+                self._under_way, self._began = (thread, ended), self._asked
             return self._under_way
 
     def finish(self) -> None:

@@ -1,6 +1,7 @@
 """A service that checks its database at start-up, and a store that only reads."""
 
 import asyncio
+import time
 
 import pytest
 from sqlalchemy import text
@@ -132,6 +133,33 @@ def test_a_checked_database_is_reachable_however_slow_its_probes(
     monkeypatch.setattr("lynkr_store.store.health._WAIT_S", 0.0)
     url = "sqlite://" if backend == "sqlite-memory" else new_url(backend, at_head=True)
     assert reaches(kind, url)
+
+
+@SYNC_AND_ASYNC
+def test_a_probe_is_late_by_the_time_before_the_call(kind, tmp_path, monkeypatch):
+    """A machine that stands still during a call makes the database no slower."""
+    settings = StoreSettings(url=f"sqlite:///{tmp_path}/telemetry.db")
+
+    def slow(_):
+        time.sleep(0.5)
+
+    def frozen():
+        monkeypatch.setattr("lynkr_store.store.health._look", slow)
+        monkeypatch.setattr("lynkr_store.store.health._LATE_S", 0.0)
+
+    async def asked():
+        async with AsyncStore(settings=settings) as store:
+            await store.check()
+            frozen()
+            return [(await store.health()).reachable for _ in range(2)]
+
+    if kind is Store:
+        with Store(settings=settings) as store:
+            store.check()
+            frozen()
+            assert [store.health().reachable for _ in range(2)] == [True, False]
+    else:
+        assert asyncio.run(asked()) == [True, False]
 
 
 def test_an_asynchronous_store_that_only_reads_takes_no_record(new_url):
