@@ -59,10 +59,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     - of a test that is marked with `sample(n)` one of every n values, and one of three of a test
       without the mark that makes databases.
     """
-    for item in items:
-        if any(server in item.name for server in POSTGRES[:-1]):
-            item.add_marker(pytest.mark.slow)
-    repeated = _repeated(items)
+    older = [item for item in items if any(server in item.name for server in POSTGRES[:-1])]
+    for item in older:
+        item.add_marker(pytest.mark.slow)
+    repeated = _repeated(older)
     items[:] = [item for item in items if item not in repeated]
     ordinary = [item for item in items if not item.get_closest_marker("slow")]
     for cases in _grouped(ordinary, _test_of):
@@ -72,13 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-def _repeated(items: list[pytest.Item]) -> set[pytest.Item]:
-    """The cases that are left out on an older server: three of four of each test.
+def _repeated(older: list[pytest.Item]) -> set[pytest.Item]:
+    """Of the cases on an older server those that are left out: three of four of each test.
 
     What the servers' releases differ in is how they read SQL and name errors. Each test runs on
     each of them, and all of its cases on the newest.
     """
-    older = [item for item in items if any(server in item.name for server in POSTGRES[:-1])]
     repeated: set[pytest.Item] = set()
     for cases in _grouped(older, _test_of):
         first = zlib.crc32(_test_of(cases[0]).encode())

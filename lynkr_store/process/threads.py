@@ -48,7 +48,7 @@ def meanwhile(function: Callable[[], _T], name: str) -> Iterator[Future[_T]]:
         name: As for `start_thread`.
 
     Yields:
-        The call's result.
+        A future of the call's result.
     """
     outcome: Future[_T] = Future()
 

@@ -86,9 +86,9 @@ class Store(Core):
         """Open the database now, for a service that should not start without it.
 
         It is created, adopted or upgraded as at its first use, if the settings say so; `health` has
-        probed it then, except if that took more than 2 seconds. In a process
-        that a server forked, this also installs the handler of ``handle_sigterm``, as the first
-        record does: a SIGTERM that comes before would be the server's alone.
+        probed it then, except if that took more than 2 seconds. In a process that a server forked,
+        this also installs the handler of ``handle_sigterm``, as the first record does: a SIGTERM
+        that comes before would be the server's alone.
 
         Raises:
             StoreUnavailable: The database cannot be reached.

@@ -444,9 +444,7 @@ def test_loops_in_six_threads_use_one_store(any_url):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", ["asyncio.run", "loop.close"])
-@pytest.mark.parametrize(
-    "count", [20, pytest.param(300, marks=pytest.mark.slow)], ids=["few", "many"]
-)
+@pytest.mark.parametrize("count", [20, 300], ids=["few", "many"])
 def test_loops_that_are_over_leave_nothing_open(url, ends, count):
     """As where each test, or each request, has a loop of its own."""
     store = new_store(url)

@@ -468,7 +468,6 @@ def test_a_server_that_ends_on_the_way_is_named_and_the_copy_is_continued(
 
 INTERRUPTED = """
 import sys
-import time
 from lynkr_store import copy
 copy(*sys.argv[1:], on_progress=lambda step: print(step.stage, flush=True))
 """
