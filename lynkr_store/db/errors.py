@@ -75,6 +75,8 @@ _REMEDIES: Final = {
 }
 """The remedy for each error of an SQLite file, by its primary code."""
 _CHECK_URL: Final = "check the URL's host, port, user, password and database"
+# libpq's words about a server that target_session_attrs=read-write or primary does not accept
+_REFUSED_SERVER: Final = ("session is read-only", "server is in hot standby mode")
 
 # A name of the schema follows, or text of a row, if a full-text search in a trigger fails.
 _SCHEMA_WORDS: Final = ("no such table: ", "no such column: ")
@@ -93,6 +95,10 @@ _TAKES_NO_WRITES: Final = (
     "the server takes no writes (read-only transaction): it is a standby, or "
     "default_transaction_read_only is on. Promote it or switch that off; with several servers, "
     "name all of them (?host=h1:5432&host=h2:5432&target_session_attrs=read-write)"
+)
+_REACHED_TAKES_NONE: Final = (
+    "a server that was reached takes no writes: promote it, or switch its "
+    "default_transaction_read_only off"
 )
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family
 
@@ -252,7 +258,9 @@ def _words_of_state(error: DBAPIError, line: str, *, of_rows: bool) -> tuple[str
     if not state:  # psycopg's own: the connection failed, or it cannot send or read a value
         own = isinstance(error, OperationalError | InterfaceError)
         if own and driver.pgconn is not None:  # an attempt to connect failed
-            line = f"{_of_each_host(error) or line}; {_CHECK_URL}"
+            refused = any(words in str(error.orig) for words in _REFUSED_SERVER)
+            remedy = _REACHED_TAKES_NONE if refused else _CHECK_URL
+            line = f"{_of_each_host(error) or line}; {remedy}"
         return (line, True) if own else (type(driver).__name__, False)
     database = state.startswith(_DATABASE_STATES)
     # COPY repeats the row's line in the context, but not in the message of a database's error; any
