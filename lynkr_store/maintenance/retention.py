@@ -22,11 +22,11 @@ from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.db.sqlite import empty_wal, overwriting
 from lynkr_store.maintenance import retention_sql
 from lynkr_store.rollups.fold import held_watermark, save_removed, settled_id
-from lynkr_store.rollups.fold_sql import last_of_step
 from lynkr_store.schemas.values import INT64_MAX, INT64_MIN
 from lynkr_store.storage import progress
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.progress import OF_TEXTS, insert_if_absent, upsert
+from lynkr_store.storage.steps import end_of_step
 from lynkr_store.storage.write_lock import PAUSE_S
 
 _STEP_S: Final = {  # the time that a step should take
@@ -194,7 +194,7 @@ def remove_texts(database: Database, cutoff_ms: int, *, stop: _Stop = _never) ->
         if place.before_ms == INT64_MIN:
             place = place._replace(upto_id=goal)  # nothing was removed yet, so no text can be late
         if place.upto_id < goal:
-            last = connection.scalar(last_of_step(place.upto_id, goal, limit)) or goal
+            last = end_of_step(connection, TELEMETRY, place.upto_id, goal, limit)
             rows, more = _id.between(place.upto_id + 1, last), True
             place = place._replace(upto_id=last)
         else:

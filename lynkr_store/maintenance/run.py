@@ -199,6 +199,7 @@ def fold(
             stop=stop,
             on_step=after_step,
             alone=alone,
+            pause_s=database.pause_s,
         )
     return FoldReport(folded.rows, changed.quarters, folded.done and changed.done)
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, RowMapping, insert, select
 from lynkr_store.backend import Backend
 from lynkr_store.db.citus import ids_of_workers, is_distributed, lock
 from lynkr_store.db.dialect import backend_of
-from lynkr_store.db.models import DIMENSIONS, PROGRESS, measure_columns
+from lynkr_store.db.models import DIMENSIONS, PROGRESS, TELEMETRY, measure_columns
 from lynkr_store.exceptions import RollupsRefused
 from lynkr_store.ingest.batch import RowBatch
 from lynkr_store.rollups import fold_sql, state
@@ -28,6 +28,7 @@ from lynkr_store.rollups.state import (
 )
 from lynkr_store.schemas.units import INSTANT_MAX_MS, INSTANT_MIN_MS, QUARTER_MS
 from lynkr_store.storage import bulk, identities, progress, settled
+from lynkr_store.storage.steps import end_of_step
 from lynkr_store.storage.write_lock import PAUSE_S
 
 OpenTransaction = Callable[[], AbstractContextManager[Connection]]
@@ -59,6 +60,7 @@ def fold(
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int], None] = lambda _: None,
     alone: bool = False,
+    pause_s: float = 0.0,
 ) -> FoldResult:
     """Fold the rows above the watermark, in steps.
 
@@ -69,6 +71,7 @@ def fold(
         stop: Called before each step; True ends the fold.
         on_step: Called after each step with the number of rows folded so far.
         alone: Leave the rest to another process that folds now. Otherwise wait for its steps.
+        pause_s: Seconds between two steps, for other writers of an SQLite file.
 
     Returns:
         ``done`` is False if the fold was stopped, if another process folds, or if transactions that
@@ -89,7 +92,7 @@ def fold(
         on_step(rows)
         if last >= upto:
             return FoldResult(rows, done=True)
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
     return FoldResult(rows, done=False)
 
 
@@ -231,22 +234,26 @@ def _read_step(
         The range of ids, the measures, and whether some of the rows have dimensions that are not in
         the table. Such rows have no measures yet.
     """
-    rows = fold_sql.step_statements()
     last = min(first + STEP_ROWS - 1, upto)
+    found = _read_upto(connection, watermark, first, last)
+    if last < upto and 2 * _requests(found[1]) < STEP_ROWS:  # maybe many ids have no row
+        further = end_of_step(connection, TELEMETRY, watermark, upto, STEP_ROWS)
+        if further > last:
+            return _read_upto(connection, watermark, first, further)
+    return found
+
+
+def _read_upto(
+    connection: Connection, watermark: int, first: int, last: int
+) -> tuple[dict[str, int], Sequence[RowMapping], bool]:
+    rows = fold_sql.step_statements()
     parameters = {"after": watermark, "upto": last}
     quarters = connection.execute(rows.quarters, parameters).mappings().all()
-    if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # many ids have no row
-        last = connection.scalar(fold_sql.last_of_step(watermark, upto, STEP_ROWS)) or upto
-        parameters = {"after": watermark, "upto": last}
-        quarters = connection.execute(rows.quarters, parameters).mappings().all()
     if last - first + 1 == _requests(quarters):
         return parameters, quarters, False
     # an id has no row, or its row has dimensions that are not in the table
-    return (
-        parameters,
-        quarters,
-        connection.execute(rows.new_dimensions, parameters).first() is not None,
-    )
+    new = connection.execute(rows.new_dimensions, parameters).first() is not None
+    return parameters, quarters, new
 
 
 def _count_rows(
@@ -504,7 +511,9 @@ def write_rollups(connection: Connection, sums: Sequence[Rollup]) -> None:
             rows = RowBatch(fold_sql.ROLLUP, values)
             bulk.execute_in_parts(connection, fold_sql.add_text, rows, fold_sql.MOST_ADDED)
         case Backend.POSTGRESQL:
-            lists = {name: [each[name] for each in sums] for name in fold_sql.ROLLUP}
-            connection.execute(fold_sql.add_to_rollups(), lists)
+            arrays = {
+                name: fold_sql.as_array(each[name] for each in sums) for name in fold_sql.ROLLUP
+            }
+            connection.execute(fold_sql.add_to_rollups(), arrays)
         case _:
             assert_never(backend)

@@ -1,6 +1,6 @@
 """The statements by which a fold reads rows and writes roll-ups. Nothing is executed here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -13,6 +13,7 @@ from sqlalchemy import (
     FromClause,
     Insert,
     Select,
+    String,
     and_,
     bindparam,
     case,
@@ -55,13 +56,6 @@ def unlocked_watermark() -> Select[*tuple[Any, ...]]:
 def first_above(row_id: int) -> Select[*tuple[Any, ...]]:
     """The first id above the given one, or NULL."""
     return select(func.min(_t.id)).where(_t.id > row_id)
-
-
-def last_of_step(after: int, upto: int, rows: int) -> Select[*tuple[Any, ...]]:
-    """The id of row number ``rows`` after an id; no row if there are fewer."""
-    return (
-        select(_t.id).where(_t.id > after, _t.id <= upto).order_by(_t.id).limit(1).offset(rows - 1)
-    )
 
 
 class RowStatements(NamedTuple):
@@ -151,12 +145,20 @@ def _same_dimensions(rows: FromClause) -> ColumnElement[bool]:
 def add_to_rollups() -> Insert:
     """Add measures to roll-ups and create those that do not exist; PostgreSQL.
 
-    Takes a list for each column of `ROLLUP`.
+    Takes the values of each column of `ROLLUP`, see `as_array`.
     """
-    lists = (bindparam(name, type_=ARRAY(BigInteger)) for name in ROLLUP)
-    rows = func.unnest(*lists).table_valued(*ROLLUP).render_derived()
+    arrays = (cast(bindparam(name, type_=String), ARRAY(BigInteger)) for name in ROLLUP)
+    rows = func.unnest(*arrays).table_valued(*ROLLUP).render_derived()
     into = inserting(Backend.POSTGRESQL, ROLLUPS)
     return _adding(into.from_select(ROLLUP, select(*(rows.c[name] for name in ROLLUP))))
+
+
+def as_array(values: Iterable[int]) -> str:
+    """The values as PostgreSQL's literal of an array.
+
+    The driver's own conversion of lists took a sixth of a fold's time.
+    """
+    return f"{{{','.join(map(str, values))}}}"
 
 
 @cache
@@ -321,14 +323,20 @@ def drop_changes(*, before: int | None = None, since: int | None = None) -> Dele
 
 @cache
 def instant_after() -> Select[*tuple[Any, ...]]:
-    """The timestamp of the row ``rows`` places after the first row from ``since`` on, or NULL."""
-    return (
-        select(cast(_t.timestamp, BigInteger))
-        .where(_t.timestamp >= whole_number("since"), _t.timestamp < INSTANT_MAX_MS)
+    """The timestamp of the row ``rows`` places after the first row from ``since`` on.
+
+    No row if there are fewer. The end of the domain is no condition of the search, see `nth_after`.
+    """
+    nth = (
+        select(_t.timestamp)
+        .where(_t.timestamp >= whole_number("since"))
         .order_by(_t.timestamp)
         .limit(1)
         .offset(whole_number("rows"))
+        .subquery()
     )
+    instant = nth.c.timestamp
+    return select(cast(instant, BigInteger)).where(instant < INSTANT_MAX_MS)
 
 
 @cache

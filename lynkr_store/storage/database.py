@@ -47,7 +47,7 @@ from lynkr_store.process.threads import start_thread
 from lynkr_store.settings import StoreSettings
 from lynkr_store.storage.read_only import open_read_only
 from lynkr_store.storage.text_policy import set_policy
-from lynkr_store.storage.write_lock import MANY_WAL_PAGES, WriteLock
+from lynkr_store.storage.write_lock import MANY_WAL_PAGES, PAUSE_S, WriteLock
 
 _NEEDED: Final = frozenset((TELEMETRY.name, LEDGER.name))
 """Tables without which no record can be stored; without others a store goes on storing them."""
@@ -322,6 +322,11 @@ class Database(Forkable):
         """Move what stands in SQLite's WAL to the file, most of it while batches are written."""
         if self._write_lock:
             self._write_lock.checkpoint(partial(self.connected, self.engine))
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds between two steps for other writers, where these wait for the whole file."""
+        return PAUSE_S if self._write_lock else 0.0
 
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:

@@ -1,5 +1,6 @@
 """One table of a database: its rows in the order of their ids, read and written in batches."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -17,6 +18,7 @@ from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.storage import progress
 from lynkr_store.storage.database import Database
 from lynkr_store.storage.inserts import insert_isolating
+from lynkr_store.storage.steps import end_of_step
 from lynkr_store.transfer.portable import required
 from lynkr_store.transfer.sums import Sums, sums_in
 
@@ -62,11 +64,15 @@ class TableRows:
         """The rows with ``after < id <= upto`` as stored, page by page; no transaction between."""
         while after < upto:
             with self.database.read() as connection:
-                found = connection.execute(_page(self.table), {"after": after, "upto": upto})
+                found = connection.execute(_page(self.table), {"after": after})
                 names, rows = tuple(found.keys()), found.all()
-            if not rows:
+            columns = dict(zip(names, zip(*rows, strict=True), strict=bool(rows)))
+            ids = columns.get("id", ())
+            if not ids or ids[0] > upto:
                 return
-            columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+            if ids[-1] > upto:
+                within = bisect_right(ids, upto)
+                columns = {name: values[:within] for name, values in columns.items()}
             yield columns
             after = columns["id"][-1]
 
@@ -87,11 +93,8 @@ class TableRows:
 
     def bound(self, after: int, upto: int, rows: int) -> int:
         """The id of row number ``rows`` after an id; ``upto`` if there are fewer."""
-        ids = self.table.c.id
-        nth = select(ids).where(ids > after, ids <= upto).order_by(ids).limit(1).offset(rows - 1)
         with self.database.read() as connection:
-            found: int | None = connection.scalar(nth)
-        return upto if found is None else found
+            return end_of_step(connection, self.table, after, upto, rows)
 
     def sums(self, after: int, upto: int) -> Sums:
         """The sums of the rows with ``after < id <= upto``, computed by the database."""
@@ -176,10 +179,11 @@ def added_since(table: Table) -> str:
 
 @cache
 def _page(table: Table) -> Select[*tuple[Any, ...]]:
+    """The rows after an id; without an upper limit, see `nth_after`."""
     ids = table.c.id
     return (
         select(*(_stored(table, column.name) for column in table.c))
-        .where(ids > whole_number("after"), ids <= whole_number("upto"))
+        .where(ids > whole_number("after"))
         .order_by(ids)
         .limit(PAGE_ROWS)
     )
