@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Final, TypeVar
 
 from lynkr_store.process.lifecycle import without_sigterm
@@ -36,31 +36,49 @@ def start_thread(body: Callable[[], None], name: str) -> threading.Thread | None
 
 
 @contextmanager
-def meanwhile(function: Callable[[], _T], name: str) -> Iterator[Future[_T]]:
-    """Call a function in a new thread while the block runs; without threads, before it.
+def ahead(items: Iterator[_T], most: int, name: str) -> Iterator[Iterator[_T]]:
+    """Have a new thread compute the next items while the block works with the ones before.
 
-    When the block ends without the result, because it failed or was interrupted, the call has 2
-    seconds to end. An executor's thread would be waited for as long as a frozen server takes, and
-    again when the interpreter exits.
+    Without threads they are computed when they are asked for. When the block ends before the items,
+    because it failed or was interrupted, the thread has 2 seconds to end. An executor's would be
+    waited for as long as a frozen server takes, and again when the interpreter exits.
 
     Args:
-        function: The function.
+        items: The thread alone asks for them.
+        most: How many items may wait for the block.
         name: As for `start_thread`.
 
     Yields:
-        A future of the call's result.
+        The items. What computing one raises is raised in its place.
     """
-    outcome: Future[_T] = Future()
+    found: SimpleQueue[tuple[_T] | BaseException] = SimpleQueue()
+    room, over, ended = threading.Semaphore(most), threading.Event(), threading.Event()
 
-    def run() -> None:
+    def compute() -> None:
         try:
-            outcome.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
-            outcome.set_exception(error)
+            while room.acquire() and not over.is_set():
+                found.put((next(items),))
+        except BaseException as error:  # noqa: BLE001 - StopIteration too: raised in the block
+            found.put(error)
+        finally:
+            ended.set()
 
-    if start_thread(run, name) is None:
-        run()
+    if start_thread(compute, name) is None:
+        yield items
+        return
     try:
-        yield outcome
+        yield _found(found, room)
     finally:
-        wait([outcome], _FINISH_S)
+        over.set()
+        room.release()
+        ended.wait(_FINISH_S)
+
+
+def _found(
+    found: "SimpleQueue[tuple[_T] | BaseException]", room: threading.Semaphore
+) -> Iterator[_T]:
+    while not isinstance(item := found.get(), StopIteration):
+        if isinstance(item, BaseException):
+            raise item
+        room.release()
+        yield item[0]

@@ -2,18 +2,17 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
-from sqlalchemy import Table
+from sqlalchemy import Table, text
 
 from lynkr_store.backend import Backend
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.exceptions import BadArgument, CopyDiffers, StoreUnavailable
 from lynkr_store.ingest.batch import Columns
-from lynkr_store.process.threads import meanwhile
+from lynkr_store.process.threads import ahead
 from lynkr_store.rollups.fold import fold, settled_id
 from lynkr_store.rollups.repair import compare_counts
 from lynkr_store.schemas.copying import CopyReport, CopyStep
@@ -26,6 +25,7 @@ from lynkr_store.transfer.sums import Sums, added, sums_of
 from lynkr_store.transfer.tables import ANCHORS, NOTHING, TableRows, added_since
 from lynkr_store.transfer.verification import (
     Verified,
+    chunks,
     verify_file,
     verify_stream,
     verify_tables,
@@ -35,6 +35,9 @@ OnProgress = Callable[[CopyStep], object]
 """Called after each step of a copy."""
 
 _PATIENCE_S: Final = 60.0  # for transactions of the source that may still commit lower ids
+_MANY_ROWS: Final = 10_000  # from which on PostgreSQL's plans need new statistics
+_GATHER: Final = text(f"ANALYZE (SKIP_LOCKED) {TELEMETRY.name}")
+_CHUNKS_AHEAD: Final = 1_000  # sums of 20 million rows, 10 MB
 _STAGES: Final = {"rows": TELEMETRY, "savings": SAVINGS}
 
 
@@ -112,14 +115,15 @@ def between_databases(run: Run, source: Database, target: Database) -> None:
         brought = bring_rollups(source, target, upto["rows"])
     run.rollups = brought
     run.tell("roll-ups", brought, brought)
-    _finish(run, target)
-    found = {
-        stage: verify_tables(one, other, upto[stage], _verifying(run, one, upto[stage]))
-        for stage, (one, other) in pairs.items()
-    }
-    run.found(found.pop("rows"))
-    for others in found.values():
-        run.left_out += others.left_out
+    rows_from, rows_to = pairs.pop("rows")
+    with ahead(chunks(rows_from, upto["rows"]), _CHUNKS_AHEAD, "copy") as expected:
+        _finish(run, target)  # meanwhile the source computes its sums
+        on_rows = _verifying(run, rows_from, upto["rows"])
+        run.found(verify_tables(expected, rows_from, rows_to, on_rows))
+    for stage, (one, other) in pairs.items():
+        on_rows = _verifying(run, one, upto[stage])
+        found = verify_tables(chunks(one, upto[stage]), one, other, on_rows)
+        run.left_out += found.left_out
 
 
 def _copy_rows(run: Run, stage: str, source: TableRows, target: TableRows) -> int:
@@ -128,21 +132,12 @@ def _copy_rows(run: Run, stage: str, source: TableRows, target: TableRows) -> in
     last = NOTHING if copied is None else copied
     upto = _settled(source)
     total = _about(source, last, upto)
-    with closing(_read_ahead(source.pages(last, upto))) as pages:
+    with ahead(source.pages(last, upto), 1, "copy") as pages:
         for page in pages:
             _write(run, stage, target, page, last)
             last = page["id"][-1]
             run.tell(stage, run.copied[stage], max(total, run.copied[stage]))
     return last
-
-
-def _read_ahead(pages: Iterator[Columns]) -> Generator[Columns]:
-    """The pages; a thread reads each while the one before is written, and may until `close()`."""
-    page = next(pages, None)
-    while page is not None:
-        with meanwhile(partial(next, pages, None), "copy") as following:
-            yield page
-            page = following.result()
 
 
 def _write(run: Run, stage: str, target: TableRows, page: Columns, expected: int) -> Columns:
@@ -180,16 +175,18 @@ def _about(source: TableRows, after: int, upto: int) -> int:
 
 
 def _finish(run: Run, target: Database) -> None:
-    """Have the target assign ids after those of the copied rows, and fold these."""
+    """Have the target assign ids after those of the copied rows, know them, and fold them."""
     if target.backend is Backend.POSTGRESQL:  # SQLite derives new ids from the existing ones
         with target.write_transaction() as connection:
             identities.set_forward(connection)
+            if run.copied["rows"] >= _MANY_ROWS:  # sooner than autovacuum, which may be off
+                connection.execute(_GATHER)
 
     def after_step(rows: int) -> None:
         target.checkpoint()
         run.tell("folding", rows)
 
-    fold(target.write_step, read=target.read, on_step=after_step)
+    fold(target.write_step, read=target.read, on_step=after_step, pause_s=target.pause_s)
     if run.rollups:  # the source may have lost rows between the copy of rows and of roll-ups
         compare_counts(target.write_step, read=target.read, stop=lambda: False)
 

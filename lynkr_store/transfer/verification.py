@@ -2,12 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from lynkr_store.exceptions import CopyDiffers
 from lynkr_store.ingest.batch import Columns, RowBatch, by_column
-from lynkr_store.process.threads import meanwhile
 from lynkr_store.schemas import TEXT_FIELDS, utc
 from lynkr_store.schemas.values import INT64_MIN
 from lynkr_store.transfer.portable import Converter
@@ -43,15 +41,31 @@ class Verified(NamedTuple):
     left_out: Counter[str]
 
 
+class Chunk(NamedTuple):
+    """Rows of a table, and their sums: those with ``after < id <= bound``."""
+
+    after: int
+    bound: int
+    sums: Sums
+
+
+def chunks(table: TableRows, upto: int, after: int = NOTHING) -> Iterator[Chunk]:
+    """The sums of a table's rows with ``after < id <= upto``, in short statements."""
+    while after < upto:
+        bound = table.bound(after, upto, _CHUNK_ROWS)
+        yield Chunk(after, bound, table.sums(after, bound))
+        after = bound
+
+
 def verify_tables(
-    source: TableRows, target: TableRows, upto: int, on_rows: Callable[[int], None]
+    expected: Iterable[Chunk], source: TableRows, target: TableRows, on_rows: Callable[[int], None]
 ) -> Verified:
-    """Compare all rows with ``id <= upto`` of two tables, and write those that are missing.
+    """Compare all copied rows of two tables, and write those that are missing.
 
     Args:
+        expected: The `chunks` of the source up to the last id that was copied.
         source: Where the rows come from.
         target: Where they were copied to.
-        upto: The last id that was copied.
         on_rows: Called after each step with the number of rows so far.
 
     Raises:
@@ -59,13 +73,9 @@ def verify_tables(
     """
     rows, gone, without_texts, days = 0, 0, 0, set[int]()
     left_out: Counter[str] = Counter()
-    after = NOTHING
-    while after < upto:
-        bound = source.bound(after, upto, _CHUNK_ROWS)
-        with meanwhile(partial(source.sums, after, bound), "copy") as ours:
-            theirs = target.sums(after, bound)
-            same = ours.result() == theirs
-        if not same:
+    for after, bound, ours in expected:
+        theirs = target.sums(after, bound)
+        if ours != theirs:
             reading = Converter(source.table)
             differences = compare(
                 map(reading.convert, source.pages(after, bound)),
@@ -79,7 +89,6 @@ def verify_tables(
             theirs = target.sums(after, bound)
         rows += _rows_in(theirs)
         days |= {day for day, _ in theirs}
-        after = bound
         on_rows(rows)
     return Verified(rows - gone, len(days), gone, without_texts, left_out)
 
@@ -220,12 +229,9 @@ def verify_stream(
 
 
 def _sums(table: TableRows, after: int, upto: int, on_rows: Callable[[int], None]) -> Sums:
-    """The sums of a table's rows with ``after < id <= upto``, in short statements."""
     found: Sums = {}
-    while after < upto:
-        bound = table.bound(after, upto, _CHUNK_ROWS)
-        found = added(found, table.sums(after, bound))
-        after = bound
+    for chunk in chunks(table, upto, after):
+        found = added(found, chunk.sums)
         on_rows(_rows_in(found))
     return found
 

@@ -23,7 +23,9 @@ from lynkr_store import (
     create_store_engine,
     upgrade,
 )
+from lynkr_store.db.dialect import disposing
 from lynkr_store.db.models import DIMENSIONS, LEDGER, ROLLUPS, SAVINGS, TELEMETRY
+from lynkr_store.transfer import run
 from lynkr_store.transfer.tables import TableRows
 from tests.conftest import ON_DISK, POSTGRES
 from tests.support.children import MortalServer
@@ -83,6 +85,27 @@ def test_the_target_assigns_the_next_id_after_a_copy(places):
     filled(target, 1, first=99, savings=1)
     assert [row.id for row in all_rows(target)] == list(range(1, 12))
     assert [row[0] for row in rows_of(target, SAVINGS)] == [1, 2, 3]
+
+
+def test_pages_end_with_the_last_id_that_was_asked_for(url):
+    filled(url, 1_500)
+    with Store(url) as store:
+        rows = TableRows(store._database, TELEMETRY)
+        for after, upto in ((0, 1_499), (7, 1_000), (1_499, 5_000), (1_500, 5_000), (4, 4)):
+            ids = [row_id for page in rows.pages(after, upto) for row_id in page["id"]]
+            assert ids == list(range(after + 1, min(upto, 1_500) + 1))
+
+
+@pytest.mark.parametrize("backend", POSTGRES)
+def test_postgresql_has_statistics_of_what_was_copied(new_url, backend, monkeypatch):
+    source, target = new_url("sqlite-file", at_head=True), new_url(backend, at_head=True)
+    filled(source, 100)
+    monkeypatch.setattr(run, "_MANY_ROWS", 100)
+    copy(source, target)
+    engine = create_store_engine(target)
+    known = "SELECT reltuples FROM pg_class WHERE relname = 'routing_telemetry'"
+    with disposing(engine), engine.connect() as connection:
+        assert connection.scalar(text(known)) == 100
 
 
 def test_a_copy_brings_the_sums_of_rows_that_retention_removed(places):
