@@ -46,6 +46,9 @@ _INVALID_INDEXES: Final = text(
     "WHERE NOT indisvalid AND relname = ANY (CAST(:names AS TEXT[])) "
     "AND pg_catalog.pg_table_is_visible(pg_class.oid)"
 )
+_ROWS_KNOWN: Final = text(
+    f"SELECT reltuples FROM pg_catalog.pg_class WHERE oid = {_OF_TABLE}"  # noqa: S608 - constants
+)
 _TRIGGERS: Final = text(
     "SELECT tgname FROM pg_catalog.pg_trigger "  # noqa: S608 - constants
     f"WHERE tgrelid = {_OF_TABLE} AND NOT tgisinternal AND tgenabled <> 'D'::pg_catalog.\"char\""
@@ -100,6 +103,12 @@ _PATH: Final = text("SELECT pg_catalog.current_setting('search_path')")
 
 def _is_sqlite(connection: Connection) -> bool:
     return connection.dialect.name == Backend.SQLITE
+
+
+def has_statistics(connection: Connection, table: str) -> bool:
+    """PostgreSQL: whether it has ever gathered statistics of a table."""
+    known = connection.execute(_ROWS_KNOWN, {"table": table}).scalar()
+    return known is not None and known >= 0
 
 
 def tables(connection: Connection, names: Collection[str]) -> frozenset[str]:

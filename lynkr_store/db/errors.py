@@ -1,6 +1,7 @@
 """Decides what a database error means: the row is at fault, the database is, or it is unclear.
 
-It decides by SQLSTATE, SQLite's result code and exception types, never by a message's text.
+It decides by SQLSTATE, SQLite's result code and exception types. A message's text only chooses the
+remedy that is named.
 """
 
 import sqlite3
@@ -97,7 +98,8 @@ _TAKES_NO_WRITES: Final = (
     "name all of them (?host=h1:5432&host=h2:5432&target_session_attrs=read-write)"
 )
 _REACHED_TAKES_NONE: Final = (
-    "a server that was reached takes no writes: promote it, or switch its "
+    "a server that was reached takes no writes: check that the URL names the one that does (host, "
+    "port, user, password); if there is none, promote a standby, or switch "
     "default_transaction_read_only off"
 )
 _PRIMARY: Final = 0xFF  # the part of an extended result code that names its family

@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from typing import Final, TypeVar
 
 from lynkr_store.process.lifecycle import without_sigterm
@@ -51,34 +51,41 @@ def ahead(items: Iterator[_T], most: int, name: str) -> Iterator[Iterator[_T]]:
     Yields:
         The items. What computing one raises is raised in its place.
     """
+    # no lock of `threading`: one that an interrupt left held would be waited for without end
     found: SimpleQueue[tuple[_T] | BaseException] = SimpleQueue()
-    room, over, ended = threading.Semaphore(most), threading.Event(), threading.Event()
+    room: SimpleQueue[None] = SimpleQueue()
+    ended: SimpleQueue[None] = SimpleQueue()
+    over = False
+    for _ in range(most):
+        room.put(None)
 
     def compute() -> None:
         try:
-            while room.acquire() and not over.is_set():
+            while room.get() is None and not over:
                 found.put((next(items),))
         except BaseException as error:  # noqa: BLE001 - StopIteration too: raised in the block
             found.put(error)
         finally:
-            ended.set()
+            ended.put(None)
 
-    if start_thread(compute, name) is None:
-        yield items
-        return
     try:
-        yield _found(found, room)
+        if start_thread(compute, name) is None:
+            ended.put(None)
+            yield items
+        else:
+            yield _found(found, room)
     finally:
-        over.set()
-        room.release()
-        ended.wait(_FINISH_S)
+        over = True
+        room.put(None)
+        with suppress(Empty):
+            ended.get(timeout=_FINISH_S)
 
 
 def _found(
-    found: "SimpleQueue[tuple[_T] | BaseException]", room: threading.Semaphore
+    found: "SimpleQueue[tuple[_T] | BaseException]", room: SimpleQueue[None]
 ) -> Iterator[_T]:
     while not isinstance(item := found.get(), StopIteration):
         if isinstance(item, BaseException):
             raise item
-        room.release()
+        room.put(None)
         yield item[0]

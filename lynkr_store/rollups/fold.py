@@ -71,7 +71,7 @@ def fold(
         stop: Called before each step; True ends the fold.
         on_step: Called after each step with the number of rows folded so far.
         alone: Leave the rest to another process that folds now. Otherwise wait for its steps.
-        pause_s: Seconds between two steps, for other writers of an SQLite file.
+        pause_s: Seconds between two steps: `Database.pause_s`.
 
     Returns:
         ``done`` is False if the fold was stopped, if another process folds, or if transactions that
@@ -234,21 +234,19 @@ def _read_step(
         The range of ids, the measures, and whether some of the rows have dimensions that are not in
         the table. Such rows have no measures yet.
     """
+    rows = fold_sql.step_statements()
+
+    def measured(last: int) -> Sequence[RowMapping]:
+        parameters = {"after": watermark, "upto": last}
+        return connection.execute(rows.quarters, parameters).mappings().all()
+
     last = min(first + STEP_ROWS - 1, upto)
-    found = _read_upto(connection, watermark, first, last)
-    if last < upto and 2 * _requests(found[1]) < STEP_ROWS:  # maybe many ids have no row
+    quarters = measured(last)
+    if last < upto and 2 * _requests(quarters) < STEP_ROWS:  # maybe many ids have no row
         further = end_of_step(connection, TELEMETRY, watermark, upto, STEP_ROWS)
         if further > last:
-            return _read_upto(connection, watermark, first, further)
-    return found
-
-
-def _read_upto(
-    connection: Connection, watermark: int, first: int, last: int
-) -> tuple[dict[str, int], Sequence[RowMapping], bool]:
-    rows = fold_sql.step_statements()
+            last, quarters = further, measured(further)
     parameters = {"after": watermark, "upto": last}
-    quarters = connection.execute(rows.quarters, parameters).mappings().all()
     if last - first + 1 == _requests(quarters):
         return parameters, quarters, False
     # an id has no row, or its row has dimensions that are not in the table

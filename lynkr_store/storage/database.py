@@ -325,8 +325,8 @@ class Database(Forkable):
 
     @property
     def pause_s(self) -> float:
-        """Seconds between two steps for other writers, where these wait for the whole file."""
-        return PAUSE_S if self._write_lock else 0.0
+        """Seconds between two steps for others, who wait for the whole database on SQLite."""
+        return PAUSE_S if self.backend is Backend.SQLITE else 0.0
 
     @contextmanager
     def connected(self, engine: Engine) -> Iterator[Connection]:

@@ -3,12 +3,15 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Table, text
+from sqlalchemy.exc import DBAPIError
 
 from lynkr_store.backend import Backend
+from lynkr_store.db import catalogue
 from lynkr_store.db.models import SAVINGS, TELEMETRY
 from lynkr_store.exceptions import BadArgument, CopyDiffers, StoreUnavailable
 from lynkr_store.ingest.batch import Columns
@@ -37,7 +40,7 @@ OnProgress = Callable[[CopyStep], object]
 _PATIENCE_S: Final = 60.0  # for transactions of the source that may still commit lower ids
 _MANY_ROWS: Final = 10_000  # from which on PostgreSQL's plans need new statistics
 _GATHER: Final = text(f"ANALYZE (SKIP_LOCKED) {TELEMETRY.name}")
-_CHUNKS_AHEAD: Final = 1_000  # sums of 20 million rows, 10 MB
+_CHUNKS_AHEAD: Final = 100  # 1 MB; if each chunk has rows of a whole year, 125 MB
 _STAGES: Final = {"rows": TELEMETRY, "savings": SAVINGS}
 
 
@@ -179,8 +182,7 @@ def _finish(run: Run, target: Database) -> None:
     if target.backend is Backend.POSTGRESQL:  # SQLite derives new ids from the existing ones
         with target.write_transaction() as connection:
             identities.set_forward(connection)
-            if run.copied["rows"] >= _MANY_ROWS:  # sooner than autovacuum, which may be off
-                connection.execute(_GATHER)
+        _gather_statistics(run, target)
 
     def after_step(rows: int) -> None:
         target.checkpoint()
@@ -189,6 +191,14 @@ def _finish(run: Run, target: Database) -> None:
     fold(target.write_step, read=target.read, on_step=after_step, pause_s=target.pause_s)
     if run.rollups:  # the source may have lost rows between the copy of rows and of roll-ups
         compare_counts(target.write_step, read=target.read, stop=lambda: False)
+
+
+def _gather_statistics(run: Run, target: Database) -> None:
+    """Have PostgreSQL know the rows sooner than by autovacuum, which may be off; if it can."""
+    with suppress(DBAPIError), target.write_transaction() as connection:
+        known = catalogue.has_statistics(connection, TELEMETRY.name)
+        if run.copied["rows"] >= _MANY_ROWS or not known:
+            connection.execute(_GATHER)
 
 
 def _verifying(run: Run, table: TableRows, upto: int) -> Callable[[int], None]:

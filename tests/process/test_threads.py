@@ -1,5 +1,6 @@
 """Items that a thread computes ahead, without a store."""
 
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -80,3 +81,37 @@ def test_a_block_that_fails_waits_for_an_item_but_not_for_ever(monkeypatch):
             raise KeyboardInterrupt
         assert ended.is_set() is (lasts_s < 1)
         over.set()
+
+
+def test_an_interrupt_while_the_thread_starts_ends_it(monkeypatch):
+    begun = threading.Thread.start
+
+    def start(thread):
+        begun(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    computed = []
+    with suppress(KeyboardInterrupt), ahead(counting(computed), 1_000, "test"):
+        pass
+    assert not [t for t in threading.enumerate() if t.name == "lynkr-store-test" and t.is_alive()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers")
+def test_interrupts_at_any_moment_leave_nothing_waiting():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(1_000):
+            with suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + number % 7 * 0.0003)
+                with ahead(iter(range(10**9)), 2, "test") as found:
+                    for _ in found:
+                        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    eventually(lambda: not [t for t in threading.enumerate() if t.name == "lynkr-store-test"])

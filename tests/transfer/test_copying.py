@@ -25,6 +25,8 @@ from lynkr_store import (
 )
 from lynkr_store.db.dialect import disposing
 from lynkr_store.db.models import DIMENSIONS, LEDGER, ROLLUPS, SAVINGS, TELEMETRY
+from lynkr_store.rollups import fold as folding
+from lynkr_store.storage.write_lock import PAUSE_S
 from lynkr_store.transfer import run
 from lynkr_store.transfer.tables import TableRows
 from tests.conftest import ON_DISK, POSTGRES
@@ -96,16 +98,51 @@ def test_pages_end_with_the_last_id_that_was_asked_for(url):
             assert ids == list(range(after + 1, min(upto, 1_500) + 1))
 
 
+def rows_known(url):
+    engine = create_store_engine(url)
+    known = "SELECT reltuples FROM pg_class WHERE relname = 'routing_telemetry'"
+    with disposing(engine), engine.connect() as connection:
+        return connection.scalar(text(known))
+
+
 @pytest.mark.parametrize("backend", POSTGRES)
 def test_postgresql_has_statistics_of_what_was_copied(new_url, backend, monkeypatch):
     source, target = new_url("sqlite-file", at_head=True), new_url(backend, at_head=True)
-    filled(source, 100)
-    monkeypatch.setattr(run, "_MANY_ROWS", 100)
+    for first, rows, known in ((0, 20, 20), (20, 20, 20), (40, 50, 90)):
+        filled(source, rows, first=first)
+        monkeypatch.setattr(run, "_MANY_ROWS", 50)
+        copy(source, target)
+        assert rows_known(target) == known
+
+
+@pytest.mark.parametrize("backend", POSTGRES)
+def test_statistics_that_cannot_be_gathered_fail_no_copy(new_url, backend, monkeypatch):
+    source, target = new_url("sqlite-file", at_head=True), new_url(backend, at_head=True)
+    filled(source, 20)
+    monkeypatch.setattr(run, "_GATHER", text("SELECT pg_sleep(60)"))
+    monkeypatch.setenv("LYNKR_STORE_STATEMENT_TIMEOUT_S", "1")
+    assert copy(source, target).rows_verified == 20
+    assert rows_known(target) == -1
+    monkeypatch.undo()
     copy(source, target)
-    engine = create_store_engine(target)
-    known = "SELECT reltuples FROM pg_class WHERE relname = 'routing_telemetry'"
-    with disposing(engine), engine.connect() as connection:
-        assert connection.scalar(text(known)) == 100
+    assert rows_known(target) == 20
+
+
+@pytest.mark.parametrize("backend", ON_DISK)
+def test_only_on_sqlite_a_fold_lets_others_write_between_its_steps(new_url, backend, monkeypatch):
+    source, target = new_url("sqlite-file", at_head=True), new_url(backend, at_head=True)
+    filled(source, 20)
+    pauses = []
+    monkeypatch.setattr(folding, "STEP_ROWS", 5)
+    monkeypatch.setattr(folding.time, "sleep", pauses.append)
+    paused = [PAUSE_S if backend == "sqlite-file" else 0.0] * 3
+    copy(source, target)
+    assert pauses == paused
+    filled(target, 20, first=20)
+    pauses.clear()
+    with Store(target) as store:
+        store.maintain()
+    assert [pause for pause in pauses if pause in (0.0, PAUSE_S)] == paused
 
 
 def test_a_copy_brings_the_sums_of_rows_that_retention_removed(places):
