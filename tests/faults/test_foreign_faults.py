@@ -194,7 +194,9 @@ def test_a_fault_at_any_foreign_call_costs_no_record(
     name, spool, cases, tmp_path, monkeypatch, logger, printed
 ):
     came = 0
-    for number, (call, kind) in enumerate(cases):
+    for number, (call, kind) in enumerate(cases * 10):
+        if number >= len(cases) and came:
+            break  # on a busy machine no batch may have come from the spool: try again
         folder = tmp_path / str(number)
         folder.mkdir()
         faults = Faults(name, call, kind)

@@ -569,7 +569,7 @@ def test_everything_works_on_a_schema_that_a_newer_release_added_to(
     assert set(names_of(engine)) == {"r0", "r1", "newer", "many"}
 
     health = looked(store)
-    assert (health.revision, health.head, health.reachable) == (ADDITIVE, HEAD, True)
+    assert (health.revision, health.head, health.reachable) == (ADDITIVE, HEAD, True), health
     assert adds_up(health)
     assert (health.written, health.pending) == (len(ages), 0)
     assert (health.faults_by, health.last_error) == ({}, None)

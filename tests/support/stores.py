@@ -30,9 +30,11 @@ def looked(store: Any) -> Health:
     deadline = time.monotonic() + 60
     for _ in range(2):  # the second look began after this call
         asked = time.monotonic()
-        while (age := store.health().probe_age_s) is None or age > time.monotonic() - asked:
+        health = store.health()
+        while health.probe_age_s is None or health.probe_age_s > time.monotonic() - asked:
             assert time.monotonic() < deadline, "no look at the database ended"
-    return store.health()
+            health = store.health()
+    return health
 
 
 class Asynchronous:
