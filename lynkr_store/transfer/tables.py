@@ -66,13 +66,11 @@ class TableRows:
             with self.database.read() as connection:
                 found = connection.execute(_page(self.table), {"after": after})
                 names, rows = tuple(found.keys()), found.all()
-            columns = dict(zip(names, zip(*rows, strict=True), strict=bool(rows)))
-            ids = columns.get("id", ())
-            if not ids or ids[0] > upto:
+            if rows and rows[-1].id > upto:
+                rows = rows[: bisect_right(rows, upto, key=lambda row: row.id)]
+            if not rows:
                 return
-            if ids[-1] > upto:
-                within = bisect_right(ids, upto)
-                columns = {name: values[:within] for name, values in columns.items()}
+            columns = dict(zip(names, zip(*rows, strict=True), strict=True))
             yield columns
             after = columns["id"][-1]
 
